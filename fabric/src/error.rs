@@ -1,0 +1,27 @@
+//! What can go wrong between nodes, in sentences for the operator.
+
+use crate::NodeId;
+
+/// An error of the fabric.
+#[derive(Debug, thiserror::Error)]
+pub enum FabricError {
+    /// The peer is gone: it closed the connection, fell silent, or sent what no sound peer sends.
+    #[error("{peer} was lost: {why}")]
+    PeerLost {
+        /// Who.
+        peer: NodeId,
+        /// What was seen, as the end of a sentence.
+        why: String,
+    },
+    /// The mesh could not be set up.
+    #[error("the fabric could not be set up: {0}")]
+    Setup(String),
+    /// An operating-system call failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The error itself.
+        source: std::io::Error,
+    },
+}

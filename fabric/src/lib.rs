@@ -1,0 +1,27 @@
+//! The fabric moves frames between the nodes of one machine.
+//!
+//! It knows nothing of what a frame means, of guest pages, or of KVM. Its users see three things:
+//!
+//! - [`Transport`]: the sending side, shared by every thread of the node. A frame goes to one peer on
+//!   one *lane*; frames of one lane to one peer arrive whole and in the order in which they were sent.
+//!   Nothing is promised between lanes, or between peers.
+//! - [`Receiver`]: the receiving side of one lane from all peers, owned by the one thread that works on
+//!   that lane. It polls without blocking, and offers a file descriptor to sleep on.
+//! - [`trace`]: the bounded in-memory trace that every crate of the node writes to and that is dumped
+//!   when something goes wrong. It lives here because this is the crate that everybody depends on.
+//!
+//! # The way of one frame (TCP)
+//!
+//! ```text
+//! thread ── Transport::send ──> lane socket ~~~ wire ~~~> lane socket ──> Receiver::poll ── sink(peer, frame)
+//!              │ socket full                                                     ▲
+//!              └── backlog of the lane, flushed by that lane's Receiver::poll ───┘
+//! ```
+
+mod error;
+pub mod tcp;
+pub mod trace;
+mod transport;
+
+pub use error::FabricError;
+pub use transport::{LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};

@@ -1,0 +1,1 @@
+//! Frames over TCP: one connection per lane and peer.

@@ -1,0 +1,89 @@
+//! What every transport offers: frames to a peer on a lane, in order.
+
+use std::os::fd::RawFd;
+
+use crate::FabricError;
+
+/// A node's index in its machine, `0..=511`. Node 0 owns the legacy devices and is where the guest starts.
+#[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
+pub struct NodeId(pub u16);
+
+impl NodeId {
+    /// The index as a `usize`, for tables indexed by node.
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+impl std::fmt::Display for NodeId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "node {}", self.0)
+    }
+}
+
+/// One ordered stream to each peer. Lane 0 carries control traffic, lanes 1.. one coherence shard each.
+pub type LaneId = u16;
+
+/// The longest frame, in bytes. Anything longer is a programming error at the sender and ends the session
+/// at the receiver.
+pub const MAX_FRAME: usize = 64 * 1024;
+
+/// Totals since the transport was opened.
+#[derive(Copy, Clone, Debug, Default, Eq, PartialEq)]
+pub struct TransportStats {
+    /// Frames handed to the wire.
+    pub frames_sent: u64,
+    /// Bytes handed to the wire, framing included.
+    pub bytes_sent: u64,
+    /// Frames delivered to a sink.
+    pub frames_received: u64,
+    /// Bytes taken off the wire, framing included.
+    pub bytes_received: u64,
+}
+
+/// The sending side of a node's fabric.
+pub trait Transport: Send + Sync {
+    /// This node.
+    fn node(&self) -> NodeId;
+
+    /// How many nodes the machine has, this one included.
+    fn nodes(&self) -> usize;
+
+    /// How many lanes there are to each peer.
+    fn lanes(&self) -> usize;
+
+    /// Sends one frame, the concatenation of `parts` (at most [`MAX_FRAME`] bytes).
+    ///
+    /// Never blocks: what the wire does not take at once is kept and sent by the lane's [`Receiver`], so
+    /// somebody must poll that receiver. Frames on the same lane to the same peer stay in order, whichever
+    /// threads send them.
+    ///
+    /// # Errors
+    /// [`FabricError::PeerLost`] once the peer is gone or its backlog has grown past every reason.
+    fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError>;
+
+    /// Takes the receiving side of a lane; `None` when the lane does not exist or was taken before.
+    fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>>;
+
+    /// Totals so far.
+    fn stats(&self) -> TransportStats;
+}
+
+/// The receiving side of one lane, from all peers.
+pub trait Receiver: Send {
+    /// Delivers the frames that have arrived to `sink`, and sends what [`Transport::send`] had to keep
+    /// back. Returns how many frames were delivered; it may return before all were (call it again until
+    /// it says 0). Never blocks.
+    ///
+    /// # Errors
+    /// [`FabricError::PeerLost`] when a peer closed its end or broke the framing. Frames that arrived
+    /// whole before that have been delivered.
+    fn poll(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError>;
+
+    /// A descriptor that becomes readable (level-triggered, for `poll` or `epoll`) when [`Receiver::poll`]
+    /// may have something to do.
+    fn fd(&self) -> RawFd;
+
+    /// Call before sleeping on [`Receiver::fd`]; `true` means there is work already and sleeping is wrong.
+    fn arm(&mut self) -> Result<bool, FabricError>;
+}

@@ -1,0 +1,12 @@
+//! What can be wrong with a machine or its kernel, in sentences for the operator.
+
+/// An error of the firmware crate.
+#[derive(Debug, thiserror::Error)]
+pub enum FirmwareError {
+    /// The machine's description makes no sense.
+    #[error("{0}")]
+    Spec(String),
+    /// The kernel or initrd cannot be loaded.
+    #[error("{0}")]
+    Boot(String),
+}

@@ -1,0 +1,2 @@
+//! The `gestalt` command.
+fn main() {}
