@@ -1,1 +1,3 @@
-//! Placeholder tour.
+//! One node of a Gestalt machine, and the coordinator that holds the nodes together.
+
+pub mod node_api;
