@@ -2,8 +2,12 @@
 //!
 //! Pure functions from a [`MachineSpec`] to bytes; nothing here knows of KVM, threads or sockets.
 
+pub mod acpi;
+pub mod e820;
 mod error;
-mod spec;
+pub mod layout;
+pub mod spec;
 
 pub use error::FirmwareError;
+pub use layout::{CpuPlace, Layout, RamRange};
 pub use spec::{MachineSpec, NodeSpec};
