@@ -1,4 +1,6 @@
 //! One node of a Gestalt machine, and the coordinator that holds the nodes together.
 
+pub mod config;
 pub mod irq;
+pub mod machine_file;
 pub mod node_api;

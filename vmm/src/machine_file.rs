@@ -1,0 +1,257 @@
+//! Machine files: TOML to [`MachineConfig`].
+//!
+//! ```toml
+//! name = "demo"                       # for messages; default "gestalt"
+//! kernel = "vmlinuz"                  # relative to this file, as is initrd
+//! initrd = "initrd.img"
+//! cmdline = "console=ttyS0"
+//! listen = "192.0.2.1:7700"           # default: loopback, any port
+//! silence = "3s"                      # a node that says nothing for so long is lost
+//! shards = 2                          # coherence shards
+//! hold = "100us"                      # how long a node keeps a page it just won
+//! join_timeout = "10min"
+//! distances = [[10, 20], [20, 10]]    # SLIT
+//!
+//! [[node]]
+//! name = "n0"
+//! cpus = 2
+//! memory = "512M"
+//!
+//! [[node]]
+//! name = "n1"
+//! cpus = 2                            # 0: a memory-only node
+//! memory = "512M"
+//! where = "remote"                    # default "local": started by `gestalt run`
+//! fabric = "192.0.2.2:7701"           # where its fabric listens; an address, with or without port
+//! ```
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use firmware::NodeSpec;
+use serde::Deserialize;
+
+use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileForm {
+    name: Option<String>,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    cmdline: Option<String>,
+    listen: Option<SocketAddr>,
+    silence: Option<String>,
+    shards: Option<u16>,
+    hold: Option<String>,
+    join_timeout: Option<String>,
+    #[serde(default)]
+    distances: Vec<Vec<u8>>,
+    #[serde(default)]
+    node: Vec<NodeForm>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NodeForm {
+    name: String,
+    cpus: u32,
+    memory: SizeForm,
+    #[serde(default, rename = "where")]
+    place: PlaceForm,
+    fabric: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a size such as \"512M\", or a number of bytes")]
+enum SizeForm {
+    Bytes(u64),
+    Text(String),
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+enum PlaceForm {
+    #[default]
+    Local,
+    Remote,
+}
+
+/// Reads a machine file. What it says is not checked beyond its form: see [`MachineConfig::check`].
+///
+/// # Errors
+/// One sentence that begins with the file's name, and the line where it can be told.
+pub fn read(path: &Path) -> Result<MachineConfig, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let what = match error.kind() {
+            std::io::ErrorKind::NotFound => "it does not exist: check the path".to_string(),
+            std::io::ErrorKind::InvalidData => "it is not text: give a machine file in TOML".to_string(),
+            _ => error.to_string(),
+        };
+        ConfigError(format!("the machine file {} cannot be read: {what}", path.display()))
+    })?;
+    let mut config = parse(&text).map_err(|error| ConfigError(format!("{}: {error}", path.display())))?;
+    // A file that is moved together with its kernel keeps working, wherever `gestalt run` is called from.
+    let folder = path.parent().unwrap_or(Path::new(""));
+    config.kernel = beside(folder, config.kernel);
+    config.initrd = config.initrd.map(|initrd| beside(folder, initrd));
+    Ok(config)
+}
+
+/// The path as seen from `folder`; an empty path (none given) stays empty.
+fn beside(folder: &Path, path: PathBuf) -> PathBuf {
+    if path.as_os_str().is_empty() { path } else { folder.join(path) }
+}
+
+/// Reads the text of a machine file.
+///
+/// # Errors
+/// One sentence, with the line where it can be told.
+pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
+    let form: FileForm = toml::from_str(text).map_err(|error| ConfigError(sentence(text, &error)))?;
+    let default = MachineConfig::default();
+    let duration = |key: &str, value: Option<String>, default: Duration| match value {
+        None => Ok(default),
+        Some(value) => parse_duration(&value).map_err(|error| ConfigError(format!("{key}: {error}"))),
+    };
+    Ok(MachineConfig {
+        name: form.name.unwrap_or(default.name),
+        kernel: form.kernel.unwrap_or_default(),
+        initrd: form.initrd,
+        cmdline: form.cmdline.unwrap_or(default.cmdline),
+        listen: form.listen.unwrap_or(default.listen),
+        nodes: form.node.into_iter().map(node).collect::<Result<_, _>>()?,
+        distances: form.distances,
+        silence: duration("silence", form.silence, default.silence)?,
+        shards: form.shards.unwrap_or(default.shards),
+        hold: duration("hold", form.hold, default.hold)?,
+        join_timeout: match form.join_timeout {
+            None => None,
+            given => Some(duration("join_timeout", given, Duration::ZERO)?),
+        },
+    })
+}
+
+fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
+    let at = |error: ConfigError| ConfigError(format!("node {:?}: {error}", form.name));
+    let memory = match &form.memory {
+        SizeForm::Bytes(bytes) => *bytes,
+        SizeForm::Text(text) => parse_size(text).map_err(at)?,
+    };
+    let fabric_listen = form.fabric.as_deref().map(parse_fabric).transpose().map_err(at)?;
+    let place = match form.place {
+        PlaceForm::Local => Place::Local,
+        PlaceForm::Remote => Place::Remote,
+    };
+    Ok(NodeConfig { spec: NodeSpec { name: form.name, cpus: form.cpus, memory }, place, fabric_listen })
+}
+
+/// A fabric address: with a port, or without one (the kernel chooses).
+///
+/// # Errors
+/// A sentence with the forms that are understood.
+pub fn parse_fabric(text: &str) -> Result<SocketAddr, ConfigError> {
+    let address = text.parse().or_else(|_| text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 0)));
+    address.map_err(|_| {
+        ConfigError(format!("{text:?} is not an address: write for example 192.0.2.2 or 192.0.2.2:7701"))
+    })
+}
+
+/// toml's message in one line, with the line number that its span means.
+fn sentence(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().trim().replace('\n', ", ");
+    match error.span() {
+        Some(span) => {
+            let line = text.get(..span.start).unwrap_or(text).matches('\n').count() + 1;
+            format!("line {line}: {message}")
+        }
+        None => message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        name = "demo"
+        kernel = "vmlinuz"
+        initrd = "initrd.img"
+        cmdline = "console=ttyS0 quiet"
+        listen = "127.0.0.1:7700"
+        silence = "4s"
+        [[node]]
+        name = "n0"
+        cpus = 2
+        memory = "512M"
+        [[node]]
+        name = "n1"
+        cpus = 0
+        memory = 134217728
+        where = "remote"
+        fabric = "192.0.2.2"
+    "#;
+
+    fn refusal(text: &str) -> String {
+        parse(text).unwrap_err().0
+    }
+
+    #[test]
+    fn a_full_file_becomes_the_machine_it_describes() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.name, "demo");
+        assert_eq!(config.initrd, Some("initrd.img".into()));
+        assert_eq!(config.listen, "127.0.0.1:7700".parse().unwrap());
+        assert_eq!(config.silence, Duration::from_secs(4));
+        assert_eq!(config.nodes[0].spec, NodeSpec { name: "n0".into(), cpus: 2, memory: 512 << 20 });
+        assert_eq!(config.nodes[0].place, Place::Local);
+        assert_eq!(config.nodes[1].spec.memory, 128 << 20);
+        assert_eq!(config.nodes[1].place, Place::Remote);
+        assert_eq!(config.nodes[1].fabric_listen, Some("192.0.2.2:0".parse().unwrap()));
+        assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let said = refusal("kernel = \"k\"\nkernal = \"x\"\n");
+        assert!(said.starts_with("line 2: ") && said.contains("kernal"), "{said}");
+        let said = refusal("[[node]]\nname = \"n0\"\ncpus = 1\nmemory = 1\nram = 2\n");
+        assert!(said.starts_with("line 5: ") && said.contains("ram"), "{said}");
+    }
+
+    #[test]
+    fn every_refusal_is_one_line() {
+        let cases = [
+            ("kernel = ", "line 1"),
+            ("[[node]]\nname = \"n0\"\ncpus = 1\n", "memory"),
+            ("[[node]]\nname = \"n0\"\ncpus = -1\nmemory = 1\n", "line 3"),
+            ("[[node]]\nname = \"n0\"\ncpus = 1\nmemory = \"lots\"\n", "\"lots\" is not a size"),
+            ("[[node]]\nname = \"n0\"\ncpus = 1\nmemory = true\n", "a size such as"),
+            ("[[node]]\nname = \"n0\"\ncpus = 1\nmemory = 1\nwhere = \"moon\"\n", "moon"),
+            ("[[node]]\nname = \"n0\"\ncpus = 1\nmemory = 1\nfabric = \"eth0\"\n", "not an address"),
+            ("silence = \"soon\"", "not a duration"),
+            ("listen = \"here\"", "line 1"),
+        ];
+        for (text, part) in cases {
+            let said = refusal(text);
+            assert!(said.contains(part) && !said.contains('\n'), "{said:?} for {text:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let said = read(Path::new("no/such/machine.toml")).unwrap_err().0;
+        assert!(said.contains("no/such/machine.toml") && said.contains("does not exist"), "{said}");
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine.toml");
+        std::fs::write(&path, GOOD).unwrap();
+        let config = read(&path).unwrap();
+        assert_eq!(config.kernel, folder.path().join("vmlinuz"));
+        assert_eq!(config.initrd, Some(folder.path().join("initrd.img")));
+    }
+}
