@@ -1,0 +1,201 @@
+//! The cache's part: faults of this node, answers to them, and what others want of its copies.
+
+use fabric::NodeId;
+
+use super::{Demand, Effect, Kind, Local, Miss, Outcome, Protocol, Rights, Transient};
+use crate::page::Page;
+
+impl Protocol {
+    pub(super) fn cache_fault(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+        let rights = self.rights(page);
+        match self.transient.get_mut(page) {
+            Some(Transient::Miss(miss)) => miss.then_write |= want > miss.want,
+            Some(Transient::Evict { refault }) => *refault = want.max(*refault),
+            // A late or spurious event: the right answer is the mapping that should be there.
+            None if rights >= want => out.push(Effect::Map(page, rights)),
+            None => {
+                self.yield_deferred(page, out);
+                self.start_miss(page, want, out);
+            }
+        }
+    }
+
+    /// Asks the home for the page.
+    fn start_miss(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+        let miss = Miss { want, granted: false, acks: 0, then_write: false, deferred: None };
+        self.transient.insert(page, Transient::Miss(miss));
+        let kind = if want == Rights::Exclusive { Kind::GetExclusive } else { Kind::GetShared };
+        self.send(self.homes.home(page), page, kind, out);
+    }
+
+    pub(super) fn cache_data(
+        &mut self,
+        page: Page,
+        from: NodeId,
+        rights: Rights,
+        acks: u16,
+        body: bool,
+        out: &mut Vec<Effect>,
+    ) -> Outcome {
+        let here = self.rights(page);
+        let current_at_home = from == self.me;
+        let Some(Transient::Miss(miss)) = self.transient.get_mut(page) else {
+            return Err("it sent the page though nobody asked for it".into());
+        };
+        if miss.granted || rights != miss.want {
+            return Err("it granted what was not asked for".into());
+        }
+        if body == (here == Rights::Shared || current_at_home) {
+            return Err("it sent the page's bytes where a current copy is, or left them out where none is".into());
+        }
+        miss.granted = true;
+        miss.acks += i32::from(acks);
+        if body {
+            out.push(Effect::Land(page));
+        }
+        // As home, the owner's bytes are also what a reader's forward was waiting for.
+        if self.busy.get(page).is_some_and(|busy| busy.requester == self.me) {
+            self.home_writeback_done(page, from, out)?;
+        }
+        self.complete_if_answered(page, out);
+        Ok(())
+    }
+
+    pub(super) fn cache_ack(&mut self, page: Page, out: &mut Vec<Effect>) -> Outcome {
+        let Some(Transient::Miss(miss)) = self.transient.get_mut(page) else {
+            return Err("it acknowledged an invalidation that nobody waits for".into());
+        };
+        miss.acks -= 1;
+        self.complete_if_answered(page, out);
+        Ok(())
+    }
+
+    fn complete_if_answered(&mut self, page: Page, out: &mut Vec<Effect>) {
+        let Some(Transient::Miss(miss)) = self.transient.get(page) else { return };
+        if !miss.granted || miss.acks != 0 {
+            return;
+        }
+        let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
+        self.transient.remove(page);
+        out.push(match self.rights(page) {
+            Rights::Shared => Effect::Unprotect(page),
+            _ => Effect::Map(page, want),
+        });
+        self.set_local(page, want, true);
+        out.push(Effect::Hold(page));
+        if let Some(demand) = deferred {
+            self.deferred.insert(page, demand);
+        }
+        if then_write {
+            self.yield_deferred(page, out);
+            self.start_miss(page, Rights::Exclusive, out);
+        }
+    }
+
+    /// Another node wants something of our copy, or of the one on its way to us.
+    pub(super) fn cache_demand(&mut self, page: Page, demand: Demand, out: &mut Vec<Effect>) -> Outcome {
+        let rights = self.rights(page);
+        let invalidate = matches!(demand, Demand::Invalidate { .. });
+        match self.transient.get_mut(page) {
+            Some(Transient::Miss(miss)) => {
+                let for_coming_copy = (miss.want == Rights::Exclusive) != invalidate;
+                if for_coming_copy && miss.deferred.is_none() {
+                    miss.deferred = Some(demand);
+                    return Ok(());
+                }
+                if for_coming_copy || rights != Rights::Shared {
+                    return Err("it demanded a copy that is not here".into());
+                }
+                self.serve(page, demand, out);
+            }
+            // The mapping is gone already and the frame is kept until PutAck.
+            Some(Transient::Evict { .. }) => self.answer(page, demand, false, out),
+            None => {
+                let fits = if invalidate { Rights::Shared } else { Rights::Exclusive };
+                if rights != fits || self.deferred.get(page).is_some() {
+                    return Err("it demanded a copy that is not here".into());
+                }
+                if self.held(page) {
+                    self.deferred.insert(page, demand);
+                    out.push(Effect::Deferred(page));
+                } else {
+                    self.serve(page, demand, out);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up what `demand` asks for, then answers: the order is what makes the answer true.
+    fn serve(&mut self, page: Page, demand: Demand, out: &mut Vec<Effect>) {
+        if let Demand::ForwardShared { .. } = demand {
+            out.push(Effect::Protect(page));
+            self.set_local(page, Rights::Shared, false);
+        } else {
+            out.push(Effect::Unmap(page));
+            self.set_local(page, Rights::None, false);
+        }
+        self.answer(page, demand, true, out);
+    }
+
+    /// Answers a demand from the frame; `free` if the frame is then of no use.
+    fn answer(&mut self, page: Page, demand: Demand, free: bool, out: &mut Vec<Effect>) {
+        let home = self.homes.home(page);
+        let data = |rights| Kind::Data { rights, acks: 0, body: true };
+        match demand {
+            Demand::Invalidate { requester } => self.send(requester, page, Kind::Ack, out),
+            Demand::ForwardExclusive { requester } => {
+                self.send(requester, page, data(Rights::Exclusive), out);
+            }
+            Demand::ForwardShared { requester } => {
+                self.send(requester, page, data(Rights::Shared), out);
+                if requester != home {
+                    self.send(home, page, Kind::Writeback { body: home != self.me }, out);
+                }
+            }
+        }
+        let keeps = matches!(demand, Demand::ForwardShared { .. });
+        // While a miss is under way its bytes will land in the frame at once: keep it.
+        if free && !keeps && home != self.me && self.transient.get(page).is_none() {
+            out.push(Effect::Free(page));
+        }
+    }
+
+    /// Serves a demand that waits for the page's release, now: this node wants more of the page anyhow.
+    fn yield_deferred(&mut self, page: Page, out: &mut Vec<Effect>) {
+        if let Some(demand) = self.deferred.remove(page) {
+            self.serve(page, demand, out);
+        }
+    }
+
+    pub(super) fn cache_release(&mut self, page: Page, out: &mut Vec<Effect>) {
+        let local = self.local.get(page);
+        self.local.set(page, Local(local.0 & !Local::HELD));
+        self.yield_deferred(page, out);
+    }
+
+    pub(super) fn cache_evict(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {
+        let (home, rights) = (self.homes.home(page), self.rights(page));
+        if home == self.me || rights == Rights::None || self.held(page) || self.is_transient(page) {
+            return false;
+        }
+        out.push(Effect::Unmap(page));
+        self.set_local(page, Rights::None, false);
+        self.transient.insert(page, Transient::Evict { refault: Rights::None });
+        let kind = if rights == Rights::Exclusive { Kind::PutExclusive } else { Kind::PutShared };
+        self.send(home, page, kind, out);
+        true
+    }
+
+    pub(super) fn cache_put_ack(&mut self, page: Page, out: &mut Vec<Effect>) -> Outcome {
+        let Some(&Transient::Evict { refault }) = self.transient.get(page) else {
+            return Err("it acknowledged an eviction that nobody asked for".into());
+        };
+        self.transient.remove(page);
+        out.push(Effect::Free(page));
+        if refault != Rights::None {
+            self.start_miss(page, refault, out);
+        }
+        Ok(())
+    }
+}

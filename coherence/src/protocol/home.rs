@@ -1,0 +1,130 @@
+//! The home's part: the directory, and requests in the order in which they are granted.
+
+use std::collections::VecDeque;
+
+use fabric::NodeId;
+
+use super::{Busy, Effect, Entry, Kind, Outcome, Protocol, Request, Rights, Wrong};
+use crate::node_set::NodeSet;
+use crate::page::Page;
+
+impl Protocol {
+    pub(super) fn home_get(&mut self, page: Page, from: NodeId, want: Rights, out: &mut Vec<Effect>) -> Outcome {
+        if let Some(busy) = self.busy.get_mut(page) {
+            if busy.queue.iter().any(|(node, request)| *node == from && *request != Request::Put) {
+                return Err("it asked twice for one page".into());
+            }
+            busy.queue.push_back((from, Request::Get(want)));
+            return Ok(());
+        }
+        match (self.directory.get(page), want) {
+            (Entry::Exclusive(owner), _) if owner == from => {
+                return Err("it asked for a page that it owns".into());
+            }
+            (Entry::Exclusive(owner), Rights::Exclusive) => {
+                self.directory.set(page, Entry::Exclusive(from));
+                self.send(owner, page, Kind::ForwardExclusive { requester: from }, out);
+            }
+            (Entry::Exclusive(owner), _) => {
+                self.busy.insert(page, Busy { owner, requester: from, queue: VecDeque::new() });
+                self.send(owner, page, Kind::ForwardShared { requester: from }, out);
+            }
+            (Entry::Shared(mut sharers), Rights::Exclusive) => {
+                let has_copy = sharers.remove(from);
+                self.directory.set(page, Entry::Exclusive(from));
+                // The grant goes first: its bytes are on their way while the invalidations are.
+                let acks = sharers.len() as u16;
+                let body = !has_copy && from != self.me;
+                self.send(from, page, Kind::Data { rights: Rights::Exclusive, acks, body }, out);
+                for sharer in sharers.iter() {
+                    self.send(sharer, page, Kind::Invalidate { requester: from }, out);
+                }
+            }
+            (Entry::Shared(mut sharers), _) => {
+                if sharers.contains(from) {
+                    return Err("it asked for a copy that it has".into());
+                }
+                sharers.insert(from);
+                self.directory.set(page, Entry::Shared(sharers));
+                let body = from != self.me;
+                self.send(from, page, Kind::Data { rights: Rights::Shared, acks: 0, body }, out);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn home_writeback(
+        &mut self,
+        page: Page,
+        from: NodeId,
+        body: bool,
+        out: &mut Vec<Effect>,
+    ) -> Outcome {
+        match self.busy.get(page) {
+            Some(busy) if busy.owner == from && busy.requester != self.me => {}
+            _ => return Err("it wrote a page back that nobody waits for".into()),
+        }
+        if body != (from != self.me) {
+            return Err("it wrote a page back without its bytes".into());
+        }
+        if body {
+            out.push(Effect::Land(page));
+        }
+        self.home_writeback_done(page, from, out)
+    }
+
+    /// The owner's bytes are in the home's frame: readers share it now, and the next request has its turn.
+    pub(super) fn home_writeback_done(&mut self, page: Page, owner: NodeId, out: &mut Vec<Effect>) -> Outcome {
+        let Some(busy) = self.busy.remove(page) else { return Ok(()) };
+        let sharers: NodeSet = [owner, busy.requester].into_iter().collect();
+        self.directory.set(page, Entry::Shared(sharers));
+        let mut queue = busy.queue;
+        while let Some((from, request)) = queue.pop_front() {
+            match request {
+                Request::Get(want) => self.home_get(page, from, want, out),
+                Request::Put => self.home_put(page, from, None, out),
+            }
+            .map_err(|wrong| Wrong { from: Some(from), ..wrong })?;
+            if let Some(busy) = self.busy.get_mut(page) {
+                busy.queue = queue;
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy comes back; with `bytes` from its owner.
+    pub(super) fn home_put(&mut self, page: Page, from: NodeId, bytes: Option<()>, out: &mut Vec<Effect>) -> Outcome {
+        if from == self.me {
+            return Err("it put a page back that is at home".into());
+        }
+        if let Some(busy) = self.busy.get_mut(page) {
+            // If it is the owner, its writeback is on its way with the same bytes.
+            busy.queue.push_back((from, Request::Put));
+            return Ok(());
+        }
+        match self.directory.get(page) {
+            Entry::Exclusive(owner) if owner == from => {
+                if bytes.is_none() {
+                    return Err("it gave a page back without its bytes".into());
+                }
+                out.push(Effect::Land(page));
+                self.directory.set(page, Entry::Exclusive(self.me));
+                self.set_local(page, Rights::Exclusive, false);
+            }
+            Entry::Shared(mut sharers) if sharers.contains(from) => {
+                sharers.remove(from);
+                let home_again = sharers.is_empty() && !self.is_transient(page);
+                let entry = if home_again { Entry::Exclusive(self.me) } else { Entry::Shared(sharers) };
+                self.directory.set(page, entry);
+                if home_again {
+                    self.set_local(page, Rights::Exclusive, false);
+                }
+            }
+            // It was invalidated or handed on while the put was on its way.
+            _ => {}
+        }
+        self.send(from, page, Kind::PutAck, out);
+        Ok(())
+    }
+}

@@ -1,0 +1,257 @@
+//! What nodes say to each other about a page, and its wire form.
+
+use fabric::NodeId;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};
+
+use super::Rights;
+use crate::page::{PAGE_SIZE, Page};
+
+/// What a message says. `requester` is the node whose miss the message serves.
+#[derive(Copy, Clone, Debug, Eq, PartialEq, Hash)]
+pub enum Kind {
+    /// Requester to home: I want to read.
+    GetShared,
+    /// Requester to home: I want to write. The home knows whether the requester holds a copy.
+    GetExclusive,
+    /// Home or owner to requester: the page is yours with these rights, once `acks` sharers have answered.
+    Data {
+        /// What the requester may do.
+        rights: Rights,
+        /// How many [`Kind::Ack`]s the requester waits for.
+        acks: u16,
+        /// Whether the page's bytes come along; without, the requester's own copy is current.
+        body: bool,
+    },
+    /// Home to sharer: give up your copy and tell the requester.
+    Invalidate {
+        /// Who wants to write.
+        requester: NodeId,
+    },
+    /// Sharer to requester: my copy is gone.
+    Ack,
+    /// Home to owner: give the requester a copy, keep one, and write the page back home.
+    ForwardShared {
+        /// Who wants to read.
+        requester: NodeId,
+    },
+    /// Home to owner: hand the page to the requester.
+    ForwardExclusive {
+        /// Who wants to write.
+        requester: NodeId,
+    },
+    /// Owner to home, after [`Kind::ForwardShared`]: the bytes as they now are.
+    Writeback {
+        /// Whether the page's bytes come along (not when owner and home are one node).
+        body: bool,
+    },
+    /// Sharer to home: I drop my copy.
+    PutShared,
+    /// Owner to home: I give the page back, here are its bytes.
+    PutExclusive,
+    /// Home to the node that put: noted, you may forget the page.
+    PutAck,
+}
+
+impl Kind {
+    /// Whether the page's bytes come along.
+    pub fn has_body(self) -> bool {
+        matches!(self, Kind::Data { body: true, .. } | Kind::Writeback { body: true } | Kind::PutExclusive)
+    }
+
+    /// The number on the wire and in the trace.
+    pub fn code(self) -> u8 {
+        match self {
+            Kind::GetShared => 1,
+            Kind::GetExclusive => 2,
+            Kind::Data { .. } => 3,
+            Kind::Invalidate { .. } => 4,
+            Kind::Ack => 5,
+            Kind::ForwardShared { .. } => 6,
+            Kind::ForwardExclusive { .. } => 7,
+            Kind::Writeback { .. } => 8,
+            Kind::PutShared => 9,
+            Kind::PutExclusive => 10,
+            Kind::PutAck => 11,
+        }
+    }
+}
+
+/// A message about one page.
+#[derive(Copy, Clone, Debug, Eq, PartialEq, Hash)]
+pub struct Message {
+    /// The page.
+    pub page: Page,
+    /// What is said.
+    pub kind: Kind,
+}
+
+/// The bytes that come with a message, on the wire.
+#[derive(Copy, Clone, Debug, Eq, PartialEq)]
+pub enum Body<'a> {
+    /// None.
+    Absent,
+    /// A page of zeroes, which costs no bytes.
+    Zero,
+    /// The page, 4096 bytes.
+    Bytes(&'a [u8; PAGE_SIZE]),
+}
+
+/// The head of every frame on a coherence lane; the page's bytes follow if `body` is 2.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Head {
+    code: u8,
+    /// 0 none, 1 a page of zeroes, 2 bytes follow.
+    body: u8,
+    /// Rights of `Data` (1 shared, 2 exclusive), else 0.
+    rights: u8,
+    zero: u8,
+    /// Acks of `Data`, requester of `Invalidate` and the forwards, else 0.
+    word: le::U16,
+    zero2: le::U16,
+    page: le::U64,
+}
+
+const HEAD: usize = size_of::<Head>();
+const _: () = assert!(HEAD == 16);
+
+impl Message {
+    /// The head of the frame; `zero` tells that the body is all zeroes and is left out.
+    pub fn head(&self, zero: bool) -> Head {
+        let (rights, word) = match self.kind {
+            Kind::Data { rights, acks, .. } => (rights as u8, acks),
+            Kind::Invalidate { requester }
+            | Kind::ForwardShared { requester }
+            | Kind::ForwardExclusive { requester } => (0, requester.0),
+            _ => (0, 0),
+        };
+        let body = match (self.kind.has_body(), zero) {
+            (false, _) => 0,
+            (true, true) => 1,
+            (true, false) => 2,
+        };
+        Head {
+            code: self.kind.code(),
+            body,
+            rights,
+            zero: 0,
+            word: word.into(),
+            zero2: 0.into(),
+            page: self.page.0.into(),
+        }
+    }
+
+    /// Reads a frame. Every field is checked against its form; what the message means is the protocol's to
+    /// judge.
+    ///
+    /// # Errors
+    /// The end of a sentence that begins with the peer's name.
+    pub fn parse(frame: &[u8], nodes: usize, pages: u64) -> Result<(Message, Body<'_>), &'static str> {
+        let (head, rest) = Head::ref_from_prefix(frame).map_err(|_| "sent a coherence frame that is too short")?;
+        if head.zero != 0 || head.zero2.get() != 0 {
+            return Err("sent a coherence frame with reserved bits set");
+        }
+        let body = match (head.body, rest.len()) {
+            (0, 0) => Body::Absent,
+            (1, 0) => Body::Zero,
+            (2, _) => {
+                Body::Bytes(rest.try_into().map_err(|_| "sent a page that is not 4096 bytes long")?)
+            }
+            _ => return Err("sent a coherence frame whose body does not fit its length"),
+        };
+        let has_body = body != Body::Absent;
+        if head.page.get() >= pages {
+            return Err("named a page beyond the guest's memory");
+        }
+        let word = head.word.get();
+        let requester = || match usize::from(word) < nodes {
+            true => Ok(NodeId(word)),
+            false => Err("named a node that does not exist"),
+        };
+        let kind = match head.code {
+            1 => Kind::GetShared,
+            2 => Kind::GetExclusive,
+            3 => Kind::Data {
+                rights: match head.rights {
+                    1 => Rights::Shared,
+                    2 => Rights::Exclusive,
+                    _ => return Err("granted rights that do not exist"),
+                },
+                acks: word,
+                body: has_body,
+            },
+            4 => Kind::Invalidate { requester: requester()? },
+            5 => Kind::Ack,
+            6 => Kind::ForwardShared { requester: requester()? },
+            7 => Kind::ForwardExclusive { requester: requester()? },
+            8 => Kind::Writeback { body: has_body },
+            9 => Kind::PutShared,
+            10 => Kind::PutExclusive,
+            11 => Kind::PutAck,
+            _ => return Err("sent a coherence message of an unknown kind"),
+        };
+        if kind.has_body() != has_body {
+            return Err("sent a coherence message with a body it must not have, or without the one it needs");
+        }
+        Ok((Message { page: Page(head.page.get()), kind }, body))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn kinds() -> impl Strategy<Value = Kind> {
+        let node = (0u16..9).prop_map(NodeId);
+        prop_oneof![
+            Just(Kind::GetShared),
+            Just(Kind::GetExclusive),
+            (any::<bool>(), 0u16..600, any::<bool>()).prop_map(|(x, acks, body)| Kind::Data {
+                rights: if x { Rights::Exclusive } else { Rights::Shared },
+                acks,
+                body
+            }),
+            node.clone().prop_map(|requester| Kind::Invalidate { requester }),
+            Just(Kind::Ack),
+            node.clone().prop_map(|requester| Kind::ForwardShared { requester }),
+            node.prop_map(|requester| Kind::ForwardExclusive { requester }),
+            any::<bool>().prop_map(|body| Kind::Writeback { body }),
+            Just(Kind::PutShared),
+            Just(Kind::PutExclusive),
+            Just(Kind::PutAck),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_frame_reads_back_as_what_was_written(kind in kinds(), page in 0u64..1000, zero: bool) {
+            let message = Message { page: Page(page), kind };
+            let mut frame = message.head(zero).as_bytes().to_vec();
+            if kind.has_body() && !zero {
+                frame.extend([7; PAGE_SIZE]);
+            }
+            let (back, body) = Message::parse(&frame, 9, 1000).unwrap();
+            prop_assert_eq!(back, message);
+            prop_assert_eq!(body != Body::Absent, kind.has_body());
+            prop_assert!(Message::parse(&frame, 9, page).is_err());
+        }
+
+        #[test]
+        fn any_bytes_are_a_message_or_an_error(frame in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = Message::parse(&frame, 9, 1000);
+        }
+
+        #[test]
+        fn a_frame_cut_short_or_too_long_is_refused(kind in kinds(), cut in 1usize..16) {
+            let message = Message { page: Page(1), kind };
+            let mut frame = message.head(true).as_bytes().to_vec();
+            frame.truncate(16 - cut);
+            prop_assert!(Message::parse(&frame, 9, 1000).is_err());
+            let mut frame = message.head(true).as_bytes().to_vec();
+            frame.push(0);
+            prop_assert!(Message::parse(&frame, 9, 1000).is_err());
+        }
+    }
+}

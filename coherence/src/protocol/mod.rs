@@ -1,0 +1,349 @@
+//! The coherence protocol: a pure state machine, one for each shard of each node.
+//!
+//! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`] and [`Protocol::release`];
+//! every input appends [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no
+//! clock and no randomness here. The engine, the model checker, the property tests and the simulator all
+//! drive this code.
+//!
+//! Each node plays two parts: *cache* ([`cache`]) for the pages that its guest view maps, and *home*
+//! ([`home`]) for the pages whose directory it keeps. When both parts of one node talk to each other the
+//! messages take the same way, through a local queue that is emptied before an input ends.
+//!
+//! # What the lanes must give
+//! Messages from one node to another arrive in the order sent (per shard). Between different pairs of
+//! nodes there is no order. Nothing is lost: a node that cannot be reached ends the machine.
+//!
+//! # The directory is exact
+//! A node never drops a copy silently: it puts it ([`Kind::PutShared`], [`Kind::PutExclusive`]) and forgets
+//! the page only when the home has acknowledged. So an Invalidate or Forward that finds a miss under way
+//! can be told apart:
+//!
+//! | waiting for | Invalidate arrives | Forward arrives |
+//! |---|---|---|
+//! | Shared | it is for the copy on its way to us: answered after it came | cannot be |
+//! | Exclusive | it is for the copy we still have: answered at once | for the page on its way: answered after it came |
+//! | PutAck | answered at once | answered at once, from the frame |
+//!
+//! # States of a page in the cache
+//! ```text
+//!            fault r: GetShared             fault w: GetExclusive
+//!  Invalid ────────────────────> (miss) <──────────────────────── Shared
+//!     ▲                            │ Data (+ acks)                   ▲
+//!     │ Invalidate / Forward:      ▼                                 │
+//!     ├──── unmap, answer ── Shared | Exclusive ── ForwardShared ────┘
+//!     │                            │ evict          protect, answer
+//!     └──── PutAck ──────────── (evicting)
+//! ```
+//! A page that was just won is *held*: Invalidate and Forward wait until the caller [`release`]s it, so
+//! that the instruction that needed it can retire.
+//!
+//! [`release`]: Protocol::release
+
+mod cache;
+mod home;
+mod message;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use fabric::NodeId;
+
+pub use self::message::{Body, Head, Kind, Message};
+pub use self::state::Entry;
+use self::state::{Directory, PageMap, Table};
+use crate::page::{Homes, Page};
+
+/// What a node may do with a page through its guest view.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Rights {
+    /// Nothing: Invalid.
+    #[default]
+    None = 0,
+    /// Read.
+    Shared = 1,
+    /// Read and write.
+    Exclusive = 2,
+}
+
+/// What the caller must do, in order.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Send a message; its body, if any, is the page's frame as it is now.
+    Send {
+        /// To whom; never this node.
+        to: NodeId,
+        /// What.
+        message: Message,
+    },
+    /// Copy the body of the message being handled into the page's frame.
+    Land(Page),
+    /// Map the frame in the guest view with these rights and wake who waits for it.
+    Map(Page, Rights),
+    /// Lift the write protection from the mapped page and wake who waits for it.
+    Unprotect(Page),
+    /// Write-protect the page in the guest view.
+    Protect(Page),
+    /// Unmap the page from the guest view, its frame stays. Nobody can access it when this is done.
+    Unmap(Page),
+    /// The frame's content is of no use any more; give its memory back (never at the home).
+    Free(Page),
+    /// A page was won: call [`Protocol::release`] after it could be used.
+    Hold(Page),
+    /// A demand waits for the release of a held page. For the trace and the counters.
+    Deferred(Page),
+}
+
+/// A message that no sound peer sends: its session must end.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[error("{from} broke the coherence protocol on page {page:#x}: {what}", page = page.0)]
+pub struct Violation {
+    /// Who sent it.
+    pub from: NodeId,
+    /// On which page.
+    pub page: Page,
+    /// What is wrong with it.
+    pub what: &'static str,
+}
+
+/// What is wrong with a message; `from` if it is not its sender's fault but that of one whose request waited.
+struct Wrong {
+    from: Option<NodeId>,
+    what: &'static str,
+}
+
+impl From<&'static str> for Wrong {
+    fn from(what: &'static str) -> Wrong {
+        Wrong { from: None, what }
+    }
+}
+
+type Outcome = Result<(), Wrong>;
+
+/// What another node wants of a copy that is here.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+enum Demand {
+    Invalidate { requester: NodeId },
+    ForwardShared { requester: NodeId },
+    ForwardExclusive { requester: NodeId },
+}
+
+/// A page that this node asked for and does not have yet, or gave back and may not forget yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Transient {
+    Miss(Miss),
+    Evict {
+        /// What a fault asked for in the meantime.
+        refault: Rights,
+    },
+}
+
+/// A request under way.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Miss {
+    want: Rights,
+    /// Set once the Data message came.
+    granted: bool,
+    /// Acks announced minus acks received; below zero while acks overtake Data.
+    acks: i32,
+    /// A write fault came while waiting for Shared.
+    then_write: bool,
+    /// What was asked of the page that is on its way.
+    deferred: Option<Demand>,
+}
+
+/// A request that waits at the home.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+enum Request {
+    Get(Rights),
+    Put,
+}
+
+/// The home waits for the owner's bytes before it can go on with the page.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Busy {
+    owner: NodeId,
+    requester: NodeId,
+    queue: VecDeque<(NodeId, Request)>,
+}
+
+/// The cache's side of a page, packed: rights, and whether the page is held.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Local(u8);
+
+impl Local {
+    const HELD: u8 = 4;
+    /// Set once the page's rights differ from what they were at power-on.
+    const KNOWN: u8 = 8;
+}
+
+/// The protocol of one shard at one node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Protocol {
+    me: NodeId,
+    homes: Arc<Homes>,
+    local: Table<Local>,
+    transient: PageMap<Transient>,
+    deferred: PageMap<Demand>,
+    directory: Directory,
+    busy: PageMap<Busy>,
+    /// Messages from one part of this node to the other.
+    loopback: VecDeque<Message>,
+}
+
+impl Protocol {
+    /// The protocol at node `me`, everything at home. Tables grow by `chunk_pages` pages.
+    pub fn new(me: NodeId, homes: Arc<Homes>, chunk_pages: u64) -> Protocol {
+        Protocol {
+            me,
+            homes,
+            local: Table::new(chunk_pages),
+            transient: PageMap::default(),
+            deferred: PageMap::default(),
+            directory: Directory::new(me, chunk_pages),
+            busy: PageMap::default(),
+            loopback: VecDeque::new(),
+        }
+    }
+
+    /// A vCPU (or the node itself, through the guest view) was stopped at a page.
+    ///
+    /// Several faults may report one page; a fault that comes after its page was mapped is answered by
+    /// mapping it again.
+    pub fn fault(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) {
+        self.cache_fault(page, if write { Rights::Exclusive } else { Rights::Shared }, out);
+        // What this node says to itself is never malformed.
+        let own = self.run_loopback(out);
+        debug_assert_eq!(own, Ok(()));
+    }
+
+    /// A peer's message came.
+    ///
+    /// # Errors
+    /// [`Violation`] when it makes no sense; the state and `out` are then not to be used any more.
+    pub fn message(&mut self, from: NodeId, message: Message, out: &mut Vec<Effect>) -> Result<(), Violation> {
+        self.dispatch(from, message, out)?;
+        self.run_loopback(out)
+    }
+
+    /// The time for which a won page is held is over.
+    pub fn release(&mut self, page: Page, out: &mut Vec<Effect>) {
+        self.cache_release(page, out);
+        let own = self.run_loopback(out);
+        debug_assert_eq!(own, Ok(()));
+    }
+
+    /// Gives a copy back to its home, to make room. Does nothing, and says so by `false`, if the page is at
+    /// home, not here, held, or already under way.
+    pub fn evict(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {
+        let evicted = self.cache_evict(page, out);
+        let own = self.run_loopback(out);
+        debug_assert_eq!(own, Ok(()));
+        evicted
+    }
+
+    /// What this node's guest view may do with a page now.
+    pub fn rights(&self, page: Page) -> Rights {
+        let local = self.local.get(page);
+        match local.0 & 3 {
+            _ if local.0 & Local::KNOWN == 0 => match self.homes.home(page) == self.me {
+                true => Rights::Exclusive,
+                false => Rights::None,
+            },
+            0 => Rights::None,
+            1 => Rights::Shared,
+            _ => Rights::Exclusive,
+        }
+    }
+
+    /// Whether the page is held.
+    pub fn held(&self, page: Page) -> bool {
+        self.local.get(page).0 & Local::HELD != 0
+    }
+
+    /// The home's knowledge of a page; only at its home.
+    pub fn entry(&self, page: Page) -> Entry {
+        self.directory.get(page)
+    }
+
+    /// Whether nothing is under way here.
+    pub fn is_quiet(&self) -> bool {
+        self.transient.is_empty() && self.busy.is_empty() && self.deferred.is_empty()
+    }
+
+    /// Whether something is under way on the page here.
+    pub fn is_transient(&self, page: Page) -> bool {
+        self.transient.get(page).is_some() || self.busy.get(page).is_some()
+    }
+
+    /// Bytes of state: directory and rights.
+    pub fn metadata_bytes(&self) -> usize {
+        self.local.bytes() + self.directory.bytes()
+    }
+
+    /// One line for every page on which something is under way, for the failure dump.
+    pub fn describe(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (page, t) in self.transient.iter() {
+            lines.push(format!("page {:#x}: {:?}, rights {:?}", page.0, t, self.rights(page)));
+        }
+        for (page, d) in self.deferred.iter() {
+            lines.push(format!("page {:#x}: held, deferred {:?}", page.0, d));
+        }
+        for (page, b) in self.busy.iter() {
+            lines.push(format!("page {:#x}: home busy, {:?}, {:?}", page.0, self.entry(page), b));
+        }
+        lines
+    }
+
+    fn set_local(&mut self, page: Page, rights: Rights, held: bool) {
+        let held = if held { Local::HELD } else { 0 };
+        self.local.set(page, Local(rights as u8 | held | Local::KNOWN));
+    }
+
+    fn send(&mut self, to: NodeId, page: Page, kind: Kind, out: &mut Vec<Effect>) {
+        let message = Message { page, kind };
+        if to == self.me {
+            self.loopback.push_back(message);
+        } else {
+            out.push(Effect::Send { to, message });
+        }
+    }
+
+    fn run_loopback(&mut self, out: &mut Vec<Effect>) -> Result<(), Violation> {
+        while let Some(message) = self.loopback.pop_front() {
+            self.dispatch(self.me, message, out)?;
+        }
+        Ok(())
+    }
+
+    fn dispatch(&mut self, from: NodeId, message: Message, out: &mut Vec<Effect>) -> Result<(), Violation> {
+        let page = message.page;
+        let at_home = self.homes.home(page) == self.me;
+        let from_home = self.homes.home(page) == from;
+        let result = match message.kind {
+            Kind::GetShared if at_home => self.home_get(page, from, Rights::Shared, out),
+            Kind::GetExclusive if at_home => self.home_get(page, from, Rights::Exclusive, out),
+            Kind::Writeback { body } if at_home => self.home_writeback(page, from, body, out),
+            Kind::PutShared if at_home => self.home_put(page, from, None, out),
+            Kind::PutExclusive if at_home => self.home_put(page, from, Some(()), out),
+            Kind::Data { rights, acks, body } => self.cache_data(page, from, rights, acks, body, out),
+            Kind::Ack => self.cache_ack(page, out),
+            Kind::Invalidate { requester } if from_home => {
+                self.cache_demand(page, Demand::Invalidate { requester }, out)
+            }
+            Kind::ForwardShared { requester } if from_home => {
+                self.cache_demand(page, Demand::ForwardShared { requester }, out)
+            }
+            Kind::ForwardExclusive { requester } if from_home => {
+                self.cache_demand(page, Demand::ForwardExclusive { requester }, out)
+            }
+            Kind::PutAck if from_home => self.cache_put_ack(page, out),
+            _ => Err("the page's home is another node".into()),
+        };
+        result.map_err(|wrong| Violation { from: wrong.from.unwrap_or(from), page, what: wrong.what })
+    }
+}

@@ -1,0 +1,197 @@
+//! Where the protocol keeps what it knows of pages: tables that grow where pages are used, and small
+//! ordered maps for the few pages on which something is under way.
+
+use std::collections::BTreeMap;
+use std::hash::Hash;
+
+use fabric::NodeId;
+
+use crate::node_set::NodeSet;
+use crate::page::Page;
+
+/// One value a page, in chunks that exist only where a value was ever set.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Table<T> {
+    chunk_pages: u64,
+    chunks: BTreeMap<u64, Box<[T]>>,
+}
+
+impl<T: Copy + Default> Table<T> {
+    /// A table whose chunks hold `chunk_pages` pages.
+    pub fn new(chunk_pages: u64) -> Table<T> {
+        Table { chunk_pages, chunks: BTreeMap::new() }
+    }
+
+    /// The page's value; the default where none was set.
+    pub fn get(&self, page: Page) -> T {
+        match self.chunks.get(&(page.0 / self.chunk_pages)) {
+            Some(chunk) => chunk[(page.0 % self.chunk_pages) as usize],
+            None => T::default(),
+        }
+    }
+
+    /// Sets the page's value.
+    pub fn set(&mut self, page: Page, value: T) {
+        let len = self.chunk_pages as usize;
+        let chunk = self
+            .chunks
+            .entry(page.0 / self.chunk_pages)
+            .or_insert_with(|| vec![T::default(); len].into_boxed_slice());
+        chunk[(page.0 % self.chunk_pages) as usize] = value;
+    }
+
+    /// Bytes that the chunks take.
+    pub fn bytes(&self) -> usize {
+        self.chunks.len() * self.chunk_pages as usize * size_of::<T>()
+    }
+}
+
+/// A map over the few pages on which something is under way: a sorted vector that keeps its space, so that
+/// a fault allocates nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PageMap<V>(Vec<(Page, V)>);
+
+impl<V> Default for PageMap<V> {
+    fn default() -> Self {
+        PageMap(Vec::new())
+    }
+}
+
+impl<V> PageMap<V> {
+    fn find(&self, page: Page) -> Result<usize, usize> {
+        self.0.binary_search_by_key(&page, |(p, _)| *p)
+    }
+
+    /// The page's value.
+    pub fn get(&self, page: Page) -> Option<&V> {
+        self.find(page).ok().map(|i| &self.0[i].1)
+    }
+
+    /// The page's value, to change.
+    pub fn get_mut(&mut self, page: Page) -> Option<&mut V> {
+        self.find(page).ok().map(|i| &mut self.0[i].1)
+    }
+
+    /// Sets the page's value; the one it had.
+    pub fn insert(&mut self, page: Page, value: V) -> Option<V> {
+        match self.find(page) {
+            Ok(i) => Some(std::mem::replace(&mut self.0[i].1, value)),
+            Err(i) => {
+                self.0.insert(i, (page, value));
+                None
+            }
+        }
+    }
+
+    /// Takes the page's value out.
+    pub fn remove(&mut self, page: Page) -> Option<V> {
+        self.find(page).ok().map(|i| self.0.remove(i).1)
+    }
+
+    /// All pages, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (Page, &V)> {
+        self.0.iter().map(|(p, v)| (*p, v))
+    }
+
+    /// Whether nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// What the home knows of a page's copies.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Entry {
+    /// One node may write; its copy is the current one. At power-on that is the home.
+    Exclusive(NodeId),
+    /// These nodes may read, the home's frame is current. The home is in the set if its guest view maps it.
+    Shared(NodeSet),
+}
+
+/// The home's side of all pages: an [`Entry`] each, packed in eight bytes.
+///
+/// `0` is a page that never left its home. Else the two lowest bits say what the rest is: `1` the owner's
+/// id, `2` a bit for each sharer below 62, `3` a set with larger ids, kept aside.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Directory {
+    home: NodeId,
+    packed: Table<u64>,
+    large: BTreeMap<Page, [u64; 8]>,
+}
+
+impl Directory {
+    /// The directory of the pages whose home is `home`.
+    pub fn new(home: NodeId, chunk_pages: u64) -> Directory {
+        Directory { home, packed: Table::new(chunk_pages), large: BTreeMap::new() }
+    }
+
+    /// What is known of a page.
+    pub fn get(&self, page: Page) -> Entry {
+        let word = self.packed.get(page);
+        match word & 3 {
+            0 => Entry::Exclusive(self.home),
+            1 => Entry::Exclusive(NodeId((word >> 2) as u16)),
+            2 => Entry::Shared(NodeSet::from(word >> 2)),
+            _ => Entry::Shared(NodeSet::from_words(self.large[&page])),
+        }
+    }
+
+    /// Notes what is now known of a page.
+    pub fn set(&mut self, page: Page, entry: Entry) {
+        if self.packed.get(page) & 3 == 3 {
+            self.large.remove(&page);
+        }
+        let word = match entry {
+            Entry::Exclusive(owner) if owner == self.home => 0,
+            Entry::Exclusive(owner) => u64::from(owner.0) << 2 | 1,
+            Entry::Shared(set) => match set.small().filter(|word| word >> 62 == 0) {
+                Some(word) => word << 2 | 2,
+                None => {
+                    self.large.insert(page, set.words());
+                    3
+                }
+            },
+        };
+        self.packed.set(page, word);
+    }
+
+    /// Bytes that the directory takes.
+    pub fn bytes(&self) -> usize {
+        self.packed.bytes() + self.large.len() * size_of::<(Page, [u64; 8])>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_reads_back_whatever_its_sharers() {
+        let mut dir = Directory::new(NodeId(3), 512);
+        assert_eq!(dir.get(Page(7)), Entry::Exclusive(NodeId(3)));
+        for entry in [
+            Entry::Exclusive(NodeId(0)),
+            Entry::Shared([0, 61].map(NodeId).into_iter().collect()),
+            Entry::Shared([0, 62].map(NodeId).into_iter().collect()),
+            Entry::Shared([5, 511].map(NodeId).into_iter().collect()),
+            Entry::Exclusive(NodeId(511)),
+            Entry::Shared(NodeSet::default()),
+            Entry::Exclusive(NodeId(3)),
+        ] {
+            dir.set(Page(7), entry);
+            assert_eq!(dir.get(Page(7)), entry);
+        }
+        assert!(dir.large.is_empty());
+    }
+
+    #[test]
+    fn the_small_map_keeps_pages_apart() {
+        let mut map = PageMap::default();
+        assert_eq!(map.insert(Page(5), 'a'), None);
+        assert_eq!(map.insert(Page(2), 'b'), None);
+        assert_eq!(map.insert(Page(5), 'c'), Some('a'));
+        assert_eq!(map.iter().map(|(p, _)| p.0).collect::<Vec<_>>(), [2, 5]);
+        assert_eq!(map.remove(Page(2)), Some('b'));
+        assert_eq!((map.get(Page(2)), map.get(Page(5))), (None, Some(&'c')));
+    }
+}
