@@ -16,6 +16,10 @@ pub enum FabricError {
     /// The mesh could not be set up.
     #[error("the fabric could not be set up: {0}")]
     Setup(String),
+    /// A frame that may not be sent: empty, too long, or to a peer or lane that does not exist. A mistake of
+    /// the caller; nothing was sent and the session goes on.
+    #[error("a frame was refused: {0}")]
+    Refused(String),
     /// An operating-system call failed.
     #[error("{what}: {source}")]
     Io {

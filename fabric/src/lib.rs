@@ -17,11 +17,19 @@
 //!              │ socket full                                                     ▲
 //!              └── backlog of the lane, flushed by that lane's Receiver::poll ───┘
 //! ```
+//!
+//! # Transports
+//!
+//! - [`tcp`]: one TCP connection per lane and peer; what runs between servers.
+//! - [`sim`]: all nodes in one process; for the tests of everything above the fabric.
+//!
+//! `tests/conformance.rs` holds both to the same contract.
 
 mod error;
+pub mod sim;
 pub mod tcp;
 pub mod trace;
 mod transport;
 
 pub use error::FabricError;
-pub use transport::{LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
+pub use transport::{LaneId, MAX_BACKLOG, MAX_FRAME, MAX_NODES, NodeId, Receiver, Transport, TransportStats};

@@ -1,6 +1,7 @@
 //! What every transport offers: frames to a peer on a lane, in order.
 
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::FabricError;
 
@@ -24,9 +25,16 @@ impl std::fmt::Display for NodeId {
 /// One ordered stream to each peer. Lane 0 carries control traffic, lanes 1.. one coherence shard each.
 pub type LaneId = u16;
 
+/// The most nodes that one machine may have.
+pub const MAX_NODES: usize = 512;
+
 /// The longest frame, in bytes. Anything longer is a programming error at the sender and ends the session
 /// at the receiver.
 pub const MAX_FRAME: usize = 64 * 1024;
+
+/// What a sender keeps for one peer on one lane while the peer does not take it, in bytes. A peer that is
+/// further behind is lost.
+pub const MAX_BACKLOG: usize = 64 << 20;
 
 /// Totals since the transport was opened.
 #[derive(Copy, Clone, Debug, Default, Eq, PartialEq)]
@@ -59,7 +67,9 @@ pub trait Transport: Send + Sync {
     /// threads send them.
     ///
     /// # Errors
-    /// [`FabricError::PeerLost`] once the peer is gone or its backlog has grown past every reason.
+    /// [`FabricError::PeerLost`] once the peer is gone or its backlog has grown past every reason;
+    /// [`FabricError::Refused`] for a frame that is empty or too long, or is for this node itself, or for a
+    /// peer or lane that does not exist.
     fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError>;
 
     /// Takes the receiving side of a lane; `None` when the lane does not exist or was taken before.
@@ -77,7 +87,8 @@ pub trait Receiver: Send {
     ///
     /// # Errors
     /// [`FabricError::PeerLost`] when a peer closed its end or broke the framing. Frames that arrived
-    /// whole before that have been delivered.
+    /// whole before that have been delivered. Each lost peer is reported once; the others go on, so call
+    /// `poll` again.
     fn poll(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError>;
 
     /// A descriptor that becomes readable (level-triggered, for `poll` or `epoll`) when [`Receiver::poll`]
@@ -86,4 +97,62 @@ pub trait Receiver: Send {
 
     /// Call before sleeping on [`Receiver::fd`]; `true` means there is work already and sleeping is wrong.
     fn arm(&mut self) -> Result<bool, FabricError>;
+}
+
+/// Totals that several threads add to. Senders and the receiver have a cache line each.
+#[derive(Default)]
+pub(crate) struct Counters {
+    sent: Direction,
+    received: Direction,
+}
+
+#[derive(Default)]
+#[repr(align(64))]
+struct Direction {
+    frames: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn sent(&self, frames: u64, bytes: u64) {
+        self.sent.frames.fetch_add(frames, Relaxed);
+        self.sent.bytes.fetch_add(bytes, Relaxed);
+    }
+
+    pub(crate) fn received(&self, frames: u64, bytes: u64) {
+        self.received.frames.fetch_add(frames, Relaxed);
+        self.received.bytes.fetch_add(bytes, Relaxed);
+    }
+
+    /// Adds these totals to `stats`.
+    pub(crate) fn add_to(&self, stats: &mut TransportStats) {
+        stats.frames_sent += self.sent.frames.load(Relaxed);
+        stats.bytes_sent += self.sent.bytes.load(Relaxed);
+        stats.frames_received += self.received.frames.load(Relaxed);
+        stats.bytes_received += self.received.bytes.load(Relaxed);
+    }
+}
+
+/// Checks what every transport refuses before it sends: returns the frame's length.
+pub(crate) fn check_frame(
+    from: NodeId,
+    to: NodeId,
+    lane: LaneId,
+    nodes: usize,
+    lanes: usize,
+    parts: &[&[u8]],
+) -> Result<usize, FabricError> {
+    let len: usize = parts.iter().map(|p| p.len()).sum();
+    let wrong = if to == from {
+        "a node does not send to itself".to_owned()
+    } else if to.index() >= nodes {
+        format!("the machine has {nodes} nodes")
+    } else if usize::from(lane) >= lanes {
+        format!("the machine has {lanes} lanes")
+    } else if len == 0 || len > MAX_FRAME {
+        format!("a frame has 1 to {MAX_FRAME} bytes, this one {len}")
+    } else {
+        return Ok(len);
+    };
+    Err(FabricError::Refused(format!("to {to} on lane {lane}: {wrong}")))
 }

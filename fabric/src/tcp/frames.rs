@@ -1,0 +1,152 @@
+//! Cuts a byte stream into frames, in place.
+
+use crate::MAX_FRAME;
+
+/// Bytes in front of each frame: its length, little-endian.
+pub(super) const HEADER: usize = 4;
+
+/// The longest frame with its header.
+const MAX_WIRE: usize = HEADER + MAX_FRAME;
+
+/// Bytes of one connection's receive buffer: room for a partial frame of any length and three whole ones
+/// of the longest kind. Only the pages that are really used cost memory, and a connection with little
+/// traffic always uses the first ones.
+const CAPACITY: usize = 256 * 1024;
+
+/// The header of a frame of `len` bytes.
+pub(super) fn header(len: usize) -> [u8; HEADER] {
+    debug_assert!((1..=MAX_FRAME).contains(&len));
+    (len as u32).to_le_bytes()
+}
+
+/// A length that no sound peer sends: zero, or more than [`MAX_FRAME`].
+#[derive(Copy, Clone, Debug, Eq, PartialEq)]
+pub(super) struct BadLength(pub(super) u32);
+
+/// The bytes of one connection that have arrived and are not delivered yet: `bytes[start..end]`.
+pub(super) struct FrameBuffer {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl FrameBuffer {
+    pub(super) fn new() -> FrameBuffer {
+        FrameBuffer { bytes: vec![0; CAPACITY].into_boxed_slice(), start: 0, end: 0 }
+    }
+
+    /// Where to put what arrives next; never empty. [`FrameBuffer::filled`] says how much came.
+    pub(super) fn space(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.end..]
+    }
+
+    /// `n` bytes were put into [`FrameBuffer::space`].
+    pub(super) fn filled(&mut self, n: usize) {
+        assert!(n <= self.bytes.len() - self.end, "more bytes than there was space");
+        self.end += n;
+    }
+
+    /// Whether part of a frame has arrived and the rest has not.
+    pub(super) fn has_partial_frame(&self) -> bool {
+        self.start != self.end
+    }
+
+    /// Gives every whole frame to `sink`, in order, and returns how many there were. Call it after each
+    /// [`FrameBuffer::filled`]: it also makes the space for the next.
+    ///
+    /// # Errors
+    /// [`BadLength`] at a header that cannot be; the frames before it were delivered, and the rest of the
+    /// stream has no meaning.
+    pub(super) fn deliver(&mut self, mut sink: impl FnMut(&[u8])) -> Result<usize, BadLength> {
+        let mut frames = 0;
+        while let Some((header, rest)) = self.bytes[self.start..self.end].split_first_chunk::<HEADER>() {
+            let len = u32::from_le_bytes(*header);
+            if len == 0 || len as usize > MAX_FRAME {
+                return Err(BadLength(len));
+            }
+            let Some(frame) = rest.get(..len as usize) else { break };
+            // Advanced first, so that a sink that panics and is caught does not see the frame twice.
+            self.start += HEADER + frame.len();
+            sink(frame);
+            frames += 1;
+        }
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.bytes.len() - self.end < MAX_WIRE {
+            self.bytes.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        Ok(frames)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Feeds `stream` in pieces of at most `chunks` bytes (cyclic), as a socket would, and returns the frames.
+    fn split(stream: &[u8], chunks: &[usize]) -> Result<Vec<Vec<u8>>, BadLength> {
+        let (mut buffer, mut out, mut rest) = (FrameBuffer::new(), Vec::new(), stream);
+        for chunk in chunks.iter().cycle() {
+            if rest.is_empty() {
+                break;
+            }
+            let space = buffer.space();
+            assert!(!space.is_empty(), "a receive into no space would look like the end of the stream");
+            let n = rest.len().min(*chunk).min(space.len());
+            space[..n].copy_from_slice(&rest[..n]);
+            rest = &rest[n..];
+            buffer.filled(n);
+            let before = out.len();
+            let frames = buffer.deliver(|frame| out.push(frame.to_vec()))?;
+            assert_eq!(frames, out.len() - before);
+        }
+        assert!(!buffer.has_partial_frame());
+        Ok(out)
+    }
+
+    fn stream(frames: &[Vec<u8>]) -> Vec<u8> {
+        frames.iter().flat_map(|f| header(f.len()).into_iter().chain(f.iter().copied())).collect()
+    }
+
+    /// Frame lengths with the interesting ones over-represented.
+    fn length() -> impl Strategy<Value = usize> {
+        prop_oneof![4 => 1..64usize, 2 => 4000..4200usize, 1 => 1..=MAX_FRAME, 1 => Just(MAX_FRAME), 1 => Just(1)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_chunking_of_the_stream_yields_the_same_frames(
+            lengths in prop::collection::vec(length(), 1..40),
+            chunks in prop::collection::vec(prop_oneof![1..8usize, 1..70_000usize, Just(usize::MAX)], 1..20),
+        ) {
+            let frames: Vec<Vec<u8>> =
+                lengths.iter().enumerate().map(|(i, n)| (0..*n).map(|j| (i * 31 + j) as u8).collect()).collect();
+            // All of the smallest pieces would make the slow way through a megabyte, one byte at a time.
+            let chunks: Vec<usize> = chunks.iter().copied().chain([3000]).collect();
+            prop_assert_eq!(split(&stream(&frames), &chunks).unwrap(), frames);
+        }
+
+        #[test]
+        fn a_bad_length_is_found_after_the_frames_before_it(
+            before in prop::collection::vec(length(), 0..5),
+            bad in prop_oneof![Just(0u32), Just(MAX_FRAME as u32 + 1), MAX_FRAME as u32 + 1..=u32::MAX],
+            chunk in 1..5000usize,
+        ) {
+            let frames: Vec<Vec<u8>> = before.iter().map(|n| vec![7; *n]).collect();
+            let mut bytes = stream(&frames);
+            bytes.extend(bad.to_le_bytes());
+            bytes.extend([1; 100]);
+            prop_assert_eq!(split(&bytes, &[chunk]), Err(BadLength(bad)));
+        }
+    }
+
+    #[test]
+    fn single_bytes_yield_whole_frames() {
+        let frames = vec![vec![1], vec![2; 300], vec![3; 5]];
+        assert_eq!(split(&stream(&frames), &[1]).unwrap(), frames);
+    }
+}

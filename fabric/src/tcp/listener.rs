@@ -1,0 +1,158 @@
+//! This node's address, and what it needs to know to join the mesh.
+
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
+
+use super::TcpTransport;
+use super::hello::{Identity, MAX_VERSION, is_version};
+use super::mesh::Mesh;
+use crate::{FabricError, MAX_NODES, NodeId};
+
+/// Socket buffer asked for in each direction, in bytes: 256 pages in flight before a sender has to keep a
+/// backlog. Without CAP_NET_ADMIN the kernel grants at most `net.core.{w,r}mem_max`.
+const SOCKET_BUFFER: usize = 1 << 20;
+
+/// A silent connection is probed after this many seconds, then every second.
+const PROBE_AFTER: u32 = 2;
+
+/// That many probes without an answer end the connection.
+const PROBES: u32 = 3;
+
+/// Everything a node needs to know to join its machine's mesh.
+#[derive(Clone, Debug)]
+pub struct MeshConfig {
+    /// This node.
+    pub node: NodeId,
+    /// Every node's fabric address, by node, this one's included: 1 to [`MAX_NODES`].
+    pub addresses: Vec<SocketAddr>,
+    /// Lanes to each peer, at least 1; the same on every node.
+    pub lanes: u16,
+    /// Random id of this run of this machine: connections with another one are strangers.
+    pub machine: [u8; 16],
+    /// Version of the software, which must be exactly the same on every node: 1 to 64 visible ASCII
+    /// characters.
+    pub version: String,
+    /// How long the whole mesh may take.
+    pub timeout: Duration,
+}
+
+/// A bound and listening fabric address, from which [`Listener::mesh`] makes the transport.
+///
+/// Peers may connect as soon as it is bound; they are answered in [`Listener::mesh`].
+#[derive(Debug)]
+pub struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+}
+
+impl Listener {
+    /// Binds `address` and listens on it; port 0 takes any free port.
+    ///
+    /// # Errors
+    /// [`FabricError::Setup`] when the address is in use or is not one of this host.
+    pub fn bind(address: SocketAddr) -> Result<Listener, FabricError> {
+        let setup = |error: std::io::Error| {
+            FabricError::Setup(match error.kind() {
+                ErrorKind::AddrInUse => format!(
+                    "the address {address} is in use: end the process that listens there, or choose another port"
+                ),
+                ErrorKind::AddrNotAvailable => {
+                    format!("the address {address} is not one of this host: choose one that `ip addr` shows")
+                }
+                _ => format!("cannot listen on {address}: {error}"),
+            })
+        };
+        let socket = TcpListener::bind(address).map_err(setup)?;
+        // A machine of hundreds of nodes connects all at once; std listens with a short queue.
+        nix::sys::socket::listen(&socket, Backlog::MAXCONN).map_err(|e| setup(e.into()))?;
+        socket.set_nonblocking(true).map_err(setup)?;
+        // Accepted connections inherit the sizes, and the window scale depends on them.
+        set_buffers(&socket);
+        let address = socket.local_addr().map_err(setup)?;
+        Ok(Listener { socket, address })
+    }
+
+    /// The bound address, with the port that was taken.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Connects this node to every other, with one connection per lane, and closes the listening socket.
+    ///
+    /// The node with the higher id connects. Connections that do not belong here (another machine, garbage,
+    /// silence, a lane that is connected already) are closed with a warning in the log and disturb nothing.
+    /// On return every connection of this node is up; other nodes may still be connecting among themselves.
+    ///
+    /// # Errors
+    /// [`FabricError::Setup`] when a node of this machine has another version (on both sides, naming both
+    /// versions), when the time is over (naming the missing peers and what was last seen of them), and when
+    /// `config` is out of range.
+    pub fn mesh(self, config: MeshConfig) -> Result<TcpTransport, FabricError> {
+        let nodes = config.addresses.len();
+        let wrong = if nodes == 0 || nodes > MAX_NODES {
+            Some(format!("a machine has 1 to {MAX_NODES} nodes, this one {nodes}"))
+        } else if config.node.index() >= nodes {
+            Some(format!("this is {}, but the machine has {nodes} nodes", config.node))
+        } else if config.lanes == 0 {
+            Some("a machine needs at least one lane".to_owned())
+        } else if !is_version(config.version.as_bytes()) {
+            Some(format!(
+                "the version {:?} is not 1 to {MAX_VERSION} visible ASCII characters",
+                config.version
+            ))
+        } else {
+            None
+        };
+        if let Some(wrong) = wrong {
+            return Err(FabricError::Setup(wrong));
+        }
+        let identity = Identity {
+            machine: config.machine,
+            node: config.node,
+            nodes: nodes as u16,
+            lanes: config.lanes,
+            version: config.version,
+        };
+        let sockets = Mesh::new(self.socket, identity, config.addresses, config.timeout).run()?;
+        TcpTransport::new(config.node, sockets)
+    }
+}
+
+/// Begins to connect to `address`; the socket becomes writable when it is connected or has failed.
+pub(super) fn begin_connect(address: SocketAddr) -> nix::Result<TcpStream> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = nix::sys::socket::socket(family, SockType::Stream, flags, None)?;
+    set_buffers(&socket);
+    match nix::sys::socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(address)) {
+        Ok(()) | Err(nix::errno::Errno::EINPROGRESS) => Ok(socket.into()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sets a greeted connection up for frames.
+pub(super) fn tune(socket: &TcpStream) -> std::io::Result<()> {
+    // Every frame is wanted at once: never wait for an acknowledgement to fill a segment.
+    socket.set_nodelay(true)?;
+    // A host that died sends no FIN. Data in flight is covered by the heartbeats of the users above; an
+    // idle connection is covered here.
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &PROBE_AFTER)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &1)?;
+    setsockopt(socket, sockopt::TcpKeepCount, &PROBES)?;
+    Ok(())
+}
+
+/// Asks for large socket buffers. Smaller ones only cost speed, so what cannot be had is left.
+fn set_buffers(socket: &impl AsFd) {
+    if setsockopt(socket, sockopt::SndBufForce, &SOCKET_BUFFER).is_err() {
+        let _ = setsockopt(socket, sockopt::SndBuf, &SOCKET_BUFFER);
+    }
+    if setsockopt(socket, sockopt::RcvBufForce, &SOCKET_BUFFER).is_err() {
+        let _ = setsockopt(socket, sockopt::RcvBuf, &SOCKET_BUFFER);
+    }
+}
