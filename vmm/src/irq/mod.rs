@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`lapic`] | one x2APIC per vCPU: registers, priorities, EOI, inter-processor interrupts |
 //! | [`timer`] | the local APIC's timer: one-shot, periodic and TSC-deadline |
-//! | `ioapic` | the 24-pin I/O APIC |
+//! | [`ioapic`] | the 24-pin I/O APIC |
 //! | [`msi`] | message-signalled interrupts, decoded |
 //! | [`route`] | which CPUs a destination means |
 //! | [`vectors`] | a set of interrupt vectors |
@@ -22,6 +22,7 @@
 //!   IoApic::eoi <- Effect::Eoi (level-triggered vectors only) <- EOI register write <- ISR
 //! ```
 
+pub mod ioapic;
 pub mod lapic;
 pub mod msi;
 pub mod route;
@@ -97,7 +98,7 @@ pub struct Ipi {
 pub enum Effect {
     /// Route this interrupt.
     Ipi(Ipi),
-    /// A level-triggered interrupt was finished: tell the I/O APIC (`ioapic::IoApic::eoi`).
+    /// A level-triggered interrupt was finished: tell the I/O APIC ([`ioapic::IoApic::eoi`]).
     Eoi {
         /// The finished vector.
         vector: u8,
