@@ -91,7 +91,8 @@ impl IoApic {
 
     /// The guest reads `data.len()` bytes at `offset` of the register window. What no register has reads as 0.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        for (byte, offset) in data.iter_mut().zip(offset..) {
+        for (byte, index) in data.iter_mut().zip(0..) {
+            let offset = offset.wrapping_add(index);
             let register = match offset & !0xf {
                 IOREGSEL => u32::from(self.select),
                 IOWIN => self.register(),
