@@ -1,1 +1,32 @@
-//! Placeholder tour.
+//! Who may read or write which guest page: memory that several nodes share, page by page, like the caches
+//! of one machine share lines.
+//!
+//! - [`page`]: pages, their homes, and the shards that work on them.
+//! - [`protocol`]: the home-based directory protocol, a pure state machine.
+//! - [`memory`]: guest RAM as one file mapped twice, the guest view and the engine view.
+//! - [`uffd`]: the kernel's userfaultfd.
+//! - [`engine`]: the threads that connect these with the fabric.
+//! - [`stats`]: what is counted.
+//!
+//! # The way of one read miss
+//! ```text
+//! node A                                        home H                            owner B
+//! vCPU touches the page
+//!  kernel ─ userfaultfd event ─> shard thread
+//!   Protocol::fault ─ GetShared ─────────────> Protocol::message
+//!                                              clean: Data ──> A
+//!                                              dirty: ForwardShared ────────────> Protocol::message
+//!                                                                                 protect, Data ──> A
+//!                                              Land, directory <── Writeback ─────┘
+//!   Protocol::message <── Data
+//!   Land: bytes through the engine view
+//!   Map: UFFDIO_CONTINUE, write-protected, wakes the vCPU
+//! ```
+
+pub mod engine;
+pub mod memory;
+pub mod node_set;
+pub mod page;
+pub mod protocol;
+pub mod stats;
+pub mod uffd;

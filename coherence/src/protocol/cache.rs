@@ -46,7 +46,9 @@ impl Protocol {
             return Err("it granted what was not asked for".into());
         }
         if body == (here == Rights::Shared || current_at_home) {
-            return Err("it sent the page's bytes where a current copy is, or left them out where none is".into());
+            return Err(
+                "it sent the page's bytes where a current copy is, or left them out where none is".into()
+            );
         }
         miss.granted = true;
         miss.acks += i32::from(acks);
@@ -132,7 +134,7 @@ impl Protocol {
             out.push(Effect::Protect(page));
             self.set_local(page, Rights::Shared, false);
         } else {
-            out.push(Effect::Unmap(page));
+            out.push(Effect::Unmap(page, self.rights(page)));
             self.set_local(page, Rights::None, false);
         }
         self.answer(page, demand, true, out);
@@ -179,7 +181,7 @@ impl Protocol {
         if home == self.me || rights == Rights::None || self.held(page) || self.is_transient(page) {
             return false;
         }
-        out.push(Effect::Unmap(page));
+        out.push(Effect::Unmap(page, rights));
         self.set_local(page, Rights::None, false);
         self.transient.insert(page, Transient::Evict { refault: Rights::None });
         let kind = if rights == Rights::Exclusive { Kind::PutExclusive } else { Kind::PutShared };

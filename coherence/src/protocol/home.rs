@@ -9,7 +9,13 @@ use crate::node_set::NodeSet;
 use crate::page::Page;
 
 impl Protocol {
-    pub(super) fn home_get(&mut self, page: Page, from: NodeId, want: Rights, out: &mut Vec<Effect>) -> Outcome {
+    pub(super) fn home_get(
+        &mut self,
+        page: Page,
+        from: NodeId,
+        want: Rights,
+        out: &mut Vec<Effect>,
+    ) -> Outcome {
         if let Some(busy) = self.busy.get_mut(page) {
             if busy.queue.iter().any(|(node, request)| *node == from && *request != Request::Put) {
                 return Err("it asked twice for one page".into());
@@ -74,7 +80,12 @@ impl Protocol {
     }
 
     /// The owner's bytes are in the home's frame: readers share it now, and the next request has its turn.
-    pub(super) fn home_writeback_done(&mut self, page: Page, owner: NodeId, out: &mut Vec<Effect>) -> Outcome {
+    pub(super) fn home_writeback_done(
+        &mut self,
+        page: Page,
+        owner: NodeId,
+        out: &mut Vec<Effect>,
+    ) -> Outcome {
         let Some(busy) = self.busy.remove(page) else { return Ok(()) };
         let sharers: NodeSet = [owner, busy.requester].into_iter().collect();
         self.directory.set(page, Entry::Shared(sharers));
@@ -94,7 +105,13 @@ impl Protocol {
     }
 
     /// A copy comes back; with `bytes` from its owner.
-    pub(super) fn home_put(&mut self, page: Page, from: NodeId, bytes: Option<()>, out: &mut Vec<Effect>) -> Outcome {
+    pub(super) fn home_put(
+        &mut self,
+        page: Page,
+        from: NodeId,
+        bytes: Option<()>,
+        out: &mut Vec<Effect>,
+    ) -> Outcome {
         if from == self.me {
             return Err("it put a page back that is at home".into());
         }

@@ -147,16 +147,15 @@ impl Message {
     /// # Errors
     /// The end of a sentence that begins with the peer's name.
     pub fn parse(frame: &[u8], nodes: usize, pages: u64) -> Result<(Message, Body<'_>), &'static str> {
-        let (head, rest) = Head::ref_from_prefix(frame).map_err(|_| "sent a coherence frame that is too short")?;
+        let (head, rest) =
+            Head::ref_from_prefix(frame).map_err(|_| "sent a coherence frame that is too short")?;
         if head.zero != 0 || head.zero2.get() != 0 {
             return Err("sent a coherence frame with reserved bits set");
         }
         let body = match (head.body, rest.len()) {
             (0, 0) => Body::Absent,
             (1, 0) => Body::Zero,
-            (2, _) => {
-                Body::Bytes(rest.try_into().map_err(|_| "sent a page that is not 4096 bytes long")?)
-            }
+            (2, _) => Body::Bytes(rest.try_into().map_err(|_| "sent a page that is not 4096 bytes long")?),
             _ => return Err("sent a coherence frame whose body does not fit its length"),
         };
         let has_body = body != Body::Absent;

@@ -87,8 +87,9 @@ pub enum Effect {
     Unprotect(Page),
     /// Write-protect the page in the guest view.
     Protect(Page),
-    /// Unmap the page from the guest view, its frame stays. Nobody can access it when this is done.
-    Unmap(Page),
+    /// Unmap the page, which had these rights, from the guest view; its frame stays. Nobody can access it
+    /// when this is done.
+    Unmap(Page, Rights),
     /// The frame's content is of no use any more; give its memory back (never at the home).
     Free(Page),
     /// A page was won: call [`Protocol::release`] after it could be used.
@@ -224,7 +225,12 @@ impl Protocol {
     ///
     /// # Errors
     /// [`Violation`] when it makes no sense; the state and `out` are then not to be used any more.
-    pub fn message(&mut self, from: NodeId, message: Message, out: &mut Vec<Effect>) -> Result<(), Violation> {
+    pub fn message(
+        &mut self,
+        from: NodeId,
+        message: Message,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Violation> {
         self.dispatch(from, message, out)?;
         self.run_loopback(out)
     }
@@ -277,6 +283,15 @@ impl Protocol {
     /// Whether something is under way on the page here.
     pub fn is_transient(&self, page: Page) -> bool {
         self.transient.get(page).is_some() || self.busy.get(page).is_some()
+    }
+
+    /// Whether a fault waits for the page here.
+    pub fn is_missing(&self, page: Page) -> bool {
+        match self.transient.get(page) {
+            Some(Transient::Miss(_)) => true,
+            Some(Transient::Evict { refault }) => *refault != Rights::None,
+            None => false,
+        }
     }
 
     /// Bytes of state: directory and rights.

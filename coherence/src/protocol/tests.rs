@@ -66,7 +66,7 @@ impl Cluster {
                 Effect::Map(page, rights) => self.frames[n][page.0 as usize].rights = rights,
                 Effect::Unprotect(page) => self.frames[n][page.0 as usize].rights = Rights::Exclusive,
                 Effect::Protect(page) => self.frames[n][page.0 as usize].rights = Rights::Shared,
-                Effect::Unmap(page) => self.frames[n][page.0 as usize].rights = Rights::None,
+                Effect::Unmap(page, _) => self.frames[n][page.0 as usize].rights = Rights::None,
                 Effect::Free(page) => {
                     assert_ne!(self.homes.home(page).index(), n, "a home frame was freed");
                     assert_eq!(self.frames[n][page.0 as usize].rights, Rights::None);
@@ -174,7 +174,9 @@ impl Cluster {
                 assert!(node.rights(page) == mapped || lazily);
             }
             match self.nodes[self.homes.home(page).index()].entry(page) {
-                Entry::Exclusive(owner) => assert_eq!(having(Rights::Exclusive), [owner].into_iter().collect()),
+                Entry::Exclusive(owner) => {
+                    assert_eq!(having(Rights::Exclusive), [owner].into_iter().collect())
+                }
                 Entry::Shared(set) => assert_eq!(having(Rights::Shared), set),
             }
         }

@@ -1,0 +1,170 @@
+//! The engine: threads that drive the protocol with the kernel's faults and the peers' messages.
+//!
+//! One thread a shard. It owns the shard's protocol, userfaultfd and lane, so two faults never share a
+//! lock: faults of different shards meet different threads, faults of one shard are batched. Between
+//! faults a thread spins for a while, then sleeps on its descriptors.
+
+mod shard;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Sender, bounded, unbounded};
+use fabric::{FabricError, LaneId, NodeId, Transport};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use self::shard::{Request, Shard};
+use crate::memory::DualMemory;
+use crate::page::{Homes, Shards};
+use crate::protocol::Violation;
+use crate::stats::{ShardStats, Totals};
+
+/// How an engine runs.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// This node.
+    pub node: NodeId,
+    /// Whose pages are whose; the same at every node.
+    pub homes: Homes,
+    /// Threads that share the pages; the same at every node.
+    pub shards: u16,
+    /// Lane of shard 0; shard `s` uses `first_lane + s`.
+    pub first_lane: LaneId,
+    /// How long a page that was just won is kept at least.
+    pub hold: Duration,
+    /// How long an idle shard polls before it sleeps.
+    pub spin: Duration,
+    /// A fault that is not answered for this long ends the machine.
+    pub stuck: Duration,
+}
+
+/// What ends an engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The kernel cannot do what is needed here.
+    #[error("{0}")]
+    Setup(String),
+    /// A peer is gone.
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+    /// A peer broke the protocol.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// A system call failed that cannot fail in a sound state.
+    #[error("{what} of page {page:#x} failed: {source}")]
+    Page {
+        /// What was being done.
+        what: &'static str,
+        /// The page's number.
+        page: u64,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A system call of the engine's loop failed.
+    #[error("the coherence engine could not {what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A fault got no answer.
+    #[error("a page fault got no answer for {seconds} s: {state}")]
+    Stuck {
+        /// How long.
+        seconds: u64,
+        /// The page's state here.
+        state: String,
+    },
+}
+
+/// Called once by each shard that cannot go on.
+pub type OnFailure = Arc<dyn Fn(EngineError) + Send + Sync>;
+
+/// A running engine; dropping it stops its threads. Faults are answered no more then, so vCPUs must have
+/// left the guest, or the process must be about to end.
+pub struct Engine {
+    stats: Vec<Arc<ShardStats>>,
+    doors: Vec<Door>,
+    threads: Vec<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+}
+
+/// The way into a shard's thread.
+struct Door {
+    requests: Sender<Request>,
+    bell: Arc<EventFd>,
+}
+
+impl Engine {
+    /// Watches the guest view of `memory` and starts the shards.
+    ///
+    /// # Errors
+    /// [`EngineError::Setup`] when this host's userfaultfd cannot serve.
+    pub fn start(
+        config: EngineConfig,
+        memory: Arc<DualMemory>,
+        transport: Arc<dyn Transport>,
+        on_failure: OnFailure,
+    ) -> Result<Engine, EngineError> {
+        let shards = Shards::new(config.shards, config.homes.pages());
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut engine = Engine { stats: Vec::new(), doors: Vec::new(), threads: Vec::new(), stop };
+        for id in 0..shards.count() {
+            let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                .map_err(|e| EngineError::Setup(format!("eventfd: {e}")))?;
+            let bell = Arc::new(bell);
+            let (requests, inbox) = unbounded();
+            let stats = Arc::new(ShardStats::default());
+            let shard = Shard::new(&config, shards, id, memory.clone(), transport.clone(), stats.clone())?;
+            let (bell2, stop, on_failure) = (bell.clone(), engine.stop.clone(), on_failure.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("shard{id}"))
+                .spawn(move || {
+                    if let Err(error) = shard.run(&inbox, &bell2, &stop) {
+                        on_failure(error);
+                    }
+                })
+                .map_err(|e| EngineError::Setup(format!("cannot start a shard's thread: {e}")))?;
+            engine.stats.push(stats);
+            engine.doors.push(Door { requests, bell });
+            engine.threads.push(thread);
+        }
+        Ok(engine)
+    }
+
+    /// Counters so far.
+    pub fn totals(&self) -> Totals {
+        Totals::of(self.stats.iter().map(|s| &**s))
+    }
+
+    /// What is under way in every shard, a line a page, for the failure dump. Waits at most `limit`; a shard
+    /// that does not answer by then is named.
+    pub fn describe(&self, limit: Duration) -> Vec<String> {
+        let deadline = Instant::now() + limit;
+        let mut lines = Vec::new();
+        for (id, door) in self.doors.iter().enumerate() {
+            let (reply, answer) = bounded(1);
+            let asked = door.requests.send(Request::Describe(reply)).is_ok() && door.bell.write(1).is_ok();
+            match asked.then(|| answer.recv_deadline(deadline)) {
+                Some(Ok(shard)) => lines.extend(shard.into_iter().map(|line| format!("shard {id}: {line}"))),
+                _ => lines.push(format!("shard {id}: its thread does not answer")),
+            }
+        }
+        lines
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop.store(true, std::sync::atomic::Ordering::Release);
+        for door in &self.doors {
+            let _ = door.bell.write(1);
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}

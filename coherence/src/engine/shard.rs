@@ -1,0 +1,400 @@
+//! One shard's thread: faults and messages in, the protocol's effects out.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver as Inbox, Sender};
+use fabric::trace::{self, Event};
+use fabric::{LaneId, NodeId, Receiver, Transport};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::time::TimeSpec;
+use zerocopy::IntoBytes;
+
+use super::{EngineConfig, EngineError};
+use crate::memory::DualMemory;
+use crate::page::{PAGE_SIZE, Page, Shards};
+use crate::protocol::{Body, Effect, Message, Protocol, Rights};
+use crate::stats::ShardStats;
+use crate::uffd::{Fault, Mode, Uffd};
+
+/// What other threads may ask of a shard.
+pub enum Request {
+    /// What is under way.
+    Describe(Sender<Vec<String>>),
+}
+
+/// Frames whose pages went away, kept this many at most before they are given back to the host.
+const GARBAGE: usize = 4096;
+
+/// The longest sleep, so that a stuck fault is noticed.
+const TICK: Duration = Duration::from_secs(1);
+
+pub struct Shard {
+    core: Core,
+    receiver: Box<dyn Receiver>,
+    spin: Duration,
+    stuck: Duration,
+}
+
+/// All of the shard but its receiver, which calls back into it.
+struct Core {
+    nodes: usize,
+    pages: u64,
+    home: std::ops::Range<u64>,
+    lane: LaneId,
+    hold: Duration,
+    protocol: Protocol,
+    memory: Arc<DualMemory>,
+    uffd: Uffd,
+    transport: Arc<dyn Transport>,
+    stats: Arc<ShardStats>,
+    effects: Vec<Effect>,
+    holds: VecDeque<(Instant, Page)>,
+    misses: Vec<MissClock>,
+    garbage: Vec<Page>,
+}
+
+/// When a fault that needs another node began.
+struct MissClock {
+    page: Page,
+    since: Instant,
+}
+
+impl Shard {
+    pub fn new(
+        config: &EngineConfig,
+        shards: Shards,
+        id: u16,
+        memory: Arc<DualMemory>,
+        transport: Arc<dyn Transport>,
+        stats: Arc<ShardStats>,
+    ) -> Result<Shard, EngineError> {
+        let uffd = Uffd::open().map_err(EngineError::Setup)?;
+        let home = config.homes.range(config.node);
+        for node in 0..config.homes.nodes() {
+            let node = NodeId(node as u16);
+            let mode = if node == config.node { Mode::Home } else { Mode::Remote };
+            for range in shards.ranges(id, config.homes.range(node)) {
+                let start = memory.guest_address(Page(range.start));
+                let len = (range.end - range.start) * PAGE_SIZE as u64;
+                uffd.register(start, len, mode).map_err(|e| {
+                    EngineError::Setup(format!("userfaultfd cannot watch the guest's memory: {e}"))
+                })?;
+            }
+        }
+        let lane = config.first_lane + id;
+        let receiver = transport
+            .take_receiver(lane)
+            .ok_or_else(|| EngineError::Setup(format!("the transport has no lane {lane} for shard {id}")))?;
+        let core = Core {
+            nodes: config.homes.nodes(),
+            pages: config.homes.pages(),
+            home,
+            lane,
+            hold: config.hold,
+            protocol: Protocol::new(config.node, Arc::new(config.homes.clone()), 512),
+            memory,
+            uffd,
+            transport,
+            stats,
+            effects: Vec::with_capacity(64),
+            holds: VecDeque::with_capacity(1024),
+            misses: Vec::with_capacity(64),
+            garbage: Vec::with_capacity(GARBAGE),
+        };
+        Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
+    }
+
+    /// Works until told to stop.
+    pub fn run(
+        mut self,
+        inbox: &Inbox<Request>,
+        bell: &EventFd,
+        stop: &AtomicBool,
+    ) -> Result<(), EngineError> {
+        trace::event(Event::Thread, 1, u64::from(self.core.lane));
+        let mut idle_since: Option<Instant> = None;
+        while !stop.load(Ordering::Acquire) {
+            if self.work()? {
+                idle_since = None;
+                continue;
+            }
+            let now = Instant::now();
+            if now - *idle_since.get_or_insert(now) < self.spin {
+                std::hint::spin_loop();
+                continue;
+            }
+            self.core.collect_garbage()?;
+            self.core.check_stuck(now, self.stuck)?;
+            if self.receiver.arm()? {
+                continue;
+            }
+            self.sleep(bell)?;
+            let _ = bell.read();
+            for request in inbox.try_iter() {
+                match request {
+                    // Who asked may have stopped waiting.
+                    Request::Describe(reply) => drop(reply.send(self.core.protocol.describe())),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One round over everything that may have something to do; whether anything had.
+    fn work(&mut self) -> Result<bool, EngineError> {
+        let core = &mut self.core;
+        let mut result = Ok(());
+        let frames = self.receiver.poll(&mut |from, frame| {
+            if result.is_ok() {
+                result = core.receive(from, frame);
+            }
+        });
+        result?;
+        let frames = frames?;
+        let faults = core.take_faults()?;
+        let released = core.release_due()?;
+        Ok(frames + faults + released > 0)
+    }
+
+    fn sleep(&self, bell: &EventFd) -> Result<(), EngineError> {
+        let until_release =
+            self.core.holds.front().map(|(due, _)| due.saturating_duration_since(Instant::now()));
+        let timeout = until_release.unwrap_or(TICK).min(TICK);
+        // SAFETY: the receiver lives as long as this call and keeps its descriptor open.
+        let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
+        // SAFETY: likewise the userfaultfd.
+        let uffd = unsafe { BorrowedFd::borrow_raw(self.core.uffd.as_raw_fd()) };
+        let mut fds = [lane, uffd, bell.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        match ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None) {
+            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Err(e) => Err(EngineError::System { what: "wait for work", source: e.into() }),
+        }
+    }
+}
+
+impl Core {
+    fn take_faults(&mut self) -> Result<usize, EngineError> {
+        let (mut faults, mut n) = ([None; 16], 0);
+        let count = self
+            .uffd
+            .read(|fault: Fault| {
+                faults[n] = Some(fault);
+                n += 1;
+            })
+            .map_err(|source| EngineError::System { what: "read faults", source })?;
+        for fault in faults.into_iter().flatten() {
+            self.fault(fault)?;
+        }
+        Ok(count)
+    }
+
+    fn fault(&mut self, fault: Fault) -> Result<(), EngineError> {
+        // The kernel only reports what was registered.
+        let Some(page) = self.memory.page_at(fault.address) else { return Ok(()) };
+        ShardStats::count(&self.stats.events);
+        trace::event(Event::Fault, page.0, fault.flags());
+        let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
+        let was_missing = self.protocol.is_missing(page);
+        self.protocol.fault(page, fault.write, &mut self.effects);
+        self.apply(Body::Absent)?;
+        match (was_missing, self.protocol.is_missing(page)) {
+            (false, false) => ShardStats::count(&self.stats.local_faults),
+            (false, true) => {
+                let counter = if fault.write {
+                    &self.stats.remote_write_faults
+                } else {
+                    &self.stats.remote_read_faults
+                };
+                ShardStats::count(counter);
+                if upgrade {
+                    ShardStats::count(&self.stats.upgrades);
+                }
+                self.misses.push(MissClock { page, since: Instant::now() });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, from: NodeId, frame: &[u8]) -> Result<(), EngineError> {
+        let (message, body) = Message::parse(frame, self.nodes, self.pages)
+            .map_err(|why| fabric::FabricError::PeerLost { peer: from, why: format!("it {why}") })?;
+        ShardStats::count(&self.stats.messages_received);
+        trace::event(
+            Event::Receive,
+            message.page.0,
+            u64::from(message.kind.code()) << 16 | u64::from(from.0),
+        );
+        self.protocol.message(from, message, &mut self.effects)?;
+        self.apply(body)?;
+        // A write that came while a read was under way goes on as a miss of its own.
+        if self.protocol.is_missing(message.page) && !self.misses.iter().any(|m| m.page == message.page) {
+            ShardStats::count(&self.stats.remote_write_faults);
+            self.misses.push(MissClock { page: message.page, since: Instant::now() });
+        }
+        Ok(())
+    }
+
+    fn release_due(&mut self) -> Result<usize, EngineError> {
+        if self.holds.is_empty() {
+            return Ok(0);
+        }
+        let (now, mut released) = (Instant::now(), 0);
+        while let Some(&(due, page)) = self.holds.front() {
+            if due > now {
+                break;
+            }
+            self.holds.pop_front();
+            self.protocol.release(page, &mut self.effects);
+            self.apply(Body::Absent)?;
+            released += 1;
+        }
+        Ok(released)
+    }
+
+    /// Carries out what the protocol asked for, in its order.
+    fn apply(&mut self, body: Body<'_>) -> Result<(), EngineError> {
+        let effects = std::mem::take(&mut self.effects);
+        for &effect in &effects {
+            self.carry_out(effect, body)?;
+        }
+        self.effects = effects;
+        self.effects.clear();
+        Ok(())
+    }
+
+    fn carry_out(&mut self, effect: Effect, body: Body<'_>) -> Result<(), EngineError> {
+        let failed = |what, page: Page| move |source| EngineError::Page { what, page: page.0, source };
+        match effect {
+            Effect::Send { to, message } => self.send(to, message)?,
+            Effect::Land(page) => {
+                let bytes = match body {
+                    Body::Bytes(bytes) => Some(bytes),
+                    Body::Zero | Body::Absent => None,
+                };
+                // SAFETY: the protocol lands bytes only in pages that are not mapped, and only this shard
+                // writes its pages.
+                unsafe { self.memory.fill(page, bytes) };
+            }
+            Effect::Map(page, rights) => {
+                trace::event(Event::Install, page.0, rights as u64);
+                let address = self.memory.guest_address(page);
+                let len = PAGE_SIZE as u64;
+                let shared = rights == Rights::Shared;
+                if self.uffd.map(address, len, shared).map_err(failed("mapping", page))? == 0 {
+                    // Mapped already: set its rights and wake who waited.
+                    self.uffd.protect(address, len, shared).map_err(failed("protecting", page))?;
+                    self.uffd.wake(address, len).map_err(failed("waking the waiters", page))?;
+                }
+                self.finish_miss(page);
+            }
+            Effect::Unprotect(page) => {
+                trace::event(Event::Install, page.0, Rights::Exclusive as u64);
+                let address = self.memory.guest_address(page);
+                self.uffd.protect(address, PAGE_SIZE as u64, false).map_err(failed("unprotecting", page))?;
+                self.finish_miss(page);
+            }
+            Effect::Protect(page) => {
+                trace::event(Event::Downgrade, page.0, 0);
+                ShardStats::count(&self.stats.downgrades);
+                self.pin_down(page);
+                let address = self.memory.guest_address(page);
+                self.uffd.protect(address, PAGE_SIZE as u64, true).map_err(failed("protecting", page))?;
+            }
+            Effect::Unmap(page, rights) => {
+                trace::event(Event::Unmap, page.0, 0);
+                ShardStats::count(match rights {
+                    Rights::Exclusive => &self.stats.handovers,
+                    _ => &self.stats.invalidations,
+                });
+                self.pin_down(page);
+                self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
+            }
+            Effect::Free(page) => {
+                self.garbage.push(page);
+                if self.garbage.len() >= GARBAGE {
+                    self.collect_garbage()?;
+                }
+            }
+            Effect::Hold(page) => self.holds.push_back((Instant::now() + self.hold, page)),
+            Effect::Deferred(page) => {
+                trace::event(Event::Defer, page.0, 0);
+                ShardStats::count(&self.stats.deferred);
+            }
+        }
+        Ok(())
+    }
+
+    /// Before a home page loses rights its frame must be in the file: else the next touch would be filled by
+    /// the kernel on its own, without an event.
+    fn pin_down(&self, page: Page) {
+        if self.home.contains(&page.0) {
+            self.memory.ensure_frame(page);
+        }
+    }
+
+    fn send(&self, to: NodeId, message: Message) -> Result<(), EngineError> {
+        ShardStats::count(&self.stats.messages_sent);
+        trace::event(Event::Send, message.page.0, u64::from(message.kind.code()) << 16 | u64::from(to.0));
+        if !message.kind.has_body() {
+            self.transport.send(to, self.lane, &[message.head(false).as_bytes()])?;
+            return Ok(());
+        }
+        // SAFETY: the protocol sends bytes only of pages that it has unmapped or protected here, or that only
+        // this shard's engine view holds.
+        let frame = unsafe { self.memory.frame(message.page) };
+        if is_zero(frame) {
+            ShardStats::count(&self.stats.zero_pages_sent);
+            self.transport.send(to, self.lane, &[message.head(true).as_bytes()])?;
+        } else {
+            ShardStats::count(&self.stats.pages_sent);
+            self.transport.send(to, self.lane, &[message.head(false).as_bytes(), frame])?;
+        }
+        Ok(())
+    }
+
+    fn finish_miss(&mut self, page: Page) {
+        if let Some(i) = self.misses.iter().position(|m| m.page == page) {
+            let miss = self.misses.swap_remove(i);
+            self.stats.record(miss.since.elapsed());
+        }
+    }
+
+    /// Gives back the frames of pages that went away and did not come back.
+    fn collect_garbage(&mut self) -> Result<(), EngineError> {
+        while let Some(page) = self.garbage.pop() {
+            if self.protocol.rights(page) == Rights::None && !self.protocol.is_transient(page) {
+                self.memory.free(page).map_err(|source| EngineError::Page {
+                    what: "freeing the frame",
+                    page: page.0,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_stuck(&self, now: Instant, limit: Duration) -> Result<(), EngineError> {
+        match self.misses.iter().find(|m| now.saturating_duration_since(m.since) > limit) {
+            Some(miss) => Err(EngineError::Stuck {
+                seconds: limit.as_secs(),
+                state: format!(
+                    "page {:#x}, rights {:?}; {}",
+                    miss.page.0,
+                    self.protocol.rights(miss.page),
+                    self.protocol.describe().join("; ")
+                ),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn is_zero(frame: &[u8; PAGE_SIZE]) -> bool {
+    frame.chunks_exact(64).all(|line| line == [0; 64])
+}

@@ -1,0 +1,179 @@
+//! Guest RAM of one node: one sparse file, mapped twice.
+//!
+//! The *guest view* is what KVM, devices and the loader use; userfaultfd watches it. The *engine view* never
+//! faults for anybody's permission: the protocol copies pages through it. Both show the same frames.
+
+use std::ffi::c_void;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+
+use crate::page::{PAGE_SIZE, Page};
+
+/// The two mappings and their file.
+#[derive(Debug)]
+pub struct DualMemory {
+    file: OwnedFd,
+    guest: NonNull<c_void>,
+    engine: NonNull<c_void>,
+    len: usize,
+}
+
+// SAFETY: the pointers are to mappings that live as long as the value; what threads may do with their bytes is
+// each method's contract.
+unsafe impl Send for DualMemory {}
+// SAFETY: as above.
+unsafe impl Sync for DualMemory {}
+
+impl DualMemory {
+    /// `pages` pages of guest RAM, none of them in memory yet.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn new(pages: u64) -> io::Result<DualMemory> {
+        let len = pages as usize * PAGE_SIZE;
+        let size = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let file = memfd_create(c"gestalt-guest", MFdFlags::MFD_CLOEXEC)?;
+        nix::unistd::ftruncate(&file, len as i64)?;
+        let map = |flags| {
+            let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+            unsafe {
+                mmap(None, size, prot, MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | flags, &file, 0)
+            }
+        };
+        let guest = map(MapFlags::empty())?;
+        let engine = match map(MapFlags::empty()) {
+            Ok(engine) => engine,
+            Err(e) => {
+                // SAFETY: just mapped, nobody has seen it.
+                let _ = unsafe { munmap(guest, len) };
+                return Err(e.into());
+            }
+        };
+        let memory = DualMemory { file, guest, engine, len };
+        // Advice only: guest memory does not belong in core files, and huge pages serve what is never shared.
+        for view in [memory.guest, memory.engine] {
+            // SAFETY: the whole of our own mapping; neither advice changes its content.
+            let _ = unsafe { madvise(view, len, MmapAdvise::MADV_DONTDUMP) };
+        }
+        // SAFETY: as above.
+        let _ = unsafe { madvise(memory.guest, len, MmapAdvise::MADV_HUGEPAGE) };
+        Ok(memory)
+    }
+
+    /// Length of each view, in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no memory; there always is.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Start of the guest view, for KVM's memory slots.
+    pub fn guest_view(&self) -> *mut u8 {
+        self.guest.as_ptr().cast()
+    }
+
+    /// The page of the guest view that holds an address of it.
+    pub fn page_at(&self, address: u64) -> Option<Page> {
+        let offset = address.checked_sub(self.guest.as_ptr() as u64)?;
+        (offset < self.len as u64).then_some(Page(offset / PAGE_SIZE as u64))
+    }
+
+    /// The page's address in the guest view.
+    pub fn guest_address(&self, page: Page) -> u64 {
+        self.guest.as_ptr() as u64 + page.offset() as u64
+    }
+
+    fn frame_ptr(&self, page: Page) -> *mut [u8; PAGE_SIZE] {
+        assert!(page.offset() < self.len, "page {page:?} is beyond the guest's memory");
+        // SAFETY: inside the engine view, as just checked.
+        unsafe { self.engine.as_ptr().cast::<u8>().add(page.offset()).cast() }
+    }
+
+    /// The page's bytes, through the engine view.
+    ///
+    /// # Safety
+    /// For as long as the slice lives the guest view must not have the page mapped writable, and no engine
+    /// thread may write it: the page's shard has just protected or unmapped it, and is the one who reads.
+    pub unsafe fn frame(&self, page: Page) -> &[u8; PAGE_SIZE] {
+        // SAFETY: aligned and inside the mapping; nobody writes, by the contract above.
+        unsafe { &*self.frame_ptr(page) }
+    }
+
+    /// Fills the page through the engine view; `None` with zeroes.
+    ///
+    /// # Safety
+    /// The guest view must not have the page mapped, and only the page's shard may call this.
+    pub unsafe fn fill(&self, page: Page, bytes: Option<&[u8; PAGE_SIZE]>) {
+        let to = self.frame_ptr(page);
+        // SAFETY: `to` is aligned and inside the mapping, and nobody else accesses it, by the contract above.
+        // A raw copy, since memory that was never written has no initialised `&mut` to offer.
+        unsafe {
+            match bytes {
+                Some(bytes) => std::ptr::copy_nonoverlapping(bytes, to, 1),
+                None => std::ptr::write_bytes(to, 0, 1),
+            }
+        }
+    }
+
+    /// Makes sure that the page is in the file, so that a touch of the guest view raises a minor fault and is
+    /// not filled by the kernel on its own.
+    pub fn ensure_frame(&self, page: Page) {
+        // SAFETY: inside the mapping; a volatile read of one byte, whose value does not matter, allocates the
+        // page in a shared mapping of a memfd.
+        unsafe { self.frame_ptr(page).cast::<u8>().read_volatile() };
+    }
+
+    /// Unmaps pages from the guest view; when this returns nobody accesses them (the kernel has told KVM and
+    /// flushed the TLBs). Their frames stay.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn unmap(&self, page: Page, pages: u64) -> io::Result<()> {
+        assert!(page.offset() + pages as usize * PAGE_SIZE <= self.len);
+        // SAFETY: inside the guest view, a shared mapping, where DONTNEED drops page-table entries only.
+        let start = unsafe { self.guest.byte_add(page.offset()) };
+        // SAFETY: as above.
+        Ok(unsafe { madvise(start, pages as usize * PAGE_SIZE, MmapAdvise::MADV_DONTNEED) }?)
+    }
+
+    /// Gives the frame of a page back to the host; the page must be unmapped from the guest view.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn free(&self, page: Page) -> io::Result<()> {
+        use nix::fcntl::{FallocateFlags, fallocate};
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(fallocate(&self.file, mode, page.offset() as i64, PAGE_SIZE as i64)?)
+    }
+
+    /// Bytes of frames that the file holds now.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        Ok(nix::sys::stat::fstat(&self.file)?.st_blocks as u64 * 512)
+    }
+
+    /// The file's descriptor.
+    pub fn as_raw_fd(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+}
+
+impl Drop for DualMemory {
+    fn drop(&mut self) {
+        for view in [self.guest, self.engine] {
+            // SAFETY: our own mappings, and no reference into them outlives the value.
+            let _ = unsafe { munmap(view, self.len) };
+        }
+    }
+}

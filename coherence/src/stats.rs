@@ -1,0 +1,111 @@
+//! What a node counts about its memory, and how long its faults take.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
+        /// Live counters of one shard; only its thread writes them.
+        #[derive(Debug)]
+        pub struct ShardStats {
+            $($(#[$doc])* pub $name: AtomicU64,)+
+            latency: Mutex<Histogram<u64>>,
+        }
+
+        /// Totals over a node's shards.
+        #[derive(Clone, Debug)]
+        pub struct Totals {
+            $($(#[$doc])* pub $name: u64,)+
+            /// Nanoseconds from reading a fault to mapping its page, for faults that needed another node.
+            pub latency: Histogram<u64>,
+        }
+
+        impl Default for ShardStats {
+            fn default() -> Self {
+                ShardStats { $($name: AtomicU64::new(0),)+ latency: Mutex::new(histogram()) }
+            }
+        }
+
+        impl Totals {
+            /// Adds up the shards.
+            pub fn of<'a>(shards: impl IntoIterator<Item = &'a ShardStats>) -> Totals {
+                let mut totals = Totals { $($name: 0,)+ latency: histogram() };
+                for shard in shards {
+                    $(totals.$name += shard.$name.load(Relaxed);)+
+                    if let Ok(latency) = shard.latency.lock() {
+                        // Same bounds: adding cannot fail.
+                        let _ = totals.latency.add(&*latency);
+                    }
+                }
+                totals
+            }
+        }
+    };
+}
+
+counters! {
+    /// userfaultfd events read.
+    events,
+    /// Faults answered here, without another node.
+    local_faults,
+    /// Read faults that needed another node.
+    remote_read_faults,
+    /// Write faults that needed another node, upgrades included.
+    remote_write_faults,
+    /// Of these, writes to a page that was here to read.
+    upgrades,
+    /// Copies given up because another node writes.
+    invalidations,
+    /// Pages handed to another node that wants to write, as their owner.
+    handovers,
+    /// Pages made read-only because another node reads.
+    downgrades,
+    /// Demands that waited until a page had been held long enough.
+    deferred,
+    /// Pages sent with their 4096 bytes.
+    pages_sent,
+    /// Pages sent as "all zero".
+    zero_pages_sent,
+    /// Coherence messages sent.
+    messages_sent,
+    /// Coherence messages received.
+    messages_received,
+}
+
+fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(100, 100_000_000_000, 2).expect("the bounds are sound")
+}
+
+impl ShardStats {
+    /// Adds one to a counter that only this thread writes.
+    pub fn count(counter: &AtomicU64) {
+        counter.store(counter.load(Relaxed) + 1, Relaxed);
+    }
+
+    /// Notes how long a fault took.
+    pub fn record(&self, latency: Duration) {
+        if let Ok(mut histogram) = self.latency.lock() {
+            histogram.saturating_record(latency.as_nanos() as u64);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn totals_add_shards_up() {
+        let (a, b) = (ShardStats::default(), ShardStats::default());
+        ShardStats::count(&a.events);
+        ShardStats::count(&b.events);
+        a.record(Duration::from_micros(10));
+        b.record(Duration::from_micros(30));
+        let totals = Totals::of([&a, &b]);
+        assert_eq!((totals.events, totals.latency.len()), (2, 2));
+        assert!(totals.latency.max() >= 29_000);
+    }
+}
