@@ -3,6 +3,7 @@
 //!
 //! - [`page`]: pages, their homes, and the shards that work on them.
 //! - [`protocol`]: the home-based directory protocol, a pure state machine.
+//! - [`cluster`]: several protocols as one value, for the model checker, the tests and the simulator.
 //! - [`memory`]: guest RAM as one file mapped twice, the guest view and the engine view.
 //! - [`uffd`]: the kernel's userfaultfd.
 //! - [`engine`]: the threads that connect these with the fabric.
@@ -23,6 +24,7 @@
 //!   Map: UFFDIO_CONTINUE, write-protected, wakes the vCPU
 //! ```
 
+pub mod cluster;
 pub mod engine;
 pub mod memory;
 pub mod node_set;
