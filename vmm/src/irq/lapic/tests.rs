@@ -105,6 +105,10 @@ fn task_priority_holds_back_its_class_and_below() {
     assert_eq!((apic.pending(), read(&apic, msr::PPR)), (None, 0x40));
     write(&mut apic, msr::TPR, 0x3f);
     assert_eq!(apic.pending(), Some(0x4f));
+    assert_eq!(apic.acknowledge(), Some(0x4f));
+    assert_eq!(read(&apic, msr::PPR), 0x40);
+    write(&mut apic, msr::TPR, 0x47);
+    assert_eq!(read(&apic, msr::PPR), 0x47);
     assert_eq!(apic.write_msr(msr::TPR, 0x100, 0), Err(Gp));
 }
 
@@ -150,6 +154,7 @@ fn a_disabled_apic_keeps_what_waits_and_takes_nothing_new() {
     write(&mut apic, msr::LVT_LINT1, 0x400);
     assert!(apic.lint1_is_nmi());
     assert_eq!(write(&mut apic, msr::SIVR, SPURIOUS), Some(Effect::TimerChanged));
+    assert_eq!(read(&apic, msr::LVT_LINT1), 0x400 | MASKED);
     assert!(!apic.post(0x51, false));
     assert_eq!(apic.acknowledge(), None);
     write(&mut apic, msr::LVT_LINT1, 0x400);
