@@ -113,7 +113,9 @@ impl MachineConfig {
             return wrong("there is no kernel: name one with --kernel FILE or kernel = \"FILE\"");
         }
         if self.cmdline.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
-            return wrong("the kernel's command line contains a control character: use one line of plain text");
+            return wrong(
+                "the kernel's command line contains a control character: use one line of plain text",
+            );
         }
         for node in &self.nodes {
             check_name(&node.spec.name)?;
@@ -147,7 +149,8 @@ impl MachineConfig {
             ));
         }
         let nowhere = |node: &&NodeConfig| {
-            node.place == Place::Local && node.fabric_listen.is_none_or(|address| address.ip().is_unspecified())
+            node.place == Place::Local
+                && node.fabric_listen.is_none_or(|address| address.ip().is_unspecified())
         };
         if self.listen.ip().is_unspecified()
             && let Some(local) = self.nodes.iter().find(nowhere)

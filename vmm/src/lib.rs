@@ -1,7 +1,9 @@
 //! One node of a Gestalt machine, and the coordinator that holds the nodes together.
 
 pub mod config;
+pub mod coordinator;
 pub mod devices;
 pub mod irq;
 pub mod machine_file;
 pub mod node_api;
+pub mod terminal;

@@ -1,0 +1,594 @@
+//! The coordinator's decisions, without sockets, processes, threads or a clock of its own.
+//!
+//! ```text
+//!            every node Joined        every node Ready
+//! Joining ───────────────────> Preparing ─────────────> Running
+//!    │  send Start                │  send Go               │
+//!    ├────────────────────────────┴────────────────────────┤
+//!    │ a node is lost or fails              PowerOff, Reset, a signal
+//!    ▼                                                     │
+//! Settling ── 0.3 s: consequences and causes come in ──┐   │
+//!                                                      ▼   ▼
+//!                               Stopping: all told Stop, within its grace
+//!                                                      │ all gone, or killed
+//!                                                      ▼
+//!                                         Over, or Joining again after Reset
+//! ```
+//!
+//! [`Session::handle`] takes what happened and the time; it returns what to do. When one node goes, others
+//! notice and say so within moments, and the order in which that reaches us is chance: Settling waits for
+//! the evidence and [`super::cause`] picks what came first in the chain of causes.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::cause::{Cause, Evidence};
+use super::report::Tally;
+use super::wire::Hello;
+use crate::config::{MachineConfig, Place};
+use crate::node_api::{FromCoordinator, Joined, Start, Stop, ToCoordinator};
+
+/// How long evidence is collected before the machine is stopped for a failure.
+pub const SETTLE: Duration = Duration::from_millis(300);
+/// What nodes get to end after a failure or a signal.
+pub const GRACE_FAILED: Duration = Duration::from_secs(1);
+/// What nodes get to report and end after the guest switched itself off.
+pub const GRACE_CLEAN: Duration = Duration::from_secs(3);
+/// How long mapping memory, meshing and loading the kernel may take.
+pub const PREPARE: Duration = Duration::from_secs(120);
+/// How long killed processes may take to disappear.
+pub const KILL: Duration = Duration::from_secs(1);
+
+/// One connection, never reused.
+pub type LinkId = u64;
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// A peer of the right version introduced itself.
+    Hello {
+        /// Its connection.
+        link: LinkId,
+        /// What it said.
+        hello: Hello,
+        /// Where it comes from.
+        from: SocketAddr,
+    },
+    /// An admitted node said something.
+    Said {
+        /// Its connection.
+        link: LinkId,
+        /// What it said.
+        message: ToCoordinator,
+    },
+    /// An admitted node's connection is over.
+    Closed {
+        /// The connection.
+        link: LinkId,
+        /// How, as a clause.
+        why: String,
+    },
+    /// A node process of ours ended.
+    Ended {
+        /// Whose.
+        node: usize,
+        /// From which start of the machine.
+        life: u32,
+        /// How.
+        how: ProcessEnd,
+    },
+    /// A node process could not be started.
+    NotSpawned {
+        /// Whose.
+        node: usize,
+        /// The system's reason.
+        why: String,
+    },
+    /// Somebody wants the machine to end.
+    Interrupted(Interrupt),
+    /// Time passes; at least every [`super::TICK`].
+    Tick,
+}
+
+/// How a process ended.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum ProcessEnd {
+    /// With an exit code.
+    Code(i32),
+    /// By a signal.
+    Signal(i32),
+}
+
+/// Who wants the machine to end.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Interrupt {
+    /// This signal.
+    Signal(i32),
+    /// The escape key at the terminal.
+    Escape,
+}
+
+/// What to do.
+#[derive(Debug, PartialEq)]
+pub enum Action {
+    /// A start of the machine begins: draw a new machine id.
+    NewRun,
+    /// Start this local node's process.
+    Spawn {
+        /// Which.
+        node: usize,
+        /// For [`Event::Ended`].
+        life: u32,
+    },
+    /// Assign the node to the connection and listen to it.
+    Admit {
+        /// The connection.
+        link: LinkId,
+        /// The node.
+        node: usize,
+    },
+    /// Answer no and close.
+    Refuse {
+        /// The connection.
+        link: LinkId,
+        /// A sentence.
+        why: String,
+        /// Whether asking again helps.
+        later: bool,
+    },
+    /// Send a message.
+    Send {
+        /// The connection.
+        link: LinkId,
+        /// What.
+        message: FromCoordinator,
+    },
+    /// The guest begins (`true`) or has ceased to read what is typed.
+    Attach(bool),
+    /// Show what the guest wrote.
+    Console(Vec<u8>),
+    /// Tell the operator.
+    Say(String),
+    /// Tell the operator that something is not as it should be.
+    Warn(String),
+    /// Keep a text for whoever looks into a failure.
+    Dump {
+        /// The node that it comes from.
+        node: usize,
+        /// The text.
+        text: String,
+    },
+    /// Close this connection.
+    Close(LinkId),
+    /// Kill every process that is left.
+    KillAll,
+    /// Nothing is left.
+    Over(Outcome),
+}
+
+/// How the machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest switched itself off.
+    PoweredOff,
+    /// Somebody asked for it.
+    Interrupted(Interrupt),
+    /// A sentence that names the node.
+    Failed(String),
+}
+
+#[derive(Debug)]
+enum Phase {
+    Joining { until: Instant },
+    Preparing { until: Instant },
+    Running,
+    Settling { until: Instant, evidence: Vec<Evidence> },
+    Stopping { until: Instant, ending: Ending },
+    Killing { until: Instant, ending: Ending },
+    Over,
+}
+
+#[derive(Clone, Debug)]
+enum Ending {
+    Over(Outcome),
+    Restart,
+}
+
+#[derive(Debug, Default)]
+struct Node {
+    link: Option<LinkId>,
+    from: Option<SocketAddr>,
+    process: bool,
+    heard: Option<Instant>,
+    joined: Option<Joined>,
+    ready: bool,
+    reported: bool,
+}
+
+/// The coordinator's state.
+#[derive(Debug)]
+pub struct Session {
+    config: MachineConfig,
+    join: String,
+    nodes: Vec<Node>,
+    phase: Phase,
+    life: u32,
+    last_tick: Instant,
+    tally: Tally,
+}
+
+impl Session {
+    /// A session whose operator reads that nodes join at `join`.
+    pub fn new(config: MachineConfig, join: String, now: Instant) -> Session {
+        let tally = Tally::new(&config);
+        Session { config, join, nodes: Vec::new(), phase: Phase::Over, life: 0, last_tick: now, tally }
+    }
+
+    /// Begins.
+    pub fn start(&mut self, now: Instant) -> Vec<Action> {
+        self.life += 1;
+        self.nodes = self.config.nodes.iter().map(|_| Node::default()).collect();
+        self.phase = Phase::Joining { until: now + self.config.join_timeout() };
+        let mut actions = vec![Action::NewRun];
+        for (index, node) in self.config.nodes.iter().enumerate() {
+            match node.place {
+                Place::Local => {
+                    self.nodes[index].process = true;
+                    actions.push(Action::Spawn { node: index, life: self.life });
+                }
+                Place::Remote if self.life == 1 => actions.push(Action::Say(format!(
+                    "waiting for node {}: on its host run `{}`",
+                    node.spec.name,
+                    self.join_command(index)
+                ))),
+                // It comes back by itself.
+                Place::Remote => {}
+            }
+        }
+        actions
+    }
+
+    /// Whether typed bytes may be sent on, and where to.
+    pub fn input_link(&self) -> Option<LinkId> {
+        match self.phase {
+            Phase::Running => self.nodes[0].link,
+            _ => None,
+        }
+    }
+
+    /// What the nodes have reported.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// Takes one event and says what follows from it.
+    pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match event {
+            Event::Hello { link, hello, from } => self.hello(link, &hello, from, now, &mut actions),
+            Event::Said { link, message } => {
+                if let Some(node) = self.node_of(link) {
+                    self.nodes[node].heard = Some(now);
+                    self.said(node, message, now, &mut actions);
+                }
+            }
+            Event::Closed { link, why } => {
+                if let Some(node) = self.node_of(link) {
+                    self.nodes[node].link = None;
+                    self.suspect(node, Cause::Closed(why), now);
+                }
+            }
+            Event::Ended { node, life, how } => {
+                if life == self.life {
+                    self.nodes[node].process = false;
+                    self.process_ended(node, how, now, &mut actions);
+                }
+            }
+            Event::NotSpawned { node, why } => {
+                self.nodes[node].process = false;
+                self.suspect(node, Cause::NotSpawned(why), now);
+            }
+            Event::Interrupted(who) => self.interrupted(who, now, &mut actions),
+            Event::Tick => self.tick(now),
+        }
+        self.advance(now, &mut actions);
+        actions
+    }
+
+    fn hello(&mut self, link: LinkId, hello: &Hello, from: SocketAddr, now: Instant, out: &mut Vec<Action>) {
+        let refuse = |why: String, later| Action::Refuse { link, why, later };
+        let Some(node) = self.config.node_named(&hello.name) else {
+            let names: Vec<_> = self.config.nodes.iter().map(|node| node.spec.name.as_str()).collect();
+            out.push(Action::Warn(format!(
+                "{from} wanted to join as {:?}, which is no node here",
+                hello.name
+            )));
+            out.push(refuse(
+                format!(
+                    "this machine has no node named {:?}: its nodes are {}",
+                    hello.name,
+                    names.join(", ")
+                ),
+                false,
+            ));
+            return;
+        };
+        let name = &self.config.nodes[node].spec.name;
+        if let Some(taken) = self.nodes[node].from.filter(|_| self.nodes[node].link.is_some()) {
+            let ending = matches!(
+                self.phase,
+                Phase::Stopping { ending: Ending::Restart, .. }
+                    | Phase::Killing { ending: Ending::Restart, .. }
+            );
+            if !ending {
+                out.push(Action::Warn(format!("{from} wanted to join as {name}, which {taken} has done")));
+            }
+            out.push(refuse(
+                format!(
+                    "node {name} has joined already, from {taken}: give every node process a name of its own"
+                ),
+                ending,
+            ));
+            return;
+        }
+        match &self.phase {
+            Phase::Joining { .. } => {
+                let state = &mut self.nodes[node];
+                state.link = Some(link);
+                state.from = Some(from);
+                state.heard = Some(now);
+                self.tally.host(node, hello);
+                out.push(Action::Admit { link, node });
+                if self.config.nodes[node].place == Place::Remote {
+                    out.push(Action::Say(format!("node {name} joined from {} ({})", hello.host, from.ip())));
+                }
+            }
+            Phase::Stopping { ending: Ending::Restart, .. }
+            | Phase::Killing { ending: Ending::Restart, .. } => {
+                out.push(refuse("the machine is about to start again".into(), true));
+            }
+            _ => out.push(refuse(
+                format!("the machine runs or ends, and node {name} cannot join it any more: start it anew"),
+                false,
+            )),
+        }
+    }
+
+    fn said(&mut self, node: usize, message: ToCoordinator, now: Instant, out: &mut Vec<Action>) {
+        match (message, &mut self.phase) {
+            (ToCoordinator::Heartbeat, _) => {}
+            (ToCoordinator::Report(report), _) => {
+                if !std::mem::replace(&mut self.nodes[node].reported, true) {
+                    self.tally.add(node, report);
+                }
+            }
+            (ToCoordinator::Dump(text), _) => out.push(Action::Dump { node, text }),
+            (ToCoordinator::Console(bytes), _) if node == 0 => out.push(Action::Console(bytes)),
+            (ToCoordinator::Failed { why, dump }, phase) => {
+                if let Some(text) = dump {
+                    out.push(Action::Dump { node, text });
+                }
+                if !matches!(phase, Phase::Stopping { .. } | Phase::Killing { .. } | Phase::Over) {
+                    self.suspect(node, Cause::Failed(why), now);
+                }
+            }
+            (ToCoordinator::PeerLost { node: lost, why }, _)
+                if usize::from(lost) < self.nodes.len() && usize::from(lost) != node =>
+            {
+                let witness = self.config.nodes[node].spec.name.clone();
+                self.suspect(usize::from(lost), Cause::SeenBy { witness, why }, now);
+            }
+            (ToCoordinator::Joined(joined), Phase::Joining { .. }) if self.nodes[node].joined.is_none() => {
+                self.joined(node, joined, now);
+            }
+            (ToCoordinator::Ready, Phase::Preparing { .. }) => self.nodes[node].ready = true,
+            (ToCoordinator::PowerOff, Phase::Running) if node == 0 => {
+                self.stop(Ending::Over(Outcome::PoweredOff), now, out);
+            }
+            (ToCoordinator::Reset, Phase::Running) if node == 0 => {
+                out.push(Action::Say("the guest asked for a reboot: the machine starts again".into()));
+                self.stop(Ending::Restart, now, out);
+            }
+            // What was on its way when the machine was stopped.
+            (_, Phase::Settling { .. } | Phase::Stopping { .. } | Phase::Killing { .. } | Phase::Over) => {}
+            (message, _) => {
+                let name = format!("{message:?}");
+                let name = name.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
+                let why = format!("it said {name}, which makes no sense at that moment");
+                self.suspect(node, Cause::Failed(why), now);
+            }
+        }
+    }
+
+    fn joined(&mut self, node: usize, mut joined: Joined, now: Instant) {
+        if joined.fabric.ip().is_unspecified()
+            && let Some(from) = self.nodes[node].from
+        {
+            // It listens everywhere; its peers reach it where we do.
+            joined.fabric.set_ip(from.ip());
+        }
+        if joined.fabric.port() == 0 {
+            let why = "its fabric listens on port 0, where no peer can reach it".to_string();
+            return self.suspect(node, Cause::Failed(why), now);
+        }
+        self.nodes[node].joined = Some(joined);
+    }
+
+    fn process_ended(&mut self, node: usize, how: ProcessEnd, now: Instant, out: &mut Vec<Action>) {
+        if let Phase::Stopping { ending, .. } = &self.phase {
+            let in_order = how == ProcessEnd::Code(0);
+            if !in_order && !matches!(ending, Ending::Over(Outcome::Failed(_))) {
+                let name = &self.config.nodes[node].spec.name;
+                out.push(Action::Warn(format!("node {name} did not end in good order: its process {how}")));
+            }
+            return;
+        }
+        self.suspect(node, Cause::Ended(how), now);
+    }
+
+    /// Something is wrong with a node, unless the machine is ending anyway.
+    fn suspect(&mut self, node: usize, cause: Cause, now: Instant) {
+        let found = Evidence { node, cause };
+        match &mut self.phase {
+            Phase::Joining { .. } | Phase::Preparing { .. } | Phase::Running => {
+                self.phase = Phase::Settling { until: now + SETTLE, evidence: vec![found] };
+            }
+            Phase::Settling { evidence, .. } => evidence.push(found),
+            Phase::Stopping { .. } | Phase::Killing { .. } | Phase::Over => {}
+        }
+    }
+
+    fn interrupted(&mut self, who: Interrupt, now: Instant, out: &mut Vec<Action>) {
+        match &mut self.phase {
+            // The second time means: now.
+            Phase::Stopping { until, ending } => {
+                *until = now;
+                if let Ending::Restart = ending {
+                    *ending = Ending::Over(Outcome::Interrupted(who));
+                }
+            }
+            Phase::Settling { until, .. } => *until = now,
+            Phase::Killing { .. } | Phase::Over => {}
+            Phase::Joining { .. } | Phase::Preparing { .. } | Phase::Running => {
+                self.stop(Ending::Over(Outcome::Interrupted(who)), now, out);
+            }
+        }
+    }
+
+    fn stop(&mut self, ending: Ending, now: Instant, out: &mut Vec<Action>) {
+        if self.tally.running() {
+            out.push(Action::Attach(false));
+        }
+        let failed = matches!(ending, Ending::Over(Outcome::Failed(_)));
+        let clean = matches!(ending, Ending::Restart | Ending::Over(Outcome::PoweredOff));
+        let grace = if clean { GRACE_CLEAN } else { GRACE_FAILED };
+        let restart = matches!(ending, Ending::Restart);
+        let stop = Stop { report: !failed, restart, grace };
+        for link in self.nodes.iter().filter_map(|node| node.link) {
+            out.push(Action::Send { link, message: FromCoordinator::Stop(stop) });
+        }
+        self.phase = Phase::Stopping { until: now + grace, ending };
+    }
+
+    fn tick(&mut self, now: Instant) {
+        // If this process itself did not run for a while, the nodes' silence proves nothing.
+        let slept = now.saturating_duration_since(self.last_tick).saturating_sub(4 * super::TICK);
+        self.last_tick = now;
+        let mut silent = Vec::new();
+        for (index, node) in self.nodes.iter_mut().enumerate() {
+            if let Some(heard) = &mut node.heard {
+                *heard += slept;
+                let silence = now.saturating_duration_since(*heard);
+                if node.link.is_some() && silence > self.config.silence {
+                    silent.push((index, silence));
+                    // Once is enough.
+                    node.heard = None;
+                }
+            }
+        }
+        for (node, silence) in silent {
+            self.suspect(node, Cause::Silent(silence), now);
+        }
+    }
+
+    /// Moves on where nothing more has to be waited for.
+    fn advance(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let gone = self.nodes.iter().all(|node| node.link.is_none() && !node.process);
+        match &mut self.phase {
+            Phase::Joining { until } => {
+                if self.nodes.iter().all(|node| node.joined.is_some()) {
+                    let nodes: Vec<_> = self.nodes.iter().filter_map(|node| node.joined.clone()).collect();
+                    self.phase = Phase::Preparing { until: now + PREPARE };
+                    self.send_all(&FromCoordinator::Start(Start { nodes }), out);
+                } else if now >= *until {
+                    let why = self.missing_sentence();
+                    self.stop(Ending::Over(Outcome::Failed(why)), now, out);
+                }
+            }
+            Phase::Preparing { until } => {
+                if self.nodes.iter().all(|node| node.ready) {
+                    self.phase = Phase::Running;
+                    self.tally.started(now);
+                    out.push(Action::Attach(true));
+                    self.send_all(&FromCoordinator::Go, out);
+                } else if now >= *until {
+                    let names = self.names(|node| !node.ready);
+                    let why = format!("{names} did not get ready within {} s", PREPARE.as_secs());
+                    self.stop(Ending::Over(Outcome::Failed(why)), now, out);
+                }
+            }
+            Phase::Settling { until, evidence } if now >= *until => {
+                let why = super::cause::first(evidence, &self.config);
+                self.stop(Ending::Over(Outcome::Failed(why)), now, out);
+            }
+            Phase::Stopping { ending, .. } if gone => {
+                let ending = ending.clone();
+                self.end(ending, now, out);
+            }
+            Phase::Stopping { until, ending } if now >= *until => {
+                let ending = ending.clone();
+                let names = self.names(|node| node.link.is_some() || node.process);
+                if !matches!(ending, Ending::Over(Outcome::Failed(_))) {
+                    out.push(Action::Warn(format!("{names} did not end in time")));
+                }
+                out.extend(self.nodes.iter_mut().filter_map(|node| node.link.take()).map(Action::Close));
+                out.push(Action::KillAll);
+                self.phase = Phase::Killing { until: now + KILL, ending };
+            }
+            Phase::Killing { until, ending } if gone || now >= *until => {
+                let ending = ending.clone();
+                self.end(ending, now, out);
+            }
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, ending: Ending, now: Instant, out: &mut Vec<Action>) {
+        self.tally.stopped(now);
+        match ending {
+            Ending::Restart => out.extend(self.start(now)),
+            Ending::Over(outcome) => {
+                self.phase = Phase::Over;
+                out.push(Action::Over(outcome));
+            }
+        }
+    }
+
+    fn send_all(&self, message: &FromCoordinator, out: &mut Vec<Action>) {
+        for link in self.nodes.iter().filter_map(|node| node.link) {
+            out.push(Action::Send { link, message: message.clone() });
+        }
+    }
+
+    fn node_of(&self, link: LinkId) -> Option<usize> {
+        self.nodes.iter().position(|node| node.link == Some(link))
+    }
+
+    fn join_command(&self, node: usize) -> String {
+        format!("gestalt node --join {} --name {}", self.join, self.config.nodes[node].spec.name)
+    }
+
+    fn names(&self, which: impl Fn(&Node) -> bool) -> String {
+        let chosen = self.nodes.iter().zip(&self.config.nodes).filter(|(node, _)| which(node));
+        let names: Vec<_> = chosen.map(|(_, config)| config.spec.name.as_str()).collect();
+        format!("{} {}", if names.len() == 1 { "node" } else { "nodes" }, names.join(", "))
+    }
+
+    fn missing_sentence(&self) -> String {
+        let seconds = self.config.join_timeout().as_secs();
+        if let Some(absent) = self.nodes.iter().position(|node| node.link.is_none()) {
+            let who = self.names(|node| node.link.is_none());
+            return format!(
+                "{who} did not join within {seconds} s: run `{}` on its host, and see whether a firewall is in \
+                 the way",
+                self.join_command(absent)
+            );
+        }
+        let who = self.names(|node| node.joined.is_none());
+        format!("{who} joined but did not say what its host offers within {seconds} s: see its messages")
+    }
+}
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
