@@ -3,6 +3,7 @@
 //! Pure functions from a [`MachineSpec`] to bytes; nothing here knows of KVM, threads or sockets.
 
 pub mod acpi;
+pub mod boot;
 pub mod cpuid;
 pub mod e820;
 mod error;
