@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
 use firmware::MachineSpec;
+use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
 /// The machine, as far as its nodes need to know it. The same at every node.
@@ -65,34 +66,19 @@ pub struct Assignment {
     pub fabric_listen: SocketAddr,
 }
 
-/// One CPUID leaf as KVM says this host can offer it (`KVM_GET_SUPPORTED_CPUID`).
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CpuidLeaf {
-    /// EAX at the call.
-    pub leaf: u32,
-    /// ECX at the call; meaningful if `indexed`.
-    pub subleaf: u32,
-    /// Whether the leaf has subleaves (`KVM_CPUID_FLAG_SIGNIFCANT_INDEX`).
-    pub indexed: bool,
-    /// The result in EAX.
-    pub eax: u32,
-    /// The result in EBX.
-    pub ebx: u32,
-    /// The result in ECX.
-    pub ecx: u32,
-    /// The result in EDX.
-    pub edx: u32,
-}
-
 /// What a node contributes to the decisions that need all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joined {
     /// Where its peers reach its fabric listener.
     pub fabric: SocketAddr,
-    /// What KVM supports there.
-    pub cpuid: Vec<CpuidLeaf>,
+    /// What KVM can offer there: `kvm::HostCpu::cpuid`.
+    pub cpuid: Vec<CpuidEntry>,
+    /// IA32_ARCH_CAPABILITIES there; 0 if it has none.
+    pub arch_capabilities: u64,
     /// The host's TSC frequency in kHz.
-    pub tsc_khz: u64,
+    pub tsc_khz: u32,
+    /// Whether a guest TSC can have another frequency there.
+    pub tsc_control: bool,
 }
 
 /// Everybody has joined: mesh, prepare, then say [`ToCoordinator::Ready`].

@@ -31,7 +31,13 @@ fn hello(name: &str) -> Hello {
 }
 
 fn fabric(port: u16) -> Joined {
-    Joined { fabric: SocketAddr::from(([127, 0, 0, 1], port)), cpuid: Vec::new(), tsc_khz: 2_000_000 }
+    Joined {
+        fabric: SocketAddr::from(([127, 0, 0, 1], port)),
+        cpuid: Vec::new(),
+        arch_capabilities: 0,
+        tsc_khz: 2_000_000,
+        tsc_control: false,
+    }
 }
 
 impl Run {
@@ -108,10 +114,12 @@ fn running(places: &[Place]) -> Run {
 }
 
 fn sent(actions: &[Action]) -> Vec<&FromCoordinator> {
-    let message = |action| match action {
-        &Action::Send { ref message, .. } => Some(message),
-        _ => None,
-    };
+    fn message(action: &Action) -> Option<&FromCoordinator> {
+        match action {
+            Action::Send { message, .. } => Some(message),
+            _ => None,
+        }
+    }
     actions.iter().filter_map(message).collect()
 }
 
