@@ -1,0 +1,77 @@
+#!/bin/busybox sh
+# /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
+# kernel command line lists: report, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
+#
+#   GESTALT-MARK <event>           something happened now
+#   GESTALT-REPORT <key>=<value>   a fact
+#   GESTALT-ASK                    the next line of input is an action, or `sh <command>`
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/ TERM=linux
+echo "GESTALT-MARK userspace"
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs shm /dev/shm
+hostname guest
+
+say() { echo "GESTALT-REPORT $1=$2"; }
+
+report() {
+    say kernel "$(uname -r)"
+    say cpus_online "$(grep -c ^processor /proc/cpuinfo)"
+    say cpus_online_list "$(cat /sys/devices/system/cpu/online)"
+    say cpus_present_list "$(cat /sys/devices/system/cpu/present)"
+    say mem_total_kib "$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)"
+    say clocksource "$(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+    nodes=0
+    for dir in /sys/devices/system/node/node[0-9]*; do
+        [ -d "$dir" ] || continue
+        n=${dir##*node}
+        nodes=$((nodes + 1))
+        say "node$n.cpus" "$(cat "$dir/cpulist")"
+        say "node$n.mem_total_kib" "$(awk '/MemTotal:/ { print $4 }' "$dir/meminfo")"
+        say "node$n.distance" "$(cat "$dir/distance")"
+    done
+    say numa_nodes "$nodes"
+    say uptime "$(cut -d' ' -f1 /proc/uptime)"
+}
+
+check() {
+    if smp-check "$@"; then say smp_check ok; else say smp_check failed; fi
+}
+
+act() {
+    case $1 in
+        report) report ;;
+        smp-check) check ;;
+        loop-smp-check) while check; do :; done ;;
+        ask) ask ;;
+        # A terminal of its own, so that Ctrl-C reaches what runs in the shell and not this script.
+        shell) setsid cttyhack sh -l ;;
+        poweroff) echo "GESTALT-MARK poweroff"; poweroff -f ;;
+        reboot) echo "GESTALT-MARK reboot"; reboot -f ;;
+        'sh '*) eval "${1#sh }"; say status $? ;;
+        *) echo "GESTALT-REPORT unknown_action=$1" ;;
+    esac
+}
+
+# Whoever has the console decides what happens next. Nobody there within two minutes: power off.
+ask() {
+    while echo GESTALT-ASK && read -r -t 120 line; do act "$line"; done
+}
+
+actions=report,shell
+for word in $(cat /proc/cmdline); do
+    case $word in gestalt.run=*) actions=${word#*=} ;; esac
+done
+IFS=,
+for action in $actions; do
+    unset IFS
+    act "$action"
+    IFS=,
+done
+# Process 1 may not end.
+act poweroff
+while :; do sleep 1; done

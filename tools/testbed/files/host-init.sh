@@ -1,0 +1,33 @@
+#!/bin/sh
+# Process 1 of an emulated host: sets it up, runs the agent, and powers off when the agent ends.
+# On the kernel command line: gestalt.host, its number from 0; gestalt.mtu, of its network in bytes.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+for word in $(cat /proc/cmdline); do
+    case $word in
+        gestalt.host=*) host=${word#*=} ;;
+        gestalt.mtu=*) mtu=${word#*=} ;;
+    esac
+done
+mkdir -p /dev/pts /dev/shm
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs shm /dev/shm
+mount -t tmpfs run /run
+mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null
+echo "h$host" > /proc/sys/kernel/hostname
+echo "127.0.0.1 localhost h$host" > /etc/hosts
+echo 1 > /proc/sys/vm/unprivileged_userfaultfd
+# Nested virtualization inside the emulated one would only cost time.
+modprobe kvm_amd nested=0
+ip link set lo up
+if [ -e /sys/class/net/eth0 ]; then
+    ip link set eth0 mtu "$mtu" up
+    ip address add "10.77.0.$((host + 1))/24" dev eth0
+fi
+# From here on the programs need no trip to the outside to be paged in.
+cp /gestalt/bin/* /usr/local/bin/
+cd /root || exit 1
+testbed agent
+sync
+echo o > /proc/sysrq-trigger
+# Powering off is asynchronous; process 1 must not end before it.
+while :; do sleep 1; done

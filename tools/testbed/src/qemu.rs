@@ -1,0 +1,159 @@
+//! One emulated host: the QEMU process that is its hardware.
+//!
+//! TCG emulates AMD's SVM with nested paging, so the Debian inside has a real KVM. The command line keeps to what
+//! both QEMU 7.2 (Debian 12) and 10.0 (Debian 13) understand.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::exec;
+use crate::image::HostImage;
+
+/// Name of the virtio-serial port that the agent uses.
+pub const AGENT_PORT: &str = "org.gestalt.agent";
+
+/// Last lines of a host's console that an error carries.
+const CONSOLE_LINES: usize = 25;
+
+/// What one emulated host has.
+#[derive(Clone, Debug)]
+pub struct Hardware {
+    /// CPUs, at least 1.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// MTU of its network in bytes.
+    pub mtu: u32,
+}
+
+/// A running QEMU. Dropped, it is killed.
+pub struct Qemu {
+    child: Child,
+    console: PathBuf,
+}
+
+impl Qemu {
+    /// Starts host number `index`. `console` gets what its kernel prints; `network` is one end of a stream socket
+    /// pair whose other end is on the switch. Returns the stream to its agent too.
+    ///
+    /// # Errors
+    /// QEMU is not installed, or no socket pair can be made.
+    pub fn start(
+        image: &HostImage,
+        hardware: &Hardware,
+        index: usize,
+        stage: &Path,
+        console: PathBuf,
+        network: Option<OwnedFd>,
+    ) -> Result<(Self, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
+        let agent = OwnedFd::from(theirs);
+        let append = format!(
+            "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off audit=0 tsc=reliable \
+             random.trust_cpu=on gestalt.host={index} gestalt.mtu={}",
+            hardware.mtu
+        );
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"])
+            // Five-level paging would only make every emulated page walk longer.
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"])
+            .args(["-smp", &hardware.cpus.to_string(), "-m", &hardware.memory_mib.to_string()])
+            .arg("-kernel")
+            .arg(&image.vmlinuz)
+            .arg("-initrd")
+            .arg(&image.initramfs)
+            .args(["-append", &append])
+            .arg("-drive")
+            .arg(format!("if=none,id=root,format=raw,readonly=on,file={}", comma(&image.root)))
+            .args(["-device", "virtio-blk-pci,drive=root", "-fsdev"])
+            .arg(format!("local,id=stage,security_model=none,multidevs=remap,path={}", comma(stage)))
+            .args(["-device", "virtio-9p-pci,fsdev=stage,mount_tag=stage"])
+            .arg("-chardev")
+            .arg(format!("file,id=console,path={}", comma(&console)))
+            .args(["-serial", "chardev:console", "-device", "virtio-serial-pci", "-chardev"])
+            .arg(format!("socket,id=agent,fd={}", agent.as_raw_fd()))
+            .args(["-device", &format!("virtserialport,chardev=agent,name={AGENT_PORT}")])
+            .args(["-device", "virtio-rng-pci"]);
+        let mut inherited = vec![agent.as_raw_fd()];
+        if let Some(network) = &network {
+            let fd = network.as_raw_fd();
+            inherited.push(fd);
+            command.arg("-netdev").arg(format!("stream,id=net0,server=off,addr.type=fd,addr.str={fd}"));
+            // No option ROM: nobody boots from it, and its package may be absent.
+            command.arg("-device").arg(format!("virtio-net-pci,netdev=net0,romfile=,mac={}", mac(index)));
+        }
+        let log = File::options().create(true).append(true).open(&console)?;
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        inherit(&mut command, inherited);
+        let child = exec::spawn_tethered(command)
+            .context("cannot start qemu-system-x86_64: is the package qemu-system-x86 installed?")?;
+        // QEMU has its own copies of `agent` and `network` now; ours close here, so that its end shows as EOF.
+        Ok((Self { child, console }, ours))
+    }
+
+    /// What the host's kernel, and QEMU itself, said last.
+    pub fn console_tail(&self) -> String {
+        let bytes = std::fs::read(&self.console).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(CONSOLE_LINES)..].join("\n")
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for QEMU to end by itself; kills it when `limit` passes.
+    pub fn finish(mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only if it has ended and was waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A locally administered address for host number `index`.
+fn mac(index: usize) -> String {
+    format!("52:54:00:77:{:02x}:{:02x}", (index >> 8) & 0xff, index & 0xff)
+}
+
+/// A path inside a QEMU option, where a comma is written twice.
+fn comma(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+/// Lets the child inherit these descriptors under the same numbers.
+fn inherit(command: &mut Command, descriptors: Vec<RawFd>) {
+    // SAFETY: fcntl and building an io::Error from a code are async-signal-safe and allocate nothing.
+    unsafe {
+        command.pre_exec(move || {
+            for &fd in &descriptors {
+                if libc::fcntl(fd, libc::F_SETFD, 0) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+}

@@ -1,0 +1,100 @@
+//! The emulated rack: one or more emulated hosts, each with a real KVM, on one network.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::host::Host;
+use crate::image::HostImage;
+use crate::progress::Step;
+use crate::qemu::{Hardware, Qemu};
+use crate::stage::{IN_HOST, Stage};
+use crate::switch::Switch;
+
+/// A host boots in 5 s on an idle machine; a loaded one gets this much.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// Time that a host gets to power off before it is killed.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
+/// Process 1 of an emulated host; it comes from the stage, so that changing it rebuilds no image.
+const HOST_INIT: &str = include_str!("../files/host-init.sh");
+
+/// Running emulated hosts. Dropped, they are switched off.
+pub struct Rack {
+    hosts: Vec<Host>,
+    machines: Vec<Qemu>,
+    switch: Switch,
+    dir: PathBuf,
+}
+
+impl Rack {
+    /// Boots `count` hosts that see `stage`, and waits until all take jobs. The stage's `bin/` must hold the
+    /// `testbed` binary, which is their agent.
+    ///
+    /// # Errors
+    /// QEMU is missing or a host does not come up: then the error carries the end of its console.
+    pub fn start(image: &HostImage, hardware: &Hardware, count: usize, stage: &Stage) -> Result<Self> {
+        let step = Step::start(format!("booting {count} emulated host{}", if count == 1 { "" } else { "s" }));
+        let init = stage.path().join("host-init");
+        std::fs::write(&init, HOST_INIT)?;
+        std::fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let (switch, ports) = Switch::new(count)?;
+        let mut rack = Self { hosts: vec![], machines: vec![], switch, dir: stage.path().to_owned() };
+        let mut agents: Vec<UnixStream> = Vec::new();
+        for (index, port) in ports.into_iter().enumerate() {
+            let console = rack.console(index);
+            let (qemu, agent) = Qemu::start(image, hardware, index, stage.path(), console, Some(port))?;
+            rack.machines.push(qemu);
+            agents.push(agent);
+        }
+        for (index, agent) in agents.into_iter().enumerate() {
+            rack.hosts.push(Host::attach(format!("h{index}"), PathBuf::from(IN_HOST), agent)?);
+        }
+        for (host, machine) in rack.hosts.iter().zip(&rack.machines) {
+            host.wait_ready(BOOT_LIMIT)
+                .with_context(|| format!("emulated host; its console ends:\n{}", machine.console_tail()))?;
+        }
+        step.done();
+        Ok(rack)
+    }
+
+    /// The hosts, by number.
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
+    }
+
+    /// Address of host `index` on the rack's network.
+    pub fn address(index: usize) -> String {
+        format!("10.77.0.{}", index + 1)
+    }
+
+    /// The file on this machine that has what host `index`'s kernel prints.
+    pub fn console(&self, index: usize) -> PathBuf {
+        console(&self.dir, index)
+    }
+
+    /// Process id of the QEMU that is host `index`.
+    pub fn pid(&self, index: usize) -> u32 {
+        self.machines[index].pid()
+    }
+
+    /// Pulls the network cable of host `index`, or plugs it in again.
+    pub fn set_connected(&self, index: usize, connected: bool) {
+        self.switch.set_connected(index, connected);
+    }
+}
+
+impl Drop for Rack {
+    fn drop(&mut self) {
+        // All are asked before any is waited for.
+        self.hosts.clear();
+        for machine in self.machines.drain(..) {
+            machine.finish(POWER_OFF_LIMIT);
+        }
+    }
+}
+
+fn console(dir: &Path, index: usize) -> PathBuf {
+    dir.join(format!("console-h{index}.log"))
+}

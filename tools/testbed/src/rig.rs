@@ -1,0 +1,113 @@
+//! What a run needs, put together: the stage with programs and guests, and hosts that see it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::cache::Cache;
+use crate::host::Host;
+use crate::kernels::{self, Kernel};
+use crate::qemu::Hardware;
+use crate::rack::Rack;
+use crate::stage::Stage;
+use crate::{guest, image, probe, setup};
+
+/// What kind of hosts, and what they find on the stage.
+#[derive(Clone, Debug)]
+pub struct RigConfig {
+    /// How many hosts, at least 1. More than one are always emulated.
+    pub hosts: usize,
+    /// Emulate even where this machine could run guests itself.
+    pub emulate: bool,
+    /// An emulated host's hardware.
+    pub hardware: Hardware,
+    /// Guest kernels to have in `guest/<name>`.
+    pub kernels: Vec<Kernel>,
+    /// Programs to have in `bin/`, beside `gestalt` and `testbed`.
+    pub programs: Vec<PathBuf>,
+}
+
+impl Default for RigConfig {
+    fn default() -> Self {
+        Self {
+            hosts: 1,
+            emulate: false,
+            hardware: Hardware { cpus: 2, memory_mib: 3000, mtu: 4500 },
+            kernels: vec![Kernel::TrixieCloud],
+            programs: vec![],
+        }
+    }
+}
+
+/// The hosts of a run and their stage.
+pub struct Rig {
+    // The order matters: hosts end before the stage is removed.
+    place: Place,
+    stage: Stage,
+    emulated: Option<String>,
+}
+
+enum Place {
+    Here([Host; 1]),
+    Emulated(Rack),
+}
+
+impl Rig {
+    /// Sets everything up: packages, images, stage, hosts. `binaries` has the built `gestalt` and `testbed`.
+    ///
+    /// # Errors
+    /// Something cannot be installed, fetched, built or started.
+    pub fn start(config: &RigConfig, binaries: &Path) -> Result<Self> {
+        let mut emulated = probe::needs_rack();
+        if emulated.is_none() && (config.emulate || config.hosts > 1) {
+            emulated = Some("asked for".into());
+        }
+        setup::ensure(&[setup::TO_COMPILE, setup::TO_FETCH])?;
+        if emulated.is_some() {
+            setup::ensure(&[setup::TO_EMULATE])?;
+        }
+        let cache = Cache::open()?;
+        let stage = Stage::new()?;
+        for program in ["gestalt", "testbed"].map(|name| binaries.join(name)).iter().chain(&config.programs) {
+            let name = program.file_name().unwrap_or_default().to_string_lossy();
+            stage.put(program, &format!("bin/{name}"))?;
+        }
+        stage.put(&guest::initramfs(&cache)?, "guest/initramfs")?;
+        for &kernel in &config.kernels {
+            stage.put(&kernels::fetch(&cache, kernel)?.vmlinuz, &format!("guest/{}", kernel.name()))?;
+        }
+        let place = match &emulated {
+            None => Place::Here([Host::local(stage.path())?]),
+            Some(_) => {
+                Place::Emulated(Rack::start(&image::build(&cache)?, &config.hardware, config.hosts, &stage)?)
+            }
+        };
+        Ok(Self { place, stage, emulated })
+    }
+
+    /// The hosts, by number.
+    pub fn hosts(&self) -> &[Host] {
+        match &self.place {
+            Place::Here(host) => host,
+            Place::Emulated(rack) => rack.hosts(),
+        }
+    }
+
+    /// The emulated rack, if that is what this is.
+    pub fn rack(&self) -> Option<&Rack> {
+        match &self.place {
+            Place::Here(_) => None,
+            Place::Emulated(rack) => Some(rack),
+        }
+    }
+
+    /// Why the hosts are emulated, or `None` when they are real.
+    pub fn emulated(&self) -> Option<&str> {
+        self.emulated.as_deref()
+    }
+
+    /// The stage, as this machine sees it.
+    pub fn stage(&self) -> &Path {
+        self.stage.path()
+    }
+}

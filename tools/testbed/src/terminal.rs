@@ -1,0 +1,41 @@
+//! This process's own terminal, while a job far away uses it.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result};
+use nix::sys::termios::{self, SetArg, Termios};
+
+/// The terminal in raw mode; restored when dropped.
+pub struct RawTerminal {
+    before: Termios,
+}
+
+impl RawTerminal {
+    /// Every key goes to the job, Ctrl-C included.
+    ///
+    /// # Errors
+    /// Standard input is not a terminal.
+    pub fn enter() -> Result<Self> {
+        let before = termios::tcgetattr(io::stdin()).context("standard input is not a terminal")?;
+        let mut raw = before.clone();
+        termios::cfmakeraw(&mut raw);
+        termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, &raw)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // Fails only if the terminal is gone.
+        let _ = termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before);
+    }
+}
+
+/// Rows and columns of the terminal on standard output, if there is one.
+pub fn size() -> Option<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes one winsize to the given address, which is valid for the call.
+    let result = unsafe { libc::ioctl(io::stdout().as_raw_fd(), libc::TIOCGWINSZ, &mut size) };
+    (result == 0 && size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+}
