@@ -12,7 +12,7 @@ use fabric::NodeId;
 
 use crate::node_set::NodeSet;
 use crate::page::{Homes, Page};
-use crate::protocol::{Effect, Entry, Message, Protocol, Rights, Violation};
+use crate::protocol::{Effect, Entry, Message, Protocol, Rights, RunPolicy, Violation};
 
 /// One node's copy of a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
@@ -105,26 +105,35 @@ pub struct Cluster {
     copies: Vec<Vec<Copy>>,
     held: Vec<(usize, Page)>,
     waiting: Vec<(usize, Page, bool)>,
+    /// Pages that nobody has touched since power-on.
+    untouched: Vec<bool>,
     messages: Option<u64>,
 }
 
 impl Cluster {
-    /// `pages` pages dealt evenly to `nodes` homes.
+    /// `pages` pages dealt evenly to `nodes` homes, without runs.
     pub fn new(nodes: usize, pages: u64) -> Cluster {
         let share = |n| pages / nodes as u64 + u64::from((n as u64) < pages % nodes as u64);
-        let homes = Arc::new(Homes::new((0..nodes).map(share)));
+        Cluster::with_homes(Homes::new((0..nodes).map(share)), RunPolicy::NONE)
+    }
+
+    /// A cluster with these homes, whose misses ask for runs as the policy says.
+    pub fn with_homes(homes: Homes, runs: RunPolicy) -> Cluster {
+        let (nodes, pages) = (homes.nodes(), homes.pages());
+        let homes = Arc::new(homes);
         let copy = |n, p| match homes.home(Page(p)) == NodeId(n as u16) {
             true => Copy { mapped: Rights::Exclusive, current: true },
             false => Copy { mapped: Rights::None, current: false },
         };
         Cluster {
             nodes: (0..nodes)
-                .map(|n| Protocol::new(NodeId(n as u16), homes.clone(), pages.min(64)))
+                .map(|n| Protocol::new(NodeId(n as u16), homes.clone(), pages.min(64), runs))
                 .collect(),
             lanes: BTreeMap::new(),
             copies: (0..nodes).map(|n| (0..pages).map(|p| copy(n, p)).collect()).collect(),
             held: Vec::new(),
             waiting: Vec::new(),
+            untouched: vec![true; pages as usize],
             messages: None,
             homes,
         }
@@ -183,7 +192,8 @@ impl Cluster {
                 if lane.is_empty() {
                     self.lanes.remove(&(from, to));
                 }
-                self.nodes[to.index()].message(from, flight.message, &mut out)?;
+                let zeroes = self.surrender(to.index(), flight.message);
+                self.nodes[to.index()].message(from, flight.message, zeroes, &mut out)?;
                 self.apply(to.index(), out, flight.current)
             }
             Step::Release { node, page } => {
@@ -197,6 +207,15 @@ impl Cluster {
                 self.apply(node, out, false)
             }
         }
+    }
+
+    /// What the engine does before a Get: unmaps untouched pages, and tells how many they are.
+    fn surrender(&mut self, home: usize, message: Message) -> u8 {
+        let first = message.page.0 as usize;
+        let most = usize::from(self.nodes[home].untouched(&message));
+        let zeroes = self.untouched[first..first + most].iter().take_while(|&&untouched| untouched).count();
+        self.copies[home][first..first + zeroes].iter_mut().for_each(|copy| copy.mapped = Rights::None);
+        zeroes as u8
     }
 
     /// Delivers and releases until nothing is under way, then checks what must hold at rest.
@@ -270,6 +289,14 @@ impl Cluster {
                     copy.current = body;
                 }
                 Effect::Map(page, rights) => self.copies[node][page.0 as usize].mapped = rights,
+                Effect::MapZeroes(first, count) => {
+                    for page in (first.0..first.0 + u64::from(count)).map(Page) {
+                        let copy = &mut self.copies[node][page.0 as usize];
+                        *copy = Copy { mapped: Rights::Exclusive, current: self.untouched[page.0 as usize] };
+                        self.check_single_writer(page)?;
+                        self.serve_waiting(node, page)?;
+                    }
+                }
                 Effect::Unprotect(page) => self.copies[node][page.0 as usize].mapped = Rights::Exclusive,
                 Effect::Protect(page) => self.copies[node][page.0 as usize].mapped = Rights::Shared,
                 Effect::Unmap(page, _) => self.copies[node][page.0 as usize].mapped = Rights::None,
@@ -325,6 +352,7 @@ impl Cluster {
         if !self.copies[node][page.0 as usize].current {
             return Err(Broken::StaleRead(node, page));
         }
+        self.untouched[page.0 as usize] = false;
         if write {
             for (n, copies) in self.copies.iter_mut().enumerate() {
                 copies[page.0 as usize].current = n == node;

@@ -132,6 +132,17 @@ impl DualMemory {
         unsafe { self.frame_ptr(page).cast::<u8>().read_volatile() };
     }
 
+    /// How many pages from `first` on are not in the file, `most` at most.
+    pub fn absent(&self, first: Page, most: u64) -> u64 {
+        use nix::unistd::{Whence, lseek};
+        match lseek(&self.file, first.offset() as i64, Whence::SeekData) {
+            Ok(data) => (data as u64 / PAGE_SIZE as u64).saturating_sub(first.0).min(most),
+            // No data from here to the end of the file.
+            Err(nix::Error::ENXIO) => most,
+            Err(_) => 0,
+        }
+    }
+
     /// Unmaps pages from the guest view; when this returns nobody accesses them (the kernel has told KVM and
     /// flushed the TLBs). Their frames stay.
     ///

@@ -8,7 +8,7 @@ use fabric::NodeId;
 pub const PAGE_SIZE: usize = 4096;
 
 /// A page of guest RAM: its index among the RAM pages, holes of the physical address space left out.
-#[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
+#[derive(Copy, Clone, Default, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
 pub struct Page(pub u64);
 
 impl Page {

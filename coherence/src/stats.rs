@@ -69,6 +69,8 @@ counters! {
     pages_sent,
     /// Pages sent as "all zero".
     zero_pages_sent,
+    /// Untouched pages that came along with another page.
+    run_pages,
     /// Coherence messages sent.
     messages_sent,
     /// Coherence messages received.
@@ -82,7 +84,12 @@ fn histogram() -> Histogram<u64> {
 impl ShardStats {
     /// Adds one to a counter that only this thread writes.
     pub fn count(counter: &AtomicU64) {
-        counter.store(counter.load(Relaxed) + 1, Relaxed);
+        ShardStats::add(counter, 1);
+    }
+
+    /// Adds to a counter that only this thread writes.
+    pub fn add(counter: &AtomicU64, n: u64) {
+        counter.store(counter.load(Relaxed) + n, Relaxed);
     }
 
     /// Notes how long a fault took.

@@ -1,32 +1,32 @@
 //! The production protocol, model-checked: every reachable state of small clusters, none left out.
 
 use coherence::cluster::{Broken, Cluster, Step};
-use coherence::page::Page;
+use coherence::page::{Homes, Page};
+use coherence::protocol::RunPolicy;
 use stateright::{Checker, Model, Property};
 
 /// A cluster whose CPUs read and write any page at any time, and whose nodes evict what they like.
-struct Model_ {
-    nodes: usize,
-    pages: u64,
+struct Small {
+    cluster: Cluster,
     evictions: bool,
 }
 
 /// A state, or what broke on the way to it.
 type State = Result<Cluster, Broken>;
 
-impl Model for Model_ {
+impl Model for Small {
     type State = State;
     type Action = Step;
 
     fn init_states(&self) -> Vec<State> {
-        vec![Ok(Cluster::new(self.nodes, self.pages))]
+        vec![Ok(self.cluster.clone())]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Step>) {
         let Ok(cluster) = state else { return };
         actions.extend(cluster.pending());
-        for node in 0..self.nodes {
-            for page in (0..self.pages).map(Page) {
+        for node in 0..cluster.nodes() {
+            for page in (0..cluster.pages()).map(Page) {
                 for write in [false, true] {
                     if !cluster.is_waiting(node, page, write) {
                         actions.push(Step::Access { node, page, write });
@@ -57,19 +57,29 @@ impl Model for Model_ {
     }
 }
 
-fn exhaust(nodes: usize, pages: u64, evictions: bool) {
-    let checker = Model_ { nodes, pages, evictions }.checker().threads(2).spawn_bfs().join();
-    println!("{nodes} nodes x {pages} pages, evictions {evictions}: {} states", checker.unique_state_count());
+fn exhaust(name: &str, cluster: Cluster, evictions: bool) {
+    let checker = Small { cluster, evictions }.checker().threads(2).spawn_bfs().join();
+    println!("{name}: {} states", checker.unique_state_count());
     checker.assert_properties();
     assert!(checker.is_done());
 }
 
 #[test]
 fn two_nodes_and_one_page_with_evictions() {
-    exhaust(2, 1, true);
+    exhaust("2 nodes x 1 page, evictions", Cluster::new(2, 1), true);
 }
 
 #[test]
 fn three_nodes_and_one_page() {
-    exhaust(3, 1, false);
+    exhaust("3 nodes x 1 page", Cluster::new(3, 1), false);
+}
+
+#[test]
+fn two_nodes_and_a_run_of_two_pages() {
+    let one_home = Homes::new([2, 0]);
+    exhaust(
+        "2 nodes x 2 pages of one home, runs",
+        Cluster::with_homes(one_home, RunPolicy { first: 1, most: 1 }),
+        false,
+    );
 }

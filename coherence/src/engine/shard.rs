@@ -17,7 +17,7 @@ use zerocopy::IntoBytes;
 use super::{EngineConfig, EngineError};
 use crate::memory::DualMemory;
 use crate::page::{PAGE_SIZE, Page, Shards};
-use crate::protocol::{Body, Effect, Message, Protocol, Rights};
+use crate::protocol::{Body, Effect, Message, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
 use crate::uffd::{Fault, Mode, Uffd};
 
@@ -96,7 +96,7 @@ impl Shard {
             home,
             lane,
             hold: config.hold,
-            protocol: Protocol::new(config.node, Arc::new(config.homes.clone()), 512),
+            protocol: Protocol::new(config.node, Arc::new(config.homes.clone()), 512, RunPolicy::default()),
             memory,
             uffd,
             transport,
@@ -230,7 +230,8 @@ impl Core {
             message.page.0,
             u64::from(message.kind.code()) << 16 | u64::from(from.0),
         );
-        self.protocol.message(from, message, &mut self.effects)?;
+        let zeroes = self.surrender(&message)?;
+        self.protocol.message(from, message, zeroes, &mut self.effects)?;
         self.apply(body)?;
         // A write that came while a read was under way goes on as a miss of its own.
         if self.protocol.is_missing(message.page) && !self.misses.iter().any(|m| m.page == message.page) {
@@ -255,6 +256,28 @@ impl Core {
             released += 1;
         }
         Ok(released)
+    }
+
+    /// Before a Get of pages that never left this home: finds out how many of them nobody has touched, and
+    /// makes sure that nobody will without an event. The order is what makes the answer true: the frames are
+    /// in the file before they are unmapped, and looked at after.
+    fn surrender(&mut self, message: &Message) -> Result<u8, EngineError> {
+        let most = self.protocol.untouched(message);
+        let first = message.page;
+        let absent = if most == 0 { 0 } else { self.memory.absent(first, u64::from(most)) };
+        if absent == 0 {
+            return Ok(0);
+        }
+        let pages = || (first.0..first.0 + absent).map(Page);
+        pages().for_each(|page| self.memory.ensure_frame(page));
+        self.memory.unmap(first, absent).map_err(|source| EngineError::Page {
+            what: "unmapping",
+            page: first.0,
+            source,
+        })?;
+        // SAFETY: just unmapped, and only this shard maps its pages again or writes them.
+        let zeroes = pages().take_while(|&page| is_zero(unsafe { self.memory.frame(page) })).count();
+        Ok(zeroes as u8)
     }
 
     /// Carries out what the protocol asked for, in its order.
@@ -292,6 +315,19 @@ impl Core {
                     self.uffd.wake(address, len).map_err(failed("waking the waiters", page))?;
                 }
                 self.finish_miss(page);
+            }
+            Effect::MapZeroes(first, count) => {
+                trace::event(Event::Install, first.0, u64::from(count) << 8 | Rights::Exclusive as u64);
+                for page in (first.0..first.0 + u64::from(count)).map(Page) {
+                    // SAFETY: pages that were not here until now, so that they are not mapped.
+                    unsafe { self.memory.fill(page, None) };
+                    self.finish_miss(page);
+                }
+                let len = u64::from(count) * PAGE_SIZE as u64;
+                self.uffd
+                    .map(self.memory.guest_address(first), len, false)
+                    .map_err(failed("mapping a run", first))?;
+                ShardStats::add(&self.stats.run_pages, u64::from(count));
             }
             Effect::Unprotect(page) => {
                 trace::event(Event::Install, page.0, Rights::Exclusive as u64);

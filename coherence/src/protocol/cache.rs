@@ -2,11 +2,14 @@
 
 use fabric::NodeId;
 
-use super::{Demand, Effect, Kind, Local, Miss, Outcome, Protocol, Rights, Transient};
+use super::{Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Outcome, Protocol, Rights, Transient};
 use crate::page::Page;
 
 impl Protocol {
     pub(super) fn cache_fault(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+        if self.transient.get(page).is_none() && self.wait_for_run(page, want) {
+            return;
+        }
         let rights = self.rights(page);
         match self.transient.get_mut(page) {
             Some(Transient::Miss(miss)) => miss.then_write |= want > miss.want,
@@ -22,27 +25,46 @@ impl Protocol {
 
     /// Asks the home for the page.
     fn start_miss(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
-        let miss = Miss { want, granted: false, acks: 0, then_write: false, deferred: None };
+        let home = self.homes.home(page);
+        let run = if self.rights(page) == Rights::None && home != self.me {
+            self.run_to_ask(page, home)
+        } else {
+            0
+        };
+        let miss = Miss {
+            want,
+            granted: false,
+            acks: 0,
+            then_write: false,
+            deferred: None,
+            run,
+            run_faults: 0,
+            run_writes: 0,
+        };
         self.transient.insert(page, Transient::Miss(miss));
-        let kind = if want == Rights::Exclusive { Kind::GetExclusive } else { Kind::GetShared };
-        self.send(self.homes.home(page), page, kind, out);
+        let kind = match want {
+            Rights::Exclusive => Kind::GetExclusive { run },
+            _ => Kind::GetShared { run },
+        };
+        self.send(home, page, kind, out);
     }
 
     pub(super) fn cache_data(
         &mut self,
         page: Page,
         from: NodeId,
-        rights: Rights,
-        acks: u16,
-        body: bool,
+        grant: Grant,
         out: &mut Vec<Effect>,
     ) -> Outcome {
+        let Grant { rights, acks, body, run } = grant;
         let here = self.rights(page);
         let current_at_home = from == self.me;
+        let from_home = from == self.homes.home(page);
         let Some(Transient::Miss(miss)) = self.transient.get_mut(page) else {
             return Err("it sent the page though nobody asked for it".into());
         };
-        if miss.granted || rights != miss.want {
+        let run_fits = run == 0 || (run <= miss.run && from_home && rights == Rights::Exclusive && acks == 0);
+        if miss.granted || rights < miss.want || !run_fits {
             return Err("it granted what was not asked for".into());
         }
         if body == (here == Rights::Shared || current_at_home) {
@@ -51,6 +73,8 @@ impl Protocol {
             );
         }
         miss.granted = true;
+        miss.want = rights;
+        miss.then_write &= rights == Rights::Shared;
         miss.acks += i32::from(acks);
         if body {
             out.push(Effect::Land(page));
@@ -58,6 +82,9 @@ impl Protocol {
         // As home, the owner's bytes are also what a reader's forward was waiting for.
         if self.busy.get(page).is_some_and(|busy| busy.requester == self.me) {
             self.home_writeback_done(page, from, out)?;
+        }
+        if run > 0 {
+            self.take_run(page, run, out);
         }
         self.complete_if_answered(page, out);
         Ok(())
@@ -78,6 +105,7 @@ impl Protocol {
             return;
         }
         let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
+        let (run_faults, run_writes) = (miss.run_faults, miss.run_writes);
         self.transient.remove(page);
         out.push(match self.rights(page) {
             Rights::Shared => Effect::Unprotect(page),
@@ -91,6 +119,12 @@ impl Protocol {
         if then_write {
             self.yield_deferred(page, out);
             self.start_miss(page, Rights::Exclusive, out);
+        }
+        // What the answer did not bring is asked for now.
+        for i in (1..=u64::from(MAX_RUN)).filter(|i| run_faults >> (i - 1) & 1 == 1) {
+            let write = run_writes >> (i - 1) & 1 == 1;
+            let want = if write { Rights::Exclusive } else { Rights::Shared };
+            self.cache_fault(Page(page.0 + i), want, out);
         }
     }
 
@@ -143,7 +177,7 @@ impl Protocol {
     /// Answers a demand from the frame; `free` if the frame is then of no use.
     fn answer(&mut self, page: Page, demand: Demand, free: bool, out: &mut Vec<Effect>) {
         let home = self.homes.home(page);
-        let data = |rights| Kind::Data { rights, acks: 0, body: true };
+        let data = |rights| Kind::Data { rights, acks: 0, body: true, run: 0 };
         match demand {
             Demand::Invalidate { requester } => self.send(requester, page, Kind::Ack, out),
             Demand::ForwardExclusive { requester } => {

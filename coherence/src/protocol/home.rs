@@ -4,11 +4,45 @@ use std::collections::VecDeque;
 
 use fabric::NodeId;
 
-use super::{Busy, Effect, Entry, Kind, Outcome, Protocol, Request, Rights, Wrong};
+use super::runs::BLOCK;
+use super::{Busy, Effect, Entry, Kind, Local, Outcome, Protocol, Request, Rights, Wrong};
 use crate::node_set::NodeSet;
 use crate::page::Page;
 
 impl Protocol {
+    /// How many pages, from `page` on, never left this home, `most` at most.
+    pub(super) fn untouched_run(&self, page: Page, most: u8) -> u8 {
+        let own = self.homes.range(self.me);
+        if !own.contains(&page.0) {
+            return 0;
+        }
+        let block_end = (page.0 / BLOCK + 1) * BLOCK;
+        let busy_from = self.transient.after(page).map_or(u64::MAX, |p| p.0);
+        let end = (page.0 + u64::from(most)).min(own.end).min(block_end).min(busy_from);
+        let run = self.directory.untouched_run(page, end - page.0);
+        // The table of rights has an entry exactly if the page was once given away, or is held.
+        let run = self.local.run_of(page, run, |local| local == Local::default());
+        if self.is_transient(page) { 0 } else { run as u8 }
+    }
+
+    /// Gives the page and those that follow, `count` in all and all of them zero, to the requester to write:
+    /// nobody has them, and who reads untouched memory writes it next.
+    pub(super) fn home_give_run(
+        &mut self,
+        page: Page,
+        to: NodeId,
+        count: u8,
+        out: &mut Vec<Effect>,
+    ) -> Outcome {
+        for page in (page.0..page.0 + u64::from(count)).map(Page) {
+            self.directory.set(page, Entry::Exclusive(to));
+            self.set_local(page, Rights::None, false);
+        }
+        let grant = Kind::Data { rights: Rights::Exclusive, acks: 0, body: true, run: count - 1 };
+        self.send(to, page, grant, out);
+        Ok(())
+    }
+
     pub(super) fn home_get(
         &mut self,
         page: Page,
@@ -41,7 +75,7 @@ impl Protocol {
                 // The grant goes first: its bytes are on their way while the invalidations are.
                 let acks = sharers.len() as u16;
                 let body = !has_copy && from != self.me;
-                self.send(from, page, Kind::Data { rights: Rights::Exclusive, acks, body }, out);
+                self.send(from, page, Kind::Data { rights: Rights::Exclusive, acks, body, run: 0 }, out);
                 for sharer in sharers.iter() {
                     self.send(sharer, page, Kind::Invalidate { requester: from }, out);
                 }
@@ -53,7 +87,7 @@ impl Protocol {
                 sharers.insert(from);
                 self.directory.set(page, Entry::Shared(sharers));
                 let body = from != self.me;
-                self.send(from, page, Kind::Data { rights: Rights::Shared, acks: 0, body }, out);
+                self.send(from, page, Kind::Data { rights: Rights::Shared, acks: 0, body, run: 0 }, out);
             }
         }
         Ok(())

@@ -6,13 +6,23 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le
 use super::Rights;
 use crate::page::{PAGE_SIZE, Page};
 
+/// The longest run of untouched pages that goes with a page.
+pub const MAX_RUN: u8 = 63;
+
 /// What a message says. `requester` is the node whose miss the message serves.
 #[derive(Copy, Clone, Debug, Eq, PartialEq, Hash)]
 pub enum Kind {
-    /// Requester to home: I want to read.
-    GetShared,
-    /// Requester to home: I want to write. The home knows whether the requester holds a copy.
-    GetExclusive,
+    /// Requester to home: I want to read, and would take up to `run` untouched pages that follow.
+    GetShared {
+        /// `0..=63`.
+        run: u8,
+    },
+    /// Requester to home: I want to write, and would take up to `run` untouched pages that follow. The home
+    /// knows whether the requester holds a copy.
+    GetExclusive {
+        /// `0..=63`.
+        run: u8,
+    },
     /// Home or owner to requester: the page is yours with these rights, once `acks` sharers have answered.
     Data {
         /// What the requester may do.
@@ -21,6 +31,8 @@ pub enum Kind {
         acks: u16,
         /// Whether the page's bytes come along; without, the requester's own copy is current.
         body: bool,
+        /// How many pages that follow are the requester's too: exclusive, and all zero.
+        run: u8,
     },
     /// Home to sharer: give up your copy and tell the requester.
     Invalidate {
@@ -61,8 +73,8 @@ impl Kind {
     /// The number on the wire and in the trace.
     pub fn code(self) -> u8 {
         match self {
-            Kind::GetShared => 1,
-            Kind::GetExclusive => 2,
+            Kind::GetShared { .. } => 1,
+            Kind::GetExclusive { .. } => 2,
             Kind::Data { .. } => 3,
             Kind::Invalidate { .. } => 4,
             Kind::Ack => 5,
@@ -105,7 +117,8 @@ pub struct Head {
     body: u8,
     /// Rights of `Data` (1 shared, 2 exclusive), else 0.
     rights: u8,
-    zero: u8,
+    /// Pages that follow, of the Gets and `Data`, else 0.
+    run: u8,
     /// Acks of `Data`, requester of `Invalidate` and the forwards, else 0.
     word: le::U16,
     zero2: le::U16,
@@ -118,6 +131,10 @@ const _: () = assert!(HEAD == 16);
 impl Message {
     /// The head of the frame; `zero` tells that the body is all zeroes and is left out.
     pub fn head(&self, zero: bool) -> Head {
+        let run = match self.kind {
+            Kind::GetShared { run } | Kind::GetExclusive { run } | Kind::Data { run, .. } => run,
+            _ => 0,
+        };
         let (rights, word) = match self.kind {
             Kind::Data { rights, acks, .. } => (rights as u8, acks),
             Kind::Invalidate { requester }
@@ -134,7 +151,7 @@ impl Message {
             code: self.kind.code(),
             body,
             rights,
-            zero: 0,
+            run,
             word: word.into(),
             zero2: 0.into(),
             page: self.page.0.into(),
@@ -149,7 +166,8 @@ impl Message {
     pub fn parse(frame: &[u8], nodes: usize, pages: u64) -> Result<(Message, Body<'_>), &'static str> {
         let (head, rest) =
             Head::ref_from_prefix(frame).map_err(|_| "sent a coherence frame that is too short")?;
-        if head.zero != 0 || head.zero2.get() != 0 {
+        let may_run = matches!(head.code, 1..=3);
+        if (head.run != 0 && !may_run) || head.zero2.get() != 0 {
             return Err("sent a coherence frame with reserved bits set");
         }
         let body = match (head.body, rest.len()) {
@@ -162,14 +180,17 @@ impl Message {
         if head.page.get() >= pages {
             return Err("named a page beyond the guest's memory");
         }
-        let word = head.word.get();
+        if head.run > MAX_RUN || head.page.get() + u64::from(head.run) >= pages {
+            return Err("asked for or granted a run of pages that is too long");
+        }
+        let (word, run) = (head.word.get(), head.run);
         let requester = || match usize::from(word) < nodes {
             true => Ok(NodeId(word)),
             false => Err("named a node that does not exist"),
         };
         let kind = match head.code {
-            1 => Kind::GetShared,
-            2 => Kind::GetExclusive,
+            1 => Kind::GetShared { run },
+            2 => Kind::GetExclusive { run },
             3 => Kind::Data {
                 rights: match head.rights {
                     1 => Rights::Shared,
@@ -178,6 +199,7 @@ impl Message {
                 },
                 acks: word,
                 body: has_body,
+                run,
             },
             4 => Kind::Invalidate { requester: requester()? },
             5 => Kind::Ack,
@@ -205,12 +227,10 @@ mod tests {
     fn kinds() -> impl Strategy<Value = Kind> {
         let node = (0u16..9).prop_map(NodeId);
         prop_oneof![
-            Just(Kind::GetShared),
-            Just(Kind::GetExclusive),
-            (any::<bool>(), 0u16..600, any::<bool>()).prop_map(|(x, acks, body)| Kind::Data {
-                rights: if x { Rights::Exclusive } else { Rights::Shared },
-                acks,
-                body
+            (0..=MAX_RUN).prop_map(|run| Kind::GetShared { run }),
+            (0..=MAX_RUN).prop_map(|run| Kind::GetExclusive { run }),
+            (any::<bool>(), 0u16..600, any::<bool>(), 0..=MAX_RUN).prop_map(|(x, acks, body, run)| {
+                Kind::Data { rights: if x { Rights::Exclusive } else { Rights::Shared }, acks, body, run }
             }),
             node.clone().prop_map(|requester| Kind::Invalidate { requester }),
             Just(Kind::Ack),
@@ -225,7 +245,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_frame_reads_back_as_what_was_written(kind in kinds(), page in 0u64..1000, zero: bool) {
+        fn a_frame_reads_back_as_what_was_written(kind in kinds(), page in 0u64..900, zero: bool) {
             let message = Message { page: Page(page), kind };
             let mut frame = message.head(zero).as_bytes().to_vec();
             if kind.has_body() && !zero {

@@ -34,6 +34,11 @@
 //!     │                            │ evict          protect, answer
 //!     └──── PutAck ──────────── (evicting)
 //! ```
+//! # Runs
+//! A miss may ask for untouched pages that follow ([`runs`]). They have no miss of their own: faults on them
+//! wait for the answer, and ask for themselves if it does not bring their page. Only the home grants a run,
+//! in its own answer, so that whatever it says of these pages later comes after the grant.
+//!
 //! A page that was just won is *held*: Invalidate and Forward wait until the caller [`release`]s it, so
 //! that the instruction that needed it can retire.
 //!
@@ -42,6 +47,7 @@
 mod cache;
 mod home;
 mod message;
+mod runs;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -51,7 +57,9 @@ use std::sync::Arc;
 
 use fabric::NodeId;
 
-pub use self::message::{Body, Head, Kind, Message};
+pub use self::message::{Body, Head, Kind, MAX_RUN, Message};
+pub use self::runs::RunPolicy;
+use self::runs::Streams;
 pub use self::state::Entry;
 use self::state::{Directory, PageMap, Table};
 use crate::page::{Homes, Page};
@@ -83,6 +91,8 @@ pub enum Effect {
     Land(Page),
     /// Map the frame in the guest view with these rights and wake who waits for it.
     Map(Page, Rights),
+    /// Map that many pages of zeroes, from this one on, writable, and wake who waits for them.
+    MapZeroes(Page, u8),
     /// Lift the write protection from the mapped page and wake who waits for it.
     Unprotect(Page),
     /// Write-protect the page in the guest view.
@@ -108,6 +118,14 @@ pub struct Violation {
     pub page: Page,
     /// What is wrong with it.
     pub what: &'static str,
+}
+
+/// What a Data message says.
+struct Grant {
+    rights: Rights,
+    acks: u16,
+    body: bool,
+    run: u8,
 }
 
 /// What is wrong with a message; `from` if it is not its sender's fault but that of one whose request waited.
@@ -154,6 +172,12 @@ struct Miss {
     then_write: bool,
     /// What was asked of the page that is on its way.
     deferred: Option<Demand>,
+    /// How many pages that follow were asked for as well; no request of their own is made for them.
+    run: u8,
+    /// Bit `i - 1`: a fault waits for page `+ i`.
+    run_faults: u64,
+    /// Of these, which were writes.
+    run_writes: u64,
 }
 
 /// A request that waits at the home.
@@ -191,13 +215,15 @@ pub struct Protocol {
     deferred: PageMap<Demand>,
     directory: Directory,
     busy: PageMap<Busy>,
+    streams: Streams,
     /// Messages from one part of this node to the other.
     loopback: VecDeque<Message>,
 }
 
 impl Protocol {
-    /// The protocol at node `me`, everything at home. Tables grow by `chunk_pages` pages.
-    pub fn new(me: NodeId, homes: Arc<Homes>, chunk_pages: u64) -> Protocol {
+    /// The protocol at node `me`, everything at home. Tables grow by `chunk_pages` pages; runs of untouched
+    /// pages stay within an aligned block of 512, so that they never leave their shard.
+    pub fn new(me: NodeId, homes: Arc<Homes>, chunk_pages: u64, runs: RunPolicy) -> Protocol {
         Protocol {
             me,
             homes,
@@ -206,6 +232,7 @@ impl Protocol {
             deferred: PageMap::default(),
             directory: Directory::new(me, chunk_pages),
             busy: PageMap::default(),
+            streams: Streams::new(runs),
             loopback: VecDeque::new(),
         }
     }
@@ -223,16 +250,28 @@ impl Protocol {
 
     /// A peer's message came.
     ///
+    /// `zeroes` is a promise of the caller, for a Get: that many pages, from the message's page on, are
+    /// unmapped from this node's guest view and all zero. [`Protocol::untouched`] tells for how many it is
+    /// worth finding out; 0 is always right.
+    ///
     /// # Errors
     /// [`Violation`] when it makes no sense; the state and `out` are then not to be used any more.
     pub fn message(
         &mut self,
         from: NodeId,
         message: Message,
+        zeroes: u8,
         out: &mut Vec<Effect>,
     ) -> Result<(), Violation> {
-        self.dispatch(from, message, out)?;
+        self.dispatch(from, message, zeroes, out)?;
         self.run_loopback(out)
+    }
+
+    /// For a Get from a peer: how many pages, from the message's page on, never left this home and could go
+    /// with the answer if they turn out to be untouched. 0 if the message is something else.
+    pub fn untouched(&self, message: &Message) -> u8 {
+        let (Kind::GetShared { run } | Kind::GetExclusive { run }) = message.kind else { return 0 };
+        self.untouched_run(message.page, run + 1)
     }
 
     /// The time for which a won page is held is over.
@@ -290,7 +329,7 @@ impl Protocol {
         match self.transient.get(page) {
             Some(Transient::Miss(_)) => true,
             Some(Transient::Evict { refault }) => *refault != Rights::None,
-            None => false,
+            None => self.covering_miss(page).is_some(),
         }
     }
 
@@ -330,22 +369,35 @@ impl Protocol {
 
     fn run_loopback(&mut self, out: &mut Vec<Effect>) -> Result<(), Violation> {
         while let Some(message) = self.loopback.pop_front() {
-            self.dispatch(self.me, message, out)?;
+            self.dispatch(self.me, message, 0, out)?;
         }
         Ok(())
     }
 
-    fn dispatch(&mut self, from: NodeId, message: Message, out: &mut Vec<Effect>) -> Result<(), Violation> {
+    fn dispatch(
+        &mut self,
+        from: NodeId,
+        message: Message,
+        zeroes: u8,
+        out: &mut Vec<Effect>,
+    ) -> Result<(), Violation> {
         let page = message.page;
         let at_home = self.homes.home(page) == self.me;
         let from_home = self.homes.home(page) == from;
         let result = match message.kind {
-            Kind::GetShared if at_home => self.home_get(page, from, Rights::Shared, out),
-            Kind::GetExclusive if at_home => self.home_get(page, from, Rights::Exclusive, out),
+            Kind::GetShared { run } | Kind::GetExclusive { run }
+                if at_home && zeroes > 0 && self.untouched_run(page, run + 1) > 0 =>
+            {
+                self.home_give_run(page, from, zeroes.min(self.untouched_run(page, run + 1)), out)
+            }
+            Kind::GetShared { .. } if at_home => self.home_get(page, from, Rights::Shared, out),
+            Kind::GetExclusive { .. } if at_home => self.home_get(page, from, Rights::Exclusive, out),
             Kind::Writeback { body } if at_home => self.home_writeback(page, from, body, out),
             Kind::PutShared if at_home => self.home_put(page, from, None, out),
             Kind::PutExclusive if at_home => self.home_put(page, from, Some(()), out),
-            Kind::Data { rights, acks, body } => self.cache_data(page, from, rights, acks, body, out),
+            Kind::Data { rights, acks, body, run } => {
+                self.cache_data(page, from, Grant { rights, acks, body, run }, out)
+            }
             Kind::Ack => self.cache_ack(page, out),
             Kind::Invalidate { requester } if from_home => {
                 self.cache_demand(page, Demand::Invalidate { requester }, out)

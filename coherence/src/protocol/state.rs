@@ -30,6 +30,11 @@ impl<T: Copy + Default> Table<T> {
         }
     }
 
+    /// How many pages from `first` on have a value that is the `same`, `most` at most.
+    pub fn run_of(&self, first: Page, most: u64, same: impl Fn(T) -> bool) -> u64 {
+        (0..most).take_while(|i| same(self.get(Page(first.0 + i)))).count() as u64
+    }
+
     /// Sets the page's value.
     pub fn set(&mut self, page: Page, value: T) {
         let len = self.chunk_pages as usize;
@@ -70,6 +75,18 @@ impl<V> PageMap<V> {
     /// The page's value, to change.
     pub fn get_mut(&mut self, page: Page) -> Option<&mut V> {
         self.find(page).ok().map(|i| &mut self.0[i].1)
+    }
+
+    /// The last entry at or before a page.
+    pub fn at_or_before(&self, page: Page) -> Option<(Page, &V)> {
+        let i = self.find(page).map_or_else(|i| i, |i| i + 1);
+        self.0[..i].last().map(|(p, v)| (*p, v))
+    }
+
+    /// The first entry after a page.
+    pub fn after(&self, page: Page) -> Option<Page> {
+        let i = self.find(page).map_or_else(|i| i, |i| i + 1);
+        self.0.get(i).map(|(p, _)| *p)
     }
 
     /// Sets the page's value; the one it had.
@@ -134,6 +151,11 @@ impl Directory {
             2 => Entry::Shared(NodeSet::from(word >> 2)),
             _ => Entry::Shared(NodeSet::from_words(self.large[&page])),
         }
+    }
+
+    /// How many pages from `first` on never left the home, `most` at most.
+    pub fn untouched_run(&self, first: Page, most: u64) -> u64 {
+        self.packed.run_of(first, most, |word| word == 0)
     }
 
     /// Notes what is now known of a page.

@@ -29,9 +29,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
     fn any_schedule_keeps_single_writer_last_write_and_an_exact_directory(
-        nodes in 1usize..6, pages in 1u64..4, ops in ops()
+        nodes in 1usize..6, pages in 1u64..8, first in 0u8..4, most in 0u8..6, ops in ops()
     ) {
-        let mut cluster = Cluster::new(nodes, pages);
+        let share = |n| pages / nodes as u64 + u64::from((n as u64) < pages % nodes as u64);
+        let homes = Homes::new((0..nodes).map(share));
+        let mut cluster = Cluster::with_homes(homes, RunPolicy { first, most });
         for op in ops {
             let step = match op {
                 Op::Access(n, p, write) => Step::Access { node: n % nodes, page: Page(p % pages), write },
@@ -60,6 +62,7 @@ fn access(cluster: &mut Cluster, node: usize, write: bool) -> u64 {
 #[test]
 fn a_clean_miss_is_one_round_trip() {
     let mut cluster = Cluster::new(3, 3);
+    access(&mut cluster, 0, true);
     assert_eq!(access(&mut cluster, 1, false), 2);
     assert_eq!(access(&mut cluster, 2, false), 2);
 }
@@ -83,6 +86,7 @@ fn a_page_dirty_at_a_third_node_is_handed_on_in_three_messages() {
 fn an_upgrade_costs_a_round_trip_and_two_messages_a_sharer() {
     for sharers in 0..6 {
         let mut cluster = Cluster::new(9, 9);
+        access(&mut cluster, 0, true);
         for n in 0..=sharers {
             access(&mut cluster, n + 1, false);
         }
@@ -92,12 +96,30 @@ fn an_upgrade_costs_a_round_trip_and_two_messages_a_sharer() {
 }
 
 #[test]
+fn an_untouched_page_that_is_read_may_be_written_at_once() {
+    let mut cluster = Cluster::new(3, 3);
+    assert_eq!(access(&mut cluster, 1, false), 2);
+    assert_eq!(access(&mut cluster, 1, true), 0);
+}
+
+#[test]
+fn untouched_neighbours_come_with_one_round_trip() {
+    let mut cluster = Cluster::with_homes(Homes::new([32, 1]), RunPolicy { first: 15, most: 15 });
+    assert_eq!(access(&mut cluster, 1, false), 2);
+    cluster.count_messages();
+    for page in (0..16).map(Page) {
+        cluster.step(Step::Access { node: 1, page, write: true }).unwrap();
+    }
+    assert_eq!(cluster.messages(), 0);
+}
+
+#[test]
 fn what_no_sound_peer_sends_is_a_violation_and_never_a_panic() {
     let kinds = [
-        Kind::GetShared,
-        Kind::GetExclusive,
-        Kind::Data { rights: Rights::Shared, acks: 0, body: true },
-        Kind::Data { rights: Rights::Exclusive, acks: 9, body: false },
+        Kind::GetShared { run: 0 },
+        Kind::GetExclusive { run: 1 },
+        Kind::Data { rights: Rights::Shared, acks: 0, body: true, run: 0 },
+        Kind::Data { rights: Rights::Exclusive, acks: 9, body: false, run: 2 },
         Kind::Invalidate { requester: NodeId(2) },
         Kind::Ack,
         Kind::ForwardShared { requester: NodeId(2) },
@@ -112,12 +134,12 @@ fn what_no_sound_peer_sends_is_a_violation_and_never_a_panic() {
         for second in kinds {
             for page in [0, 1, 2] {
                 let homes = Arc::new(Homes::new([1, 1, 1]));
-                let mut node = Protocol::new(NodeId(0), homes, 4);
+                let mut node = Protocol::new(NodeId(0), homes, 4, RunPolicy::NONE);
                 let mut out = Vec::new();
                 node.fault(Page(1), true, &mut out);
                 for kind in [first, second] {
                     let message = Message { page: Page(page), kind };
-                    if node.message(NodeId(1), message, &mut out).is_err() {
+                    if node.message(NodeId(1), message, 0, &mut out).is_err() {
                         violations += 1;
                         break;
                     }
