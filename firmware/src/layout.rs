@@ -42,6 +42,10 @@ pub const COM1_GSI: u32 = 4;
 pub const RTC_PORT: u16 = 0x70;
 /// Ports of the real-time clock.
 pub const RTC_LEN: u16 = 2;
+/// Data port of the second channel of an interval timer (PIT), which there is not. Reads of it must not give
+/// 0xff, as those of other absent ports do: on AMD CPUs Linux looks for a PIT in spite of everything and reads
+/// 0xff 100,000 times before it gives up (`quick_pit_calibrate`), but any other value only twice.
+pub const PIT_CHANNEL2_PORT: u16 = 0x42;
 /// ACPI sleep control register, one byte (ACPI 6.5, 4.8.3.7).
 pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register, one byte.
@@ -59,6 +63,10 @@ pub const ACPI_POWER_OFF_VALUE: u8 = ACPI_S5_TYPE << 2 | 1 << 5;
 pub const BIOS_START: u64 = 0xe_0000;
 /// End of the legacy BIOS area.
 pub const BIOS_END: u64 = 0x10_0000;
+/// End of the part of the BIOS area that ACPI tables may use.
+pub const BIOS_TABLES_END: u64 = 0xf_f000;
+/// Where a real-mode jump to `ffff:0` lands, which once was the BIOS's start: code that resets the machine.
+pub const BIOS_RESET_ENTRY: u64 = 0xf_fff0;
 /// End of conventional memory; from here to 1 MiB is reserved.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 
@@ -140,10 +148,10 @@ impl Layout {
             cpus,
             cpus_per_node: spec.nodes.iter().map(|node| node.cpus).collect(),
             shift,
-            acpi: BIOS_START..BIOS_END,
+            acpi: BIOS_START..BIOS_TABLES_END,
         };
         let room = acpi::size_bound(layout.nodes(), layout.cpus.len());
-        if room > BIOS_END - BIOS_START {
+        if room > BIOS_TABLES_END - BIOS_START {
             let top = layout.node_gpa_ranges(0)[0].end;
             layout.acpi = top - room.next_multiple_of(PAGE_SIZE)..top;
         }

@@ -12,13 +12,14 @@
 //!       0x9000      page tables: the first 4 GiB, one to one
 //!       0x20000     command line
 //!       0xe0000     ACPI tables
+//!       0xffff0     code that resets the machine
 //!       16 MiB ...  kernel (where it asks to be)
 //!       ... top     initrd, as high as it may be in node 0's low memory
 //! ```
 
 use crate::FirmwareError;
 use crate::acpi::AcpiTables;
-use crate::layout::Layout;
+use crate::layout::{BIOS_RESET_ENTRY, Layout};
 use crate::spec::MachineSpec;
 use linux_loader::loader::bootparam::{boot_params, setup_header};
 use linux_loader::loader::{KernelLoader, bzimage::BzImage, elf::Elf};
@@ -29,6 +30,7 @@ mod image;
 mod params;
 mod place;
 mod registers;
+mod reset;
 
 pub use registers::{BspRegisters, DescriptorTable, Segment};
 
@@ -90,6 +92,7 @@ pub fn load<M: GuestMemoryBackend>(
         mem.read_exact_volatile_from(GuestAddress(initrd.addr), &mut initrd.file, initrd.len as usize)
             .map_err(|error| unreadable("initrd", &initrd.path, &error))?;
     }
+    write(mem, BIOS_RESET_ENTRY, &reset::CODE)?;
     write(mem, CMDLINE_ADDR, cmdline.as_bytes())?;
     write(mem, CMDLINE_ADDR + cmdline.len() as u64, &[0])?;
     for (gpa, bytes) in &acpi.blocks {
@@ -147,12 +150,13 @@ fn header(image: &Image, plan: &Plan, cmdline_len: usize) -> setup_header {
 }
 
 /// The whole command line. Ours stands first, so that the operator's may override it and may end in
-/// arguments for init after `--`.
+/// arguments for init after `--`. Without `reboot=acpi` Linux does not reboot by ACPI's register where ACPI is
+/// hardware-reduced and there is no EFI, but by a jump to the BIOS.
 fn command_line(theirs: &str, tsc_khz: u32, image: &Image) -> Result<String, FirmwareError> {
     if theirs.contains('\0') {
         return Err(FirmwareError::Boot("the command line contains a NUL character: remove it".into()));
     }
-    let ours = format!("tsc=reliable tsc_early_khz={tsc_khz} ");
+    let ours = format!("tsc=reliable tsc_early_khz={tsc_khz} reboot=acpi ");
     let room = image.cmdline_max().saturating_sub(ours.len());
     if theirs.len() > room {
         return Err(FirmwareError::Boot(format!(

@@ -126,13 +126,21 @@ fn bzimage_is_entered_in_64_bit_mode_with_its_parameters() {
     let header = params.hdr;
     assert_eq!((header.type_of_loader, { header.boot_flag }), (0xff, 0xaa55));
     assert_eq!({ header.pref_address }, 16 * MIB);
-    let cmdline = b"tsc=reliable tsc_early_khz=2400000 console=ttyS0 -- single\0";
+    let cmdline = b"tsc=reliable tsc_early_khz=2400000 reboot=acpi console=ttyS0 -- single\0";
     assert_eq!(booted.bytes(header.cmd_line_ptr.into(), cmdline.len()), cmdline);
     assert_eq!({ header.ramdisk_size }, 9);
     assert_eq!(u64::from(header.ramdisk_image), 256 * MIB - 4096, "as high as it fits, on a page");
     assert_eq!(booted.bytes(header.ramdisk_image.into(), 9), b"an initrd");
     assert_eq!(booted.bytes(booted.acpi.rsdp_gpa, 8), b"RSD PTR ");
     assert_eq!({ header.setup_data }, 0, "one node needs no further map");
+}
+
+#[test]
+fn jump_to_the_bios_resets_the_machine() {
+    let files = Files::new();
+    let kernel = files.put("vmlinuz", &bzimage(good_header()));
+    let booted = boot(&machine(&[256 * MIB]), &kernel, None).unwrap();
+    assert_eq!(booted.bytes(0xffff0, 9), [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd]);
 }
 
 #[test]
@@ -308,12 +316,12 @@ fn command_line_that_the_kernel_would_cut_is_refused() {
     let files = Files::new();
     let kernel = files.put("vmlinuz", &bzimage(good_header()));
     let spec = machine(&[256 * MIB]);
-    let ours = "tsc=reliable tsc_early_khz=4294967295 ".len();
+    let ours = "tsc=reliable tsc_early_khz=4294967295 reboot=acpi ".len();
     let long = "x".repeat(2047 - ours);
     check(&BootSource { kernel: &kernel, initrd: None, cmdline: &long }, &spec).unwrap();
     let longer = long + "x";
     let error = check(&BootSource { kernel: &kernel, initrd: None, cmdline: &longer }, &spec).unwrap_err();
-    assert!(error.to_string().contains("2010 characters"), "{error}");
+    assert!(error.to_string().contains("1998 characters"), "{error}");
     let error = check(&BootSource { kernel: &kernel, initrd: None, cmdline: "a\0b" }, &spec).unwrap_err();
     assert!(error.to_string().contains("NUL"), "{error}");
 }
