@@ -5,7 +5,7 @@
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -33,18 +33,10 @@ fn saved() -> MutexGuard<'static, Option<Termios>> {
 /// # Errors
 /// What the terminal says.
 pub fn enter_raw() -> io::Result<bool> {
-    static HOOK: Once = Once::new();
     let stdin = io::stdin();
     if !stdin.is_terminal() {
         return Ok(false);
     }
-    HOOK.call_once(|| {
-        let usual = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            leave_raw();
-            usual(panic);
-        }));
-    });
     let mut slot = saved();
     if slot.is_none() {
         let before = tcgetattr(&stdin)?;
@@ -64,6 +56,17 @@ pub fn leave_raw() {
         let _ = tcsetattr(io::stdin(), SetArg::TCSADRAIN, &before);
         RAW.store(false, Ordering::Release);
     }
+}
+
+/// From now on a panic of any thread puts the terminal back and ends the process: a coordinator that has lost
+/// a thread cannot be trusted with a machine, and its nodes end with it.
+pub fn end_on_panic() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        leave_raw();
+        usual(panic);
+        std::process::exit(101);
+    }));
 }
 
 /// Leaves raw mode when dropped, so that every way out of a function does.
@@ -177,8 +180,18 @@ pub fn read_input(typed: Sender<Vec<u8>>, leave: impl Fn() + Send + 'static) -> 
 pub struct Output {
     queue: Sender<Vec<u8>>,
     waiting: Arc<AtomicUsize>,
-    done: Receiver<()>,
     dropped: bool,
+}
+
+/// Tells when an [`Output`] that has been dropped has written all it had.
+#[derive(Debug)]
+pub struct Written(Receiver<()>);
+
+impl Written {
+    /// Waits `timeout` at most; says whether everything was written.
+    pub fn wait(self, timeout: Duration) -> bool {
+        self.0.recv_timeout(timeout) == Err(channel::RecvTimeoutError::Disconnected)
+    }
 }
 
 impl Output {
@@ -186,7 +199,7 @@ impl Output {
     ///
     /// # Errors
     /// What the system says.
-    pub fn start(mut sink: impl Write + Send + 'static) -> io::Result<Output> {
+    pub fn start(mut sink: impl Write + Send + 'static) -> io::Result<(Output, Written)> {
         let (queue, pieces) = channel::unbounded::<Vec<u8>>();
         let (finished, done) = channel::bounded(0);
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -200,7 +213,7 @@ impl Output {
             }
             drop(finished);
         })?;
-        Ok(Output { queue, waiting, done, dropped: false })
+        Ok((Output { queue, waiting, dropped: false }, Written(done)))
     }
 
     /// Queues bytes.
@@ -217,12 +230,6 @@ impl Output {
         self.waiting.fetch_add(bytes.len(), Ordering::Relaxed);
         // The thread ends only after this sender.
         let _ = self.queue.send(bytes);
-    }
-
-    /// Waits until everything is written, `timeout` at most; says whether it was.
-    pub fn finish(self, timeout: Duration) -> bool {
-        drop(self.queue);
-        self.done.recv_timeout(timeout) == Err(channel::RecvTimeoutError::Disconnected)
     }
 }
 
@@ -264,10 +271,11 @@ mod tests {
     #[test]
     fn output_is_written_in_order_and_finished() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut output = Output::start(writer).unwrap();
+        let (mut output, written) = Output::start(writer).unwrap();
         output.push(b"one ".to_vec());
         output.push(b"two".to_vec());
-        assert!(output.finish(Duration::from_secs(5)));
+        drop(output);
+        assert!(written.wait(Duration::from_secs(5)));
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "one two");
@@ -276,21 +284,23 @@ mod tests {
     #[test]
     fn a_sink_that_stands_still_blocks_nobody() {
         let (_reader, writer) = io::pipe().unwrap();
-        let mut output = Output::start(writer).unwrap();
+        let (mut output, written) = Output::start(writer).unwrap();
         for _ in 0..80 {
             output.push(vec![0; 1 << 20]);
         }
         assert!(output.dropped);
-        assert!(!output.finish(Duration::from_millis(10)));
+        drop(output);
+        assert!(!written.wait(Duration::from_millis(10)));
     }
 
     #[test]
     fn a_reader_that_went_away_stops_nothing() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        let mut output = Output::start(writer).unwrap();
+        let (mut output, written) = Output::start(writer).unwrap();
         output.push(b"x".to_vec());
         output.push(b"y".to_vec());
-        assert!(output.finish(Duration::from_secs(5)));
+        drop(output);
+        assert!(written.wait(Duration::from_secs(5)));
     }
 }

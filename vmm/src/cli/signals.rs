@@ -1,0 +1,36 @@
+//! Signals that ask `gestalt run` to end.
+
+use std::io;
+use std::thread;
+
+use crossbeam::channel::Sender;
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::coordinator::session::Interrupt;
+
+fn ending() -> SigSet {
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect()
+}
+
+/// Keeps the signals from ending the process. Threads inherit this: call it before starting any.
+///
+/// # Errors
+/// What the system says.
+pub fn block() -> io::Result<()> {
+    Ok(ending().thread_block()?)
+}
+
+/// Turns the blocked signals into interrupts, for as long as the process lives.
+///
+/// # Errors
+/// What the system says.
+pub fn watch(interrupts: Sender<Interrupt>) -> io::Result<()> {
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        while let Ok(signal) = ending().wait() {
+            if interrupts.send(Interrupt::Signal(signal as i32)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
