@@ -26,8 +26,10 @@ const COMPILE: &[&str] = &["-O2", "-Wall", "-Wextra", "-fopenmp", "-static", "-p
 /// No compiler, no network.
 pub fn initramfs(cache: &Cache) -> Result<PathBuf> {
     let busybox = image::busybox(cache)?;
-    let source = fs::read_to_string(smp_check_source()).context("reading smp-check's source")?;
-    let recipe = format!("{RECIPE_VERSION} {COMPILE:?}\n{INIT}\n{source}");
+    let mut recipe = format!("{RECIPE_VERSION} {COMPILE:?}\n{INIT}");
+    for file in smp_check_sources()? {
+        recipe.push_str(&fs::read_to_string(file)?);
+    }
     let entry = cache.entry("guest-initramfs", &recipe, |dir| {
         let step = Step::start("making the guest's initramfs");
         let smp_check = dir.join("smp-check");
@@ -48,10 +50,36 @@ pub fn initramfs(cache: &Cache) -> Result<PathBuf> {
 /// # Errors
 /// The compiler is missing or objects.
 pub fn compile_smp_check(output: &Path) -> Result<()> {
-    let source = smp_check_source();
-    exec::run(Command::new("gcc").args(COMPILE).arg("-o").arg(output).arg(source), None).map(drop)
+    let sources =
+        smp_check_sources()?.into_iter().filter(|path| path.extension().is_some_and(|end| end == "c"));
+    exec::run(Command::new("gcc").args(COMPILE).arg("-o").arg(output).args(sources), None).map(drop)
 }
 
-fn smp_check_source() -> PathBuf {
-    workspace().join("tools/smp-check/smp-check.c")
+/// Its C files and headers, in a stable order.
+fn smp_check_sources() -> Result<Vec<PathBuf>> {
+    let dir = workspace().join("tools/smp-check");
+    let listing = fs::read_dir(&dir).with_context(|| format!("reading {}", dir.display()))?;
+    let mut files: Vec<PathBuf> = listing.flatten().map(|entry| entry.path()).collect();
+    files.retain(|path| path.extension().is_some_and(|end| end == "c" || end == "h"));
+    files.sort();
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::setup;
+
+    #[test]
+    fn smp_check_passes_on_this_machine() {
+        if setup::missing(setup::TO_COMPILE) {
+            eprintln!("skipped: gcc or a static libc is not installed");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("smp-check");
+        compile_smp_check(&program).unwrap();
+        let said = exec::run(Command::new(&program).args(["--scale", "0.2"]), None).unwrap();
+        assert!(said.lines().last().is_some_and(|line| line.starts_with("smp-check: all ok")), "{said}");
+    }
 }

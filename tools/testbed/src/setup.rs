@@ -60,6 +60,11 @@ pub fn ensure(needs: &[&[Need]]) -> Result<()> {
     Ok(())
 }
 
+/// Whether something of `needs` is absent.
+pub fn missing(needs: &[Need]) -> bool {
+    needs.iter().any(|need| !present(need.have))
+}
+
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
     // Another apt may be at work on a freshly started machine: wait for it, but not for ever.
