@@ -30,6 +30,11 @@ macro_rules! counters {
         }
 
         impl Totals {
+            /// The counters by name.
+            pub fn list(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name)),+]
+            }
+
             /// Adds up the shards.
             pub fn of<'a>(shards: impl IntoIterator<Item = &'a ShardStats>) -> Totals {
                 let mut totals = Totals { $($name: 0,)+ latency: histogram() };

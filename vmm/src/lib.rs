@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod irq;
 pub mod kvm;
 pub mod machine_file;
+pub mod node;
 pub mod node_api;
 pub mod node_msg;
 pub mod router;

@@ -263,6 +263,12 @@ impl Control {
         }
     }
 
+    /// What the coordinator says, to select on together with other channels. It closes when the coordinator is
+    /// gone; [`Control::recv_timeout`] then says why.
+    pub fn incoming(&self) -> &Receiver<FromCoordinator> {
+        &self.incoming
+    }
+
     /// Waits for [`FromCoordinator::Start`].
     ///
     /// # Errors

@@ -117,43 +117,9 @@ impl Vcpus {
         self.table.counters()
     }
 
-    /// Registers and last exits of every vCPU; of those that do not answer in time it says so.
+    /// [`Table::dump`].
     pub fn dump(&self, timeout: Duration) -> String {
-        let slots = self.table.slots();
-        for slot in slots {
-            *slot.dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
-            slot.dump_wanted.store(true, Ordering::SeqCst);
-            slot.mailbox.kick();
-        }
-        let take =
-            |index: usize| slots[index].dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-        let mut texts: Vec<Option<String>> = vec![None; slots.len()];
-        let deadline = Instant::now() + timeout;
-        let mut idle = self.table.idle();
-        self.table.changed.notify_all();
-        loop {
-            for (index, text) in texts.iter_mut().enumerate().filter(|(_, text)| text.is_none()) {
-                *text = take(index);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            let answers = |index: usize| slots[index].state() != State::Gone;
-            if left.is_zero() || (0..slots.len()).all(|index| texts[index].is_some() || !answers(index)) {
-                break;
-            }
-            let waited = self.table.changed.wait_timeout(idle, left);
-            idle = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
-        }
-        drop(idle);
-        let mut all = String::new();
-        for (index, text) in texts.into_iter().enumerate() {
-            all.push_str(&text.unwrap_or_else(|| {
-                let state = slots[index].state();
-                format!(
-                    "local vCPU {index} does not answer (state {state:?}): it may be waiting for a page\n"
-                )
-            }));
-        }
-        all
+        self.table.dump(timeout)
     }
 
     /// Waits until `count` says that every vCPU is where it should be.
@@ -172,6 +138,47 @@ impl Vcpus {
             idle = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
         }
         Ok(())
+    }
+}
+
+impl Table {
+    /// Registers and last exits of every vCPU; of those that do not answer in time it says so.
+    pub fn dump(&self, timeout: Duration) -> String {
+        let slots = self.slots();
+        for slot in slots {
+            *slot.dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
+            slot.dump_wanted.store(true, Ordering::SeqCst);
+            slot.mailbox.kick();
+        }
+        let take =
+            |index: usize| slots[index].dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let mut texts: Vec<Option<String>> = vec![None; slots.len()];
+        let deadline = Instant::now() + timeout;
+        let mut idle = self.idle();
+        self.changed.notify_all();
+        loop {
+            for (index, text) in texts.iter_mut().enumerate().filter(|(_, text)| text.is_none()) {
+                *text = take(index);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let answers = |index: usize| slots[index].state() != State::Gone;
+            if left.is_zero() || (0..slots.len()).all(|index| texts[index].is_some() || !answers(index)) {
+                break;
+            }
+            let waited = self.changed.wait_timeout(idle, left);
+            idle = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+        }
+        drop(idle);
+        let mut all = String::new();
+        for (index, text) in texts.into_iter().enumerate() {
+            all.push_str(&text.unwrap_or_else(|| {
+                let state = slots[index].state();
+                format!(
+                    "local vCPU {index} does not answer (state {state:?}): it may be waiting for a page\n"
+                )
+            }));
+        }
+        all
     }
 }
 

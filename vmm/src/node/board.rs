@@ -1,0 +1,80 @@
+//! The devices of node 0: what every PC has, as far as a hardware-reduced one needs it.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crossbeam::channel::Sender;
+use firmware::layout;
+
+use super::console::{ConsoleOut, Input};
+use crate::devices::Device;
+use crate::devices::bus::{Bus, BusError, Shared, lock, share};
+use crate::devices::ioapic::IoApicDevice;
+use crate::devices::power::{self, Power, PowerEvent};
+use crate::devices::rtc::Rtc;
+use crate::devices::serial::Com1;
+use crate::irq::Message;
+use crate::router::devices::LocalDevices;
+
+/// Node 0's devices.
+pub struct Board {
+    /// Port and memory buses.
+    pub buses: Arc<LocalDevices>,
+    /// The I/O APIC, to which EOIs go.
+    pub ioapic: Shared<IoApicDevice>,
+    com1: Shared<Com1<ConsoleOut>>,
+}
+
+impl Board {
+    /// COM1, the real-time clock, ACPI's power registers and the I/O APIC. `route` delivers what the I/O APIC
+    /// sends, `room` learns when COM1 can take more input, `power` what the guest wants of the power.
+    ///
+    /// # Errors
+    /// [`BusError`] if two devices claim an address.
+    pub fn new(
+        console: ConsoleOut,
+        room: Sender<Input>,
+        route: impl Fn(Message) + Send + 'static,
+        power: impl Fn(PowerEvent) + Send + 'static,
+    ) -> Result<Board, BusError> {
+        let ioapic = share(IoApicDevice::new(layout::IOAPIC_ID, route));
+        let pin = ioapic.clone();
+        let com1 = share(Com1::new(
+            move || lock(&pin).pulse(layout::COM1_GSI as u8),
+            // The feeding thread is gone only when the machine ends.
+            move || drop(room.send(Input::Room)),
+            console,
+        ));
+        let mut ports = Bus::new();
+        ports.insert(layout::COM1_PORT.into(), layout::COM1_LEN.into(), com1.clone())?;
+        ports.insert(layout::RTC_PORT.into(), layout::RTC_LEN.into(), share(Rtc::new(unix_seconds)))?;
+        let power = Power::new(layout::ACPI_POWER_OFF_VALUE, layout::ACPI_RESET_VALUE, power);
+        ports.insert(layout::ACPI_SLEEP_CONTROL_PORT.into(), power::LEN, share(power))?;
+        ports.insert(layout::PIT_CHANNEL2_PORT.into(), 1, share(NoTimer))?;
+        let mut memory = Bus::new();
+        memory.insert(layout::IOAPIC_ADDR, layout::IOAPIC_LEN, ioapic.clone())?;
+        Ok(Board { buses: Arc::new(LocalDevices { ports, memory }), ioapic, com1 })
+    }
+
+    /// COM1, to offer input to.
+    pub fn com1(&self) -> Shared<Com1<ConsoleOut>> {
+        self.com1.clone()
+    }
+}
+
+/// The data port of the timer that is not there. Linux on AMD tries to calibrate by it: as long as it reads
+/// like an empty bus, 0xff, it tries a hundred thousand times.
+struct NoTimer;
+
+impl Device for NoTimer {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, _offset: u64, _data: &[u8]) {}
+}
+
+/// Seconds since 1970 by the host's clock.
+fn unix_seconds() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
