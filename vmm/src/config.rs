@@ -68,8 +68,9 @@ pub struct MachineConfig {
     pub initrd: Option<PathBuf>,
     /// The guest kernel's command line.
     pub cmdline: String,
-    /// Where `gestalt run` waits for nodes; port 0 lets the kernel choose.
-    pub listen: SocketAddr,
+    /// Where `gestalt run` waits for nodes; port 0 lets the kernel choose. `None`: loopback, any port, which
+    /// will not do for nodes on other hosts.
+    pub listen: Option<SocketAddr>,
     /// The nodes; the position is the node's index.
     pub nodes: Vec<NodeConfig>,
     /// SLIT distances; empty for 10 and 20.
@@ -92,7 +93,7 @@ impl Default for MachineConfig {
             kernel: PathBuf::new(),
             initrd: None,
             cmdline: DEFAULT_CMDLINE.into(),
-            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            listen: None,
             nodes: Vec::new(),
             distances: Vec::new(),
             silence: DEFAULT_SILENCE,
@@ -142,24 +143,24 @@ impl MachineConfig {
     fn check_addresses(&self) -> Result<(), ConfigError> {
         let remote = self.nodes.iter().find(|node| node.place == Place::Remote);
         let Some(remote) = remote.map(|node| &node.spec.name) else { return Ok(()) };
-        if self.listen.port() == 0 {
+        let Some(listen) = self.listen else {
             return wrong(format!(
                 "node \"{remote}\" joins from elsewhere and needs to know where: give an address and port, \
                  such as listen = \"192.0.2.1:7700\" (--listen)"
             ));
-        }
+        };
         let nowhere = |node: &&NodeConfig| {
             node.place == Place::Local
                 && node.fabric_listen.is_none_or(|address| address.ip().is_unspecified())
         };
-        if self.listen.ip().is_unspecified()
+        if listen.ip().is_unspecified()
             && let Some(local) = self.nodes.iter().find(nowhere)
         {
             return wrong(format!(
                 "node \"{remote}\" cannot reach node \"{}\": let listen name this host's own address instead of \
                  {}, or give the node a fabric address",
                 local.spec.name,
-                self.listen.ip()
+                listen.ip()
             ));
         }
         Ok(())
@@ -196,6 +197,11 @@ impl MachineConfig {
     /// Whether somebody has to start nodes elsewhere.
     pub fn has_remote_nodes(&self) -> bool {
         self.nodes.iter().any(|node| node.place == Place::Remote)
+    }
+
+    /// Where to listen.
+    pub fn listen(&self) -> SocketAddr {
+        self.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)))
     }
 
     /// How long the nodes may take to join.
@@ -360,7 +366,7 @@ mod tests {
     #[test]
     fn a_wildcard_address_needs_fabric_addresses_when_others_join() {
         let mut config = machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]);
-        config.listen = "0.0.0.0:7700".parse().unwrap();
+        config.listen = Some("0.0.0.0:7700".parse().unwrap());
         assert!(refusal(&config).contains("cannot reach node \"n0\""));
         config.nodes[0].fabric_listen = Some("192.0.2.1:0".parse().unwrap());
         assert_eq!(config.check(), Ok(()));

@@ -120,7 +120,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         kernel: form.kernel.unwrap_or_default(),
         initrd: form.initrd,
         cmdline: form.cmdline.unwrap_or(default.cmdline),
-        listen: form.listen.unwrap_or(default.listen),
+        listen: form.listen,
         nodes: form.node.into_iter().map(node).collect::<Result<_, _>>()?,
         distances: form.distances,
         silence: duration("silence", form.silence, default.silence)?,
@@ -202,7 +202,7 @@ mod tests {
         let config = parse(GOOD).unwrap();
         assert_eq!(config.name, "demo");
         assert_eq!(config.initrd, Some("initrd.img".into()));
-        assert_eq!(config.listen, "127.0.0.1:7700".parse().unwrap());
+        assert_eq!(config.listen, Some("127.0.0.1:7700".parse().unwrap()));
         assert_eq!(config.silence, Duration::from_secs(4));
         assert_eq!(config.nodes[0].spec, NodeSpec { name: "n0".into(), cpus: 2, memory: 512 << 20 });
         assert_eq!(config.nodes[0].place, Place::Local);

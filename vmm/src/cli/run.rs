@@ -200,10 +200,10 @@ impl RunArgs {
         set(&mut config.kernel, &self.kernel);
         set(&mut config.cmdline, &self.cmdline);
         set(&mut config.name, &self.name);
-        set(&mut config.listen, &self.listen);
         set(&mut config.silence, &self.silence);
         set(&mut config.shards, &self.shards);
         set(&mut config.hold, &self.hold);
+        config.listen = self.listen.or(config.listen);
         config.initrd = self.initrd.clone().or(config.initrd);
         config.join_timeout = self.join_timeout.or(config.join_timeout);
         Ok(config)

@@ -111,7 +111,7 @@ impl Coordinator {
     /// # Errors
     /// A sentence about the address.
     pub fn bind(config: MachineConfig, spawner: Box<dyn Spawner>) -> Result<Coordinator, CoordinatorError> {
-        let address = config.listen;
+        let address = config.listen();
         let listener = TcpListener::bind(address).map_err(|why| match why.kind() {
             io::ErrorKind::AddrInUse => CoordinatorError::InUse(address),
             _ => CoordinatorError::Listen { address, why },
@@ -299,6 +299,7 @@ impl Driver {
     fn spawn(&mut self, node: usize, life: u32) -> Result<(), CoordinatorError> {
         match self.spawner.spawn(&self.config.nodes[node].spec.name, self.join) {
             Ok(process) => {
+                tracing::debug!("node {} is process {}", self.config.nodes[node].spec.name, process.id());
                 self.processes.0.push(process.clone());
                 let tell = self.tell.clone();
                 thread::Builder::new().name(format!("wait-{node}")).spawn(move || {

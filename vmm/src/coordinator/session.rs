@@ -35,7 +35,7 @@ pub const GRACE_FAILED: Duration = Duration::from_secs(1);
 /// What nodes get to report and end after the guest switched itself off.
 pub const GRACE_CLEAN: Duration = Duration::from_secs(3);
 /// How long mapping memory, meshing and loading the kernel may take.
-pub const PREPARE: Duration = Duration::from_secs(120);
+pub const PREPARE: Duration = Duration::from_secs(110);
 /// How long killed processes may take to disappear.
 pub const KILL: Duration = Duration::from_secs(1);
 

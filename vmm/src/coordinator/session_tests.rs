@@ -20,7 +20,7 @@ fn config(places: &[Place]) -> MachineConfig {
     };
     MachineConfig {
         kernel: "vmlinuz".into(),
-        listen: "192.0.2.1:7700".parse().unwrap(),
+        listen: Some("192.0.2.1:7700".parse().unwrap()),
         nodes: places.iter().enumerate().map(node).collect(),
         ..MachineConfig::default()
     }
@@ -322,7 +322,7 @@ fn nodes_that_do_not_get_ready_are_named() {
     }
     run.ended(0, ProcessEnd::Code(0));
     let actions = run.ended(1, ProcessEnd::Code(0));
-    assert_eq!(failure(&actions), "node n0 did not get ready within 120 s");
+    assert_eq!(failure(&actions), "node n0 did not get ready within 110 s");
 }
 
 #[test]

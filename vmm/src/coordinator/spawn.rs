@@ -36,6 +36,9 @@ pub trait NodeProcess: Send + Sync {
     /// Waits until it has ended. May be called again, and while another thread kills it.
     fn wait(&self) -> ProcessEnd;
 
+    /// Its process id, for messages; not to be signalled, it may have ended.
+    fn id(&self) -> u32;
+
     /// Ends it at once. Does nothing once it has ended.
     fn kill(&self);
 }
@@ -123,6 +126,10 @@ impl NodeProcess for HostProcess {
         // Its messages should stand above what is said about its end.
         let _ = self.last_words.recv_timeout(LAST_WORDS);
         end_of(status)
+    }
+
+    fn id(&self) -> u32 {
+        self.pid.as_raw() as u32
     }
 
     fn kill(&self) {
