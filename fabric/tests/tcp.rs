@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Tap, VERSION, config, listeners, mesh_all};
+use common::{PATIENCE, Tap, VERSION, config, listeners, mesh_all, readable};
 use fabric::tcp::{Listener, MeshConfig, TcpTransport};
 use fabric::{FabricError, MAX_FRAME, NodeId, Transport};
 use nix::sys::socket::{
@@ -129,9 +129,14 @@ fn silent_and_half_spoken_strangers_do_not_delay_the_mesh() {
 
 #[test]
 fn many_silent_strangers_are_let_go_oldest_first() {
+    let began = Instant::now();
     let (zero, one) = half_a_mesh(1, |listener, addresses| {
         let mut crowd: Vec<TcpStream> = (0..100).map(|_| connect(addresses[0])).collect();
         expect_closed(crowd.remove(0), &[]);
+        assert!(
+            began.elapsed() < Duration::from_secs(4),
+            "it had to go before its time to say hello was over"
+        );
         listener.mesh(config(1, addresses, 1)).unwrap()
     });
     expect_sound(&zero.unwrap(), &one, 1);
@@ -230,7 +235,9 @@ fn a_peer_that_comes_late_is_waited_for() {
     thread::scope(|scope| {
         let meshing = scope.spawn(move || one.mesh(one_config));
         for _ in 0..3 {
+            assert!(readable(other.as_raw_fd(), PATIENCE.as_millis() as u16), "node 1 does not try again");
             let (mut socket, _) = other.accept().unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
             socket.read_exact(&mut [0; 128]).unwrap();
         }
         drop(other);

@@ -173,9 +173,8 @@ impl Tap {
     }
 
     fn sleep(&mut self, deadline: Instant) {
-        if !self.arm() {
-            let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u16;
-            assert!(left > 0 && readable(self.fd(), left), "nothing came in time");
-        }
+        // Checked even when there is work: a descriptor that is wrongly readable must not spin for ever.
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u16;
+        assert!(left > 0 && (self.arm() || readable(self.fd(), left)), "nothing came in time");
     }
 }
