@@ -140,6 +140,36 @@ mod tests {
         assert!(format!("{error}").contains("no-such-program-here"));
     }
 
+    /// Set in the process that [`a_tethered_child_dies_with_a_killed_parent`] kills.
+    const VICTIM: &str = "GESTALT_TEST_VICTIM";
+
+    #[test]
+    fn a_tethered_child_dies_with_a_killed_parent() {
+        if std::env::var_os(VICTIM).is_some() {
+            let mut command = Command::new("sleep");
+            command.arg("600").stdout(Stdio::null());
+            println!("child {}", spawn_tethered(command).unwrap().id());
+            std::thread::sleep(std::time::Duration::from_secs(600));
+        }
+        let mut victim = Command::new(std::env::current_exe().unwrap());
+        victim.args(["--exact", "exec::tests::a_tethered_child_dies_with_a_killed_parent", "--nocapture"]);
+        let mut victim =
+            victim.env(VICTIM, "1").stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let lines = BufReader::new(victim.stdout.take().unwrap()).lines();
+        let child =
+            lines.map_while(Result::ok).find_map(|line| line.split("child ").nth(1)?.parse::<i32>().ok());
+        // SAFETY: pidfd_open takes two numbers and returns a descriptor that nobody else owns.
+        let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.expect("the victim tells"), 0) };
+        assert!(pidfd >= 0, "{}", io::Error::last_os_error());
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        let mut ended = libc::pollfd { fd: pidfd as i32, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd is passed, and it lives until the call returns.
+        assert_eq!(unsafe { libc::poll(&mut ended, 1, 30_000) }, 1, "the child still runs");
+        // SAFETY: the descriptor is ours and not used again.
+        unsafe { libc::close(pidfd as i32) };
+    }
+
     #[test]
     fn a_tethered_child_outlives_the_thread_that_asked_for_it() {
         let mut child = std::thread::spawn(|| {

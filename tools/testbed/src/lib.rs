@@ -5,6 +5,7 @@
 //! runs jobs, and [`rig::Rig::emulated`] says which it was.
 //!
 //! - [`rig`] puts a whole run together; start there.
+//! - [`boot`] runs one boot of a [`machine`] and says what came of it; [`verdict`] judges it.
 //! - [`host`] runs jobs on a host, through [`proto`], against an [`agent`].
 //! - [`rack`] is the emulated hosts: [`qemu`] one of them, [`switch`] their network, [`image`] what they boot.
 //! - [`terminal`] lends our terminal to a job. [`stage`] is the directory that all hosts see.
@@ -24,12 +25,14 @@ pub mod agent;
 pub mod apt;
 pub mod archive;
 pub mod artifacts;
+pub mod boot;
 pub mod cache;
 pub mod exec;
 pub mod guest;
 pub mod host;
 pub mod image;
 pub mod kernels;
+pub mod machine;
 pub mod probe;
 pub mod progress;
 pub mod proto;
@@ -41,3 +44,4 @@ pub mod setup;
 pub mod stage;
 pub mod switch;
 pub mod terminal;
+pub mod verdict;

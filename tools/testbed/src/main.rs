@@ -5,7 +5,7 @@
 //! ```
 
 use std::fs::File;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use testbed::cache::Cache;
-use testbed::host::{Event, Job};
+use testbed::host::Event;
 use testbed::kernels::Kernel;
 use testbed::proto::Spawn;
 use testbed::rig::{Rig, RigConfig};
@@ -158,7 +158,7 @@ fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
         terminal,
     })?;
     let _raw = terminal.map(|_| RawTerminal::enter()).transpose()?;
-    forward_input(&job);
+    terminal::forward_input(job.input());
     let deadline = Instant::now() + Duration::from_secs(args.timeout);
     loop {
         match job.next_until(deadline)? {
@@ -171,19 +171,4 @@ fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
             None => bail!("the command was not finished within {} s and is killed", args.timeout),
         }
     }
-}
-
-/// Feeds this process's standard input to the job, on a thread that ends with the process.
-fn forward_input(job: &Job) {
-    let input = job.input();
-    std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        loop {
-            match io::stdin().lock().read(&mut buffer) {
-                Ok(0) | Err(_) => return input.end(),
-                Ok(count) if input.send(&buffer[..count]).is_err() => return,
-                Ok(_) => {}
-            }
-        }
-    });
 }

@@ -1,10 +1,12 @@
 //! This process's own terminal, while a job far away uses it.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result};
 use nix::sys::termios::{self, SetArg, Termios};
+
+use crate::host::Input;
 
 /// The terminal in raw mode; restored when dropped.
 pub struct RawTerminal {
@@ -30,6 +32,20 @@ impl Drop for RawTerminal {
         // Fails only if the terminal is gone.
         let _ = termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before);
     }
+}
+
+/// Feeds this process's standard input to a job, on a thread that ends with the process.
+pub fn forward_input(input: Input) {
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        loop {
+            match io::stdin().lock().read(&mut buffer) {
+                Ok(0) | Err(_) => return input.end(),
+                Ok(count) if input.send(&buffer[..count]).is_err() => return,
+                Ok(_) => {}
+            }
+        }
+    });
 }
 
 /// Rows and columns of the terminal on standard output, if there is one.

@@ -1,2 +1,58 @@
-//! Development tasks.
-fn main() {}
+//! Development tasks: `cargo xtask <task>`.
+//!
+//! | task | file | what it does |
+//! |---|---|---|
+//! | `quickstart` | [`quickstart`] | one guest over several nodes, with what it says of itself |
+//! | `test` | [`test`] | unit tests, integration tests, guest boots |
+//! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
+//! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
+//!
+//! [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`report`] the
+//! files in `target/report`.
+
+mod checks;
+mod options;
+mod quickstart;
+mod report;
+mod scenarios;
+mod soak;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Development tasks of Gestalt")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot one guest over several nodes and show what it says of itself
+    Quickstart(quickstart::Quickstart),
+    /// Run unit tests, integration tests and guest boots
+    Test(test::Test),
+    /// Boot many times in a row, in other shapes, and kill nodes
+    Soak(soak::Soak),
+    /// Check formatting, lints and versions
+    CiChecks,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Quickstart(task) => task.run(),
+        Task::Test(task) => task.run(),
+        Task::Soak(task) => task.run(),
+        Task::CiChecks => checks::run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cargo xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The machines that tests boot: their nodes, on which hosts, and the machine file that says so.
+
+use std::str::FromStr;
+
+use crate::kernels::Kernel;
+use crate::rack::Rack;
+
+/// Memory of an emulated host beyond that of its nodes, in MiB: its own system, the programs, page tables.
+const HOST_MIB: u32 = 1200;
+
+/// One node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// CPUs; 0 for a memory-only node.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl FromStr for Node {
+    type Err = String;
+
+    /// Reads `CPUS:MIB`, such as `2:512`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts =
+            text.split_once(':').and_then(|(cpus, mib)| Some((cpus.parse().ok()?, mib.parse().ok()?)));
+        let (cpus, memory_mib) = parts.ok_or(format!("{text:?} is not CPUS:MIB, such as 2:512"))?;
+        Ok(Self { cpus, memory_mib })
+    }
+}
+
+/// A machine to boot.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Its nodes; node i is called `n<i>`.
+    pub nodes: Vec<Node>,
+    /// Over how many hosts the nodes are spread, in order; at most as many as there are nodes.
+    pub hosts: usize,
+    /// The guest's kernel.
+    pub kernel: Kernel,
+    /// What the guest does, in order: see `files/guest-init.sh`.
+    pub actions: String,
+}
+
+impl Machine {
+    /// `count` equal nodes on one host.
+    pub fn equal(count: usize, cpus: u32, memory_mib: u32) -> Self {
+        Self {
+            nodes: vec![Node { cpus, memory_mib }; count],
+            hosts: 1,
+            kernel: Kernel::TrixieCloud,
+            actions: "report,smp-check,poweroff".into(),
+        }
+    }
+
+    /// All CPUs.
+    pub fn cpus(&self) -> u32 {
+        self.nodes.iter().map(|node| node.cpus).sum()
+    }
+
+    /// All memory in MiB.
+    pub fn memory_mib(&self) -> u32 {
+        self.nodes.iter().map(|node| node.memory_mib).sum()
+    }
+
+    /// The host of node `index`.
+    pub fn host_of(&self, index: usize) -> usize {
+        index * self.hosts / self.nodes.len()
+    }
+
+    /// Memory in MiB that an emulated host needs for the nodes it gets.
+    pub fn host_memory_mib(&self) -> u32 {
+        let on = |host| {
+            let here = (0..self.nodes.len()).filter(|&index| self.host_of(index) == host);
+            here.map(|index| self.nodes[index].memory_mib).sum::<u32>()
+        };
+        (0..self.hosts).map(on).max().unwrap_or(0) + HOST_MIB
+    }
+
+    /// The machine file, with kernel and initramfs below `guest`, a directory of the host.
+    pub fn file(&self, guest: &str) -> String {
+        let mut text = format!(
+            "name = \"test\"\nkernel = \"{guest}/{}\"\ninitrd = \"{guest}/initramfs\"\n\
+             cmdline = \"console=ttyS0 gestalt.run={}\"\n",
+            self.kernel.name(),
+            self.actions
+        );
+        if self.hosts > 1 {
+            text += &format!("listen = \"{}\"\n", self.join_address());
+        }
+        for (index, node) in self.nodes.iter().enumerate() {
+            let place = if self.host_of(index) == 0 { "local" } else { "remote" };
+            text += &format!(
+                "\n[[node]]\nname = \"n{index}\"\ncpus = {}\nmemory = \"{}M\"\nwhere = \"{place}\"\n",
+                node.cpus, node.memory_mib
+            );
+        }
+        text
+    }
+
+    /// Where nodes of other hosts join.
+    pub fn join_address(&self) -> String {
+        format!("{}:7700", Rack::address(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_spread_over_hosts_in_order() {
+        let machine = Machine { hosts: 2, ..Machine::equal(4, 1, 256) };
+        assert_eq!((0..4).map(|index| machine.host_of(index)).collect::<Vec<_>>(), [0, 0, 1, 1]);
+        let file = machine.file("/g");
+        assert_eq!(file.matches("remote").count(), 2);
+        assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
+    }
+
+    #[test]
+    fn a_host_has_room_for_the_nodes_it_gets() {
+        let mut machine = Machine { hosts: 2, ..Machine::equal(3, 1, 256) };
+        assert_eq!(machine.host_memory_mib(), 512 + HOST_MIB);
+        machine.nodes[2].memory_mib = 1024;
+        assert_eq!(machine.host_memory_mib(), 1024 + HOST_MIB);
+    }
+
+    #[test]
+    fn nodes_are_read_from_text() {
+        assert_eq!("2:512".parse(), Ok(Node { cpus: 2, memory_mib: 512 }));
+        for bad in ["", "2", "2:", "a:512", "2:512M"] {
+            assert!(bad.parse::<Node>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Did the guest find the machine that was asked for?
+
+use crate::boot::Outcome;
+use crate::machine::Machine;
+
+/// Share of a node's memory that its guest must report: the rest is the kernel itself and its page structs.
+const MEMORY_SHARE: f64 = 0.7;
+
+/// What is wrong with a boot that should have ended by itself, in sentences; empty when nothing is.
+///
+/// `checked` says whether the guest was to run `smp-check`.
+pub fn faults(machine: &Machine, outcome: &Outcome, checked: bool) -> Vec<String> {
+    let mut faults = Vec::new();
+    let mut expect = |ok: bool, what: String| {
+        if !ok {
+            faults.push(what);
+        }
+    };
+    let facts = &outcome.facts;
+    expect(outcome.code == Some(0), format!("gestalt run ended with {:?} instead of 0", outcome.code));
+    expect(facts.text("kernel").is_some(), "the guest did not report its kernel".into());
+    let cpus = facts.number("cpus_online");
+    expect(
+        cpus == Some(machine.cpus().into()),
+        format!("the guest has {cpus:?} CPUs online instead of {}", machine.cpus()),
+    );
+    let nodes = facts.number("numa_nodes");
+    expect(
+        nodes == Some(machine.nodes.len() as u64),
+        format!("the guest has {nodes:?} NUMA nodes instead of {}", machine.nodes.len()),
+    );
+    for (index, node) in machine.nodes.iter().enumerate() {
+        let listed = facts.text(&format!("node{index}.cpus")).map(listed_cpus);
+        expect(
+            listed == Some(node.cpus),
+            format!("NUMA node {index} has {listed:?} CPUs instead of {}", node.cpus),
+        );
+        let kib = facts.number(&format!("node{index}.mem_total_kib")).unwrap_or(0);
+        let least = (f64::from(node.memory_mib) * 1024.0 * MEMORY_SHARE) as u64;
+        expect(kib >= least, format!("NUMA node {index} has {kib} KiB of its {} MiB", node.memory_mib));
+    }
+    if checked {
+        let said = facts.text("smp_check");
+        expect(said == Some("ok"), format!("smp-check said {said:?}"));
+    }
+    faults
+}
+
+/// How many CPUs a list such as `0-3,8` names.
+fn listed_cpus(list: &str) -> u32 {
+    let ranges = list.split(',').filter(|range| !range.is_empty());
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)? + 1)
+    };
+    ranges.filter_map(count).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Facts;
+
+    fn outcome(facts: &[(&str, &str)]) -> Outcome {
+        let facts = facts.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+        Outcome { code: Some(0), facts: Facts(facts), ..Outcome::default() }
+    }
+
+    const GOOD: [(&str, &str); 8] = [
+        ("kernel", "6.12"),
+        ("cpus_online", "2"),
+        ("numa_nodes", "2"),
+        ("node0.cpus", "0-1"),
+        ("node0.mem_total_kib", "500000"),
+        ("node1.cpus", ""),
+        ("node1.mem_total_kib", "520000"),
+        ("smp_check", "ok"),
+    ];
+
+    fn machine() -> Machine {
+        let mut machine = Machine::equal(2, 2, 512);
+        machine.nodes[1].cpus = 0;
+        machine
+    }
+
+    #[test]
+    fn the_machine_asked_for_has_no_faults() {
+        assert_eq!(faults(&machine(), &outcome(&GOOD), true), Vec::<String>::new());
+    }
+
+    #[test]
+    fn each_missing_or_wrong_fact_is_a_fault() {
+        for index in 0..GOOD.len() {
+            let mut facts = GOOD.to_vec();
+            facts[index].1 = "7";
+            if GOOD[index].0 == "kernel" {
+                facts.remove(index);
+            }
+            assert_eq!(faults(&machine(), &outcome(&facts), true).len(), 1, "{:?}", GOOD[index]);
+        }
+    }
+
+    #[test]
+    fn lists_of_cpus_are_counted() {
+        for (list, count) in [("", 0), ("3", 1), ("0-3", 4), ("0-1,4,6-7", 5)] {
+            assert_eq!(listed_cpus(list), count, "{list}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What the tasks that boot machines have in common.
+
+use anyhow::{Result, bail};
+use clap::Args;
+use testbed::kernels::Kernel;
+use testbed::machine::{Machine, Node};
+use testbed::rig::RigConfig;
+
+/// The machine to boot, and the hosts to boot it on.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// How many nodes
+    #[arg(long, default_value_t = 2, conflicts_with = "node")]
+    pub nodes: usize,
+    /// CPUs of each node
+    #[arg(long, default_value_t = 2, conflicts_with = "node")]
+    pub cpus: u32,
+    /// Memory of each node in MiB
+    #[arg(long, default_value_t = 512, conflicts_with = "node", value_parser = mebibytes)]
+    pub memory: u32,
+    /// One node as CPUS:MIB, such as 2:512; give it once per node (0:512 has memory only)
+    #[arg(long)]
+    pub node: Vec<Node>,
+    /// Over how many hosts to spread the nodes; more than one are emulated hosts on an emulated network
+    #[arg(long, default_value_t = 1)]
+    pub hosts: usize,
+    /// The guest's kernel: trixie-cloud, trixie or bookworm-cloud
+    #[arg(long, default_value = "trixie-cloud")]
+    pub kernel: Kernel,
+    /// CPUs of each emulated host
+    #[arg(long, default_value_t = 2)]
+    pub host_cpus: u32,
+    /// Emulate the hosts even if this machine has VMX or SVM
+    #[arg(long)]
+    pub emulate: bool,
+}
+
+impl Options {
+    /// The default machine; hosts emulated where they need be, or if asked for.
+    pub fn for_tests(emulate: bool) -> Self {
+        Self {
+            nodes: 2,
+            cpus: 2,
+            memory: 512,
+            node: vec![],
+            hosts: 1,
+            kernel: Kernel::TrixieCloud,
+            host_cpus: 2,
+            emulate,
+        }
+    }
+
+    /// The machine that they describe.
+    ///
+    /// # Errors
+    /// No such machine is possible.
+    pub fn machine(&self) -> Result<Machine> {
+        let mut machine = Machine::equal(self.nodes, self.cpus, self.memory);
+        if !self.node.is_empty() {
+            machine.nodes.clone_from(&self.node);
+        }
+        if machine.nodes.is_empty() {
+            bail!("--nodes 0 is no machine: give 1 or more");
+        }
+        if self.hosts == 0 || self.hosts > machine.nodes.len() {
+            bail!(
+                "{} nodes cannot be spread over {} hosts: --hosts takes 1 to {}",
+                machine.nodes.len(),
+                self.hosts,
+                machine.nodes.len()
+            );
+        }
+        machine.hosts = self.hosts;
+        machine.kernel = self.kernel;
+        Ok(machine)
+    }
+
+    /// Hosts on which all of `machines` can be booted, one after the other.
+    pub fn rig(&self, machines: &[&Machine]) -> RigConfig {
+        let mut config = RigConfig { emulate: self.emulate, kernels: vec![], ..RigConfig::default() };
+        config.hardware.cpus = self.host_cpus;
+        config.hardware.memory_mib =
+            machines.iter().map(|machine| machine.host_memory_mib()).max().unwrap_or(0);
+        config.hosts = machines.iter().map(|machine| machine.hosts).max().unwrap_or(1);
+        for machine in machines {
+            if !config.kernels.contains(&machine.kernel) {
+                config.kernels.push(machine.kernel);
+            }
+        }
+        config
+    }
+}
+
+/// Reads `512`, `512M` or `2G`.
+fn mebibytes(text: &str) -> Result<u32, String> {
+    let wrong = || format!("{text:?} is not a size: give MiB, or a number with M or G");
+    let (number, factor) = match text.strip_suffix('G') {
+        Some(number) => (number, 1024),
+        None => (text.strip_suffix('M').unwrap_or(text), 1),
+    };
+    number.parse::<u32>().ok().and_then(|number| number.checked_mul(factor)).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!([mebibytes("512"), mebibytes("512M"), mebibytes("2G")], [Ok(512), Ok(512), Ok(2048)]);
+        assert!(mebibytes("1T").is_err() && mebibytes("").is_err() && mebibytes("9999999G").is_err());
+    }
+}

@@ -1,0 +1,182 @@
+//! Guest boots with a name and an expectation: what `test` and `soak` run.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use testbed::boot::{Boot, Outcome, Watch};
+use testbed::kernels::Kernel;
+use testbed::machine::{Machine, Node};
+use testbed::rig::Rig;
+use testbed::verdict;
+
+/// A boot with its checks takes about a minute on an emulated host; a loaded one gets much more.
+const LIMIT: Duration = Duration::from_secs(600);
+/// Within this the rest of a machine ends when a node is lost.
+pub const LOSS_LIMIT: Duration = Duration::from_secs(5);
+/// How long a machine that lost a node is watched before it counts as hanging.
+const LOSS_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is to happen.
+#[derive(Clone, Debug)]
+pub enum Plan {
+    /// Boot, report, `smp-check`, power off.
+    Whole,
+    /// Boot, report, power off.
+    Quick,
+    /// Talk to the guest over its console, reboot it from inside, power it off the second time.
+    Reboot,
+    /// Kill the process of this node so many milliseconds after the guest's user space has begun.
+    Kill {
+        /// The node's index.
+        node: usize,
+        /// Milliseconds.
+        after_ms: u64,
+    },
+}
+
+/// One named boot.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// What it shows.
+    pub name: String,
+    /// The machine; its actions are set by the plan.
+    pub machine: Machine,
+    /// What is to happen.
+    pub plan: Plan,
+}
+
+/// What a scenario that went well took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// From the start of `gestalt run` to user space.
+    pub boot_seconds: Option<f64>,
+    /// From the kill of a node to the end of `gestalt run`.
+    pub loss_seconds: Option<f64>,
+}
+
+impl Scenario {
+    /// A scenario on `machine`.
+    pub fn new(name: impl Into<String>, machine: Machine, plan: Plan) -> Self {
+        let mut machine = machine;
+        machine.actions = match plan {
+            Plan::Whole => "report,smp-check,poweroff",
+            Plan::Quick => "report,poweroff",
+            Plan::Reboot => "report,ask",
+            Plan::Kill { .. } => "loop-smp-check",
+        }
+        .into();
+        Self { name: name.into(), machine, plan }
+    }
+
+    /// Runs it on hosts that are up.
+    ///
+    /// # Errors
+    /// The expectation is not met.
+    pub fn run(&self, rig: &Rig) -> Result<Times> {
+        let mut boot = Boot::start(rig, &self.machine, None)?;
+        let times = match self.plan {
+            Plan::Whole | Plan::Quick => {
+                let outcome = boot.watch(Watch::to_the_end(LIMIT), |_| {})?;
+                self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
+                Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None }
+            }
+            Plan::Reboot => self.reboot(&mut boot)?,
+            Plan::Kill { node, after_ms } => kill(rig, &mut boot, node, after_ms)?,
+        };
+        let left = boot.left_behind(&rig.hosts()[0])?;
+        ensure!(left.trim().is_empty(), "processes were left behind:\n{left}");
+        Ok(times)
+    }
+
+    fn judge(&self, outcome: &Outcome, checked: bool) -> Result<()> {
+        let faults = verdict::faults(&self.machine, outcome, checked);
+        if !faults.is_empty() {
+            bail!("{}\n{}", faults.join("; "), outcome.tail());
+        }
+        Ok(())
+    }
+
+    fn reboot(&self, boot: &mut Boot) -> Result<Times> {
+        let mut watch = Watch::to_the_end(LIMIT);
+        watch.answers = ["sh echo sum=$((6*7))", "reboot", "poweroff"].map(String::from).into();
+        let outcome = boot.watch(watch, |_| {})?;
+        self.judge(&outcome, false)?;
+        // The command itself is echoed too, but with the sum not yet done.
+        ensure!(
+            outcome.console.contains("sum=42"),
+            "the guest did not run what was typed\n{}",
+            outcome.tail()
+        );
+        let starts = outcome.count("userspace");
+        ensure!(starts == 2, "the guest came up {starts} times instead of 2\n{}", outcome.tail());
+        Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
+    }
+}
+
+/// Kills a node of a running guest; everything else must end in time, with an error that names the node.
+fn kill(rig: &Rig, boot: &mut Boot, node: usize, after_ms: u64) -> Result<Times> {
+    let outcome = boot.watch(Watch::until_userspace(LIMIT), |_| {})?;
+    if let Some(early) = boot.wait_end(Duration::from_millis(after_ms))? {
+        bail!("the machine ended by itself before the kill\n{}", early.tail());
+    }
+    let killed = Instant::now();
+    boot.kill_node(&rig.hosts()[0], node)?;
+    let Some(end) = boot.wait_end(LOSS_PATIENCE)? else {
+        bail!("gestalt run still runs {LOSS_PATIENCE:?} after node n{node} was killed");
+    };
+    let took = killed.elapsed();
+    ensure!(end.code != Some(0), "gestalt run ended with 0 after node n{node} was killed");
+    ensure!(took <= LOSS_LIMIT, "the rest ended {took:?} after node n{node} was killed\n{}", end.tail());
+    let name = format!("n{node}");
+    let named = end.messages.lines().any(|line| {
+        line.starts_with("gestalt:") && line.split(|c: char| !c.is_alphanumeric()).any(|word| word == name)
+    });
+    ensure!(named, "the error does not name node {name}\n{}", end.tail());
+    Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: Some(took.as_secs_f64()) })
+}
+
+/// Shapes of machine beside two equal nodes.
+pub fn shapes() -> Vec<Scenario> {
+    let of = |nodes: &[(u32, u32)]| {
+        let nodes = nodes.iter().map(|&(cpus, memory_mib)| Node { cpus, memory_mib }).collect();
+        Machine { nodes, ..Machine::equal(1, 1, 512) }
+    };
+    let whole = |name: &str, machine| Scenario::new(name, machine, Plan::Whole);
+    vec![
+        whole("one node boots", Machine::equal(1, 2, 512)),
+        whole("three nodes boot", Machine::equal(3, 1, 384)),
+        whole("four nodes boot", Machine::equal(4, 1, 384)),
+        whole("unequal nodes boot", of(&[(1, 640), (3, 384)])),
+        whole("a memory-only node serves", of(&[(2, 512), (0, 512)])),
+    ]
+}
+
+/// The stock kernels beside the default one.
+pub fn kernels() -> Vec<Scenario> {
+    let with = |name: &str, kernel| {
+        Scenario::new(name, Machine { kernel, ..Machine::equal(2, 2, 512) }, Plan::Whole)
+    };
+    vec![
+        with("Debian 13's full kernel boots", Kernel::Trixie),
+        with("Debian 12's cloud kernel boots", Kernel::BookwormCloud),
+    ]
+}
+
+/// One node on each of two hosts.
+pub fn two_hosts() -> Scenario {
+    let machine = Machine { hosts: 2, ..Machine::equal(2, 2, 512) };
+    Scenario::new("two hosts boot one guest", machine, Plan::Whole)
+}
+
+/// Says that a scenario begins, and how it ended.
+pub fn announce<T>(name: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    eprintln!("guest: {name} ...");
+    let begin = Instant::now();
+    let result = run();
+    let seconds = begin.elapsed().as_secs_f64();
+    match &result {
+        Ok(_) => eprintln!("guest: {name}: ok ({seconds:.1} s)"),
+        Err(error) => eprintln!("guest: {name}: FAILED after {seconds:.1} s: {error:#}"),
+    }
+    result
+}

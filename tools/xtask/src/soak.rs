@@ -1,0 +1,239 @@
+//! `cargo xtask soak`: many boots in a row, other shapes of machine, killed nodes.
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use serde::Serialize;
+use testbed::artifacts;
+use testbed::machine::Machine;
+use testbed::rig::Rig;
+
+use crate::options::Options;
+use crate::report;
+use crate::scenarios::{self, LOSS_LIMIT, Plan, Scenario, announce};
+
+/// Flags of the task.
+#[derive(Args)]
+pub struct Soak {
+    #[command(flatten)]
+    options: Options,
+    /// How many boots in a row, power-off each
+    #[arg(long, default_value_t = 20)]
+    boots: u32,
+    /// Run smp-check in each of these boots
+    #[arg(long)]
+    check: bool,
+    /// How many times to boot and kill a node at a random moment
+    #[arg(long, default_value_t = 0)]
+    kills: u32,
+    /// Also boot the other shapes of machine, the other kernels, and over two hosts
+    #[arg(long)]
+    shapes: bool,
+    /// Seed of the random moments; printed, so that a run can be repeated
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// `target/report/soak.json`.
+#[derive(Serialize)]
+struct Report {
+    emulated: bool,
+    nodes: usize,
+    hosts: usize,
+    seed: u64,
+    boots: Vec<Entry>,
+    kills: Vec<Entry>,
+    shapes: Vec<Entry>,
+    /// Median seconds to user space of the boots.
+    boot_median_seconds: Option<f64>,
+    /// The same of a machine of one node with as much of everything, on the same hosts, when shapes were booted.
+    one_node_boot_seconds: Option<f64>,
+    /// The first divided by the second.
+    ratio_to_one_node: Option<f64>,
+    /// The longest that the rest of a machine took to end after the loss of a node.
+    longest_loss_seconds: Option<f64>,
+    failed: usize,
+}
+
+#[derive(Serialize)]
+struct Entry {
+    name: String,
+    boot_seconds: Option<f64>,
+    loss_seconds: Option<f64>,
+    failure: Option<String>,
+}
+
+impl Soak {
+    /// Does the task.
+    ///
+    /// # Errors
+    /// A boot fails.
+    pub fn run(&self) -> Result<()> {
+        let machine = self.options.machine()?;
+        let seed = self.seed.unwrap_or_else(nanos);
+        let mut random = Random(seed);
+        let plan = || if self.check { Plan::Whole } else { Plan::Quick };
+        let boots: Vec<Scenario> = (1..=self.boots)
+            .map(|n| Scenario::new(format!("boot {n} of {}", self.boots), machine.clone(), plan()))
+            .collect();
+        let kills: Vec<Scenario> = (1..=self.kills)
+            .map(|n| {
+                let node = random.below(machine.nodes.len() as u64) as usize;
+                let after_ms = random.below(4000);
+                let name = format!("kill {n} of {}: n{node} after {after_ms} ms", self.kills);
+                Scenario::new(name, machine.clone(), Plan::Kill { node, after_ms })
+            })
+            .collect();
+        let mut shapes = Vec::new();
+        if self.shapes {
+            let alone = Machine { hosts: 1, ..one_node(&machine) };
+            // Three times, for a median.
+            shapes.extend((0..3).map(|_| Scenario::new(ONE_NODE, alone.clone(), plan())));
+            shapes.extend(scenarios::shapes());
+            shapes.extend(scenarios::kernels());
+        }
+        let all: Vec<&Machine> =
+            boots.iter().chain(&kills).chain(&shapes).map(|scenario| &scenario.machine).collect();
+        let binaries = artifacts::build()?;
+        let rig = Rig::start(&self.options.rig(&all), &binaries)?;
+        let emulated = rig.emulated().is_some();
+        eprintln!("soak: hosts are {}, seed {seed}", if emulated { "EMULATED" } else { "real" });
+        let boots = run_all(&boots, &rig);
+        let kills = run_all(&kills, &rig);
+        let mut shapes = run_all(&shapes, &rig);
+        drop(rig);
+        if self.shapes {
+            let scenario = scenarios::two_hosts();
+            let rig = Rig::start(&self.options.rig(&[&scenario.machine]), &binaries)?;
+            shapes.extend(run_all(&[scenario], &rig));
+        }
+        let report = Report::new(&machine, emulated, seed, boots, kills, shapes);
+        report.print();
+        println!("written to {}", report::write("soak", &report)?.display());
+        ensure!(report.failed == 0, "{} of the boots failed", report.failed);
+        Ok(())
+    }
+}
+
+const ONE_NODE: &str = "one node with as much of everything";
+
+/// The same CPUs and memory in one node.
+fn one_node(machine: &Machine) -> Machine {
+    Machine { kernel: machine.kernel, ..Machine::equal(1, machine.cpus(), machine.memory_mib()) }
+}
+
+fn run_all(scenarios: &[Scenario], rig: &Rig) -> Vec<Entry> {
+    let run = |scenario: &Scenario| {
+        let result = announce(&scenario.name, || scenario.run(rig));
+        let times = result.as_ref().copied().unwrap_or_default();
+        Entry {
+            name: scenario.name.clone(),
+            boot_seconds: times.boot_seconds,
+            loss_seconds: times.loss_seconds,
+            failure: result.err().map(|error| format!("{error:#}")),
+        }
+    };
+    scenarios.iter().map(run).collect()
+}
+
+impl Report {
+    fn new(
+        machine: &Machine,
+        emulated: bool,
+        seed: u64,
+        boots: Vec<Entry>,
+        kills: Vec<Entry>,
+        shapes: Vec<Entry>,
+    ) -> Self {
+        let boot_median_seconds = median(boots.iter().filter_map(|entry| entry.boot_seconds));
+        let alone = shapes.iter().filter(|entry| entry.name == ONE_NODE);
+        let one_node_boot_seconds = median(alone.filter_map(|entry| entry.boot_seconds));
+        let longest_loss_seconds = kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
+        let failed =
+            boots.iter().chain(&kills).chain(&shapes).filter(|entry| entry.failure.is_some()).count();
+        Self {
+            emulated,
+            nodes: machine.nodes.len(),
+            hosts: machine.hosts,
+            seed,
+            boots,
+            kills,
+            shapes,
+            boot_median_seconds,
+            one_node_boot_seconds,
+            ratio_to_one_node: boot_median_seconds.zip(one_node_boot_seconds).map(|(many, one)| many / one),
+            longest_loss_seconds,
+            failed,
+        }
+    }
+
+    fn print(&self) {
+        let good = |entries: &[Entry]| entries.iter().filter(|entry| entry.failure.is_none()).count();
+        println!("hosts are {}", if self.emulated { "EMULATED" } else { "real" });
+        println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
+        if let Some(seconds) = self.boot_median_seconds {
+            println!("  median {seconds:.1} s to user space");
+        }
+        if let Some(ratio) = self.ratio_to_one_node {
+            println!("  {ratio:.2} times as long as one node with as much of everything");
+        }
+        if !self.kills.is_empty() {
+            let longest = self.longest_loss_seconds.unwrap_or_default();
+            println!("{} of {} killed nodes were noticed and named", good(&self.kills), self.kills.len());
+            println!("  the rest ended {longest:.2} s later at most (limit {} s)", LOSS_LIMIT.as_secs());
+        }
+        if !self.shapes.is_empty() {
+            println!("{} of {} other machines booted", good(&self.shapes), self.shapes.len());
+        }
+        for entry in self.boots.iter().chain(&self.kills).chain(&self.shapes) {
+            if let Some(failure) = &entry.failure {
+                println!("failed: {}: {}", entry.name, failure.lines().next().unwrap_or_default());
+            }
+        }
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// A seed that nobody chose.
+fn nanos() -> u64 {
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since_epoch.unwrap_or_default().as_nanos() as u64
+}
+
+/// SplitMix64: moments to kill at need no better randomness, only to be repeatable.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % limit.max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), Some(2.0));
+        assert_eq!(median([].into_iter()), None);
+    }
+
+    #[test]
+    fn a_seed_repeats_its_moments() {
+        let draw = |seed| {
+            let mut random = Random(seed);
+            [random.below(4000), random.below(4000), random.below(2)]
+        };
+        assert_eq!(draw(7), draw(7));
+        assert_ne!(draw(7), draw(8));
+    }
+}

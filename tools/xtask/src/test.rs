@@ -1,0 +1,187 @@
+//! `cargo xtask test`: unit tests, integration tests, guest boots. Ends with the line `N passed, N failed`.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use serde::Serialize;
+use testbed::artifacts::{self, workspace};
+use testbed::machine::Machine;
+use testbed::rig::Rig;
+use testbed::{exec, setup};
+
+use crate::options::Options;
+use crate::report;
+use crate::scenarios::{self, Plan, Scenario, announce};
+
+/// Flags of the task.
+#[derive(Args)]
+pub struct Test {
+    /// Only unit and integration tests
+    #[arg(long)]
+    no_guests: bool,
+    /// Only guest boots whose name contains this
+    #[arg(long)]
+    guest: Option<String>,
+    /// Emulate the hosts even if this machine has VMX or SVM
+    #[arg(long)]
+    emulate: bool,
+}
+
+/// `target/report/test.json`.
+#[derive(Default, Serialize)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    /// `None` when no guest was booted.
+    emulated: Option<bool>,
+    seconds: f64,
+    guests: Vec<GuestResult>,
+}
+
+#[derive(Serialize)]
+struct GuestResult {
+    name: String,
+    seconds: f64,
+    failure: Option<String>,
+}
+
+impl Test {
+    /// Does the task.
+    ///
+    /// # Errors
+    /// A test fails, or cannot be run.
+    pub fn run(&self) -> Result<()> {
+        let begin = Instant::now();
+        let mut tally = Tally::default();
+        if self.guest.is_none() {
+            setup::ensure(&[setup::TO_COMPILE])?;
+            cargo_tests(&mut tally)?;
+        }
+        if !self.no_guests {
+            self.guests(&mut tally)?;
+        }
+        tally.seconds = begin.elapsed().as_secs_f64();
+        report::write("test", &tally)?;
+        for guest in &tally.guests {
+            if let Some(failure) = &guest.failure {
+                println!("failed: {}: {}", guest.name, failure.lines().next().unwrap_or_default());
+            }
+        }
+        println!("{} passed, {} failed", tally.passed, tally.failed);
+        ensure!(tally.failed == 0, "{} tests failed", tally.failed);
+        Ok(())
+    }
+
+    fn guests(&self, tally: &mut Tally) -> Result<()> {
+        let wanted =
+            |scenario: &Scenario| self.guest.as_ref().is_none_or(|part| scenario.name.contains(part));
+        let binaries = artifacts::build()?;
+        let two = Machine::equal(2, 2, 512);
+        let mut on_one_host = vec![
+            Scenario::new("two nodes boot", two.clone(), Plan::Whole),
+            Scenario::new("a guest reboots and then powers off", two.clone(), Plan::Reboot),
+            Scenario::new(
+                "the loss of node 1 ends the machine",
+                two.clone(),
+                Plan::Kill { node: 1, after_ms: 700 },
+            ),
+            Scenario::new("the loss of node 0 ends the machine", two, Plan::Kill { node: 0, after_ms: 300 }),
+        ];
+        on_one_host.extend(scenarios::shapes());
+        on_one_host.extend(scenarios::kernels());
+        for group in [on_one_host, vec![scenarios::two_hosts()]] {
+            let group: Vec<Scenario> = group.into_iter().filter(wanted).collect();
+            if group.is_empty() {
+                continue;
+            }
+            let machines: Vec<&Machine> = group.iter().map(|scenario| &scenario.machine).collect();
+            let rig = Rig::start(&Options::for_tests(self.emulate).rig(&machines), &binaries)?;
+            eprintln!(
+                "guests run on {}",
+                rig.emulated().map_or("this machine".into(), |why| format!("emulated hosts ({why})"))
+            );
+            tally.emulated = Some(rig.emulated().is_some());
+            if self.guest.is_none() {
+                tally.note("gestalt doctor finds the host fit", || doctor(&rig));
+            }
+            for scenario in &group {
+                tally.note(&scenario.name, || scenario.run(&rig));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Tally {
+    fn note<T>(&mut self, name: &str, run: impl FnOnce() -> Result<T>) {
+        let begin = Instant::now();
+        let failure = announce(name, run).err().map(|error| format!("{error:#}"));
+        match failure {
+            None => self.passed += 1,
+            Some(_) => self.failed += 1,
+        }
+        self.guests.push(GuestResult { name: name.into(), seconds: begin.elapsed().as_secs_f64(), failure });
+    }
+}
+
+/// `gestalt doctor` on every host: exit code 0.
+fn doctor(rig: &Rig) -> Result<()> {
+    for host in rig.hosts() {
+        let script = format!("{}/bin/gestalt doctor", host.dir().display());
+        let mut said = Vec::new();
+        let code = host.run(&script, Duration::from_secs(120), |event| {
+            if let testbed::host::Event::Stdout(bytes) | testbed::host::Event::Stderr(bytes) = event {
+                said.extend_from_slice(bytes);
+            }
+        })?;
+        ensure!(code == 0, "exit code {code} on {}:\n{}", host.name(), String::from_utf8_lossy(&said));
+    }
+    Ok(())
+}
+
+/// Runs `cargo test` over the workspace and adds up what its test programs say.
+fn cargo_tests(tally: &mut Tally) -> Result<()> {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command.args(["test", "--workspace", "--no-fail-fast"]).current_dir(workspace()).stdout(Stdio::piped());
+    let mut child = exec::tether(&mut command).spawn().context("running cargo")?;
+    let (mut passed, mut failed) = (0, 0);
+    for line in BufReader::new(child.stdout.take().expect("it is piped")).lines() {
+        let line = line?;
+        println!("{line}");
+        if let Some((ok, bad)) = summary(&line) {
+            passed += ok;
+            failed += bad;
+        }
+    }
+    let status = child.wait()?;
+    tally.passed += passed;
+    tally.failed += failed;
+    if !status.success() && failed == 0 {
+        // Something does not compile, or a test program died without a summary.
+        bail!("`cargo test --workspace` failed: see above");
+    }
+    Ok(())
+}
+
+/// Passed and failed of a line such as `test result: ok. 3 passed; 0 failed; 0 ignored; ...`.
+fn summary(line: &str) -> Option<(usize, usize)> {
+    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let count = |word: &str| counts.split("; ").find_map(|part| part.strip_suffix(word)?.trim().parse().ok());
+    Some((count("passed")?, count("failed")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn summaries_of_test_programs_are_read() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 1.2s";
+        assert_eq!(summary(line), Some((12, 3)));
+        assert_eq!(summary("test a::b ... ok"), None);
+    }
+}
