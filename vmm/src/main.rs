@@ -1,2 +1,7 @@
 //! The `gestalt` command.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main(vmm::node::run)
+}

@@ -13,7 +13,7 @@ use crate::coordinator::join::{JoinOptions, Watchdog, join};
 use crate::coordinator::wire::Hello;
 use crate::doctor::{self, Needs, probe};
 use crate::machine_file::parse_fabric;
-use crate::node_api::{Control, Exit, ToCoordinator};
+use crate::node_api::{Control, ControlError, Exit, ToCoordinator};
 
 /// How long last words may take to be written.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -72,6 +72,8 @@ pub fn node(args: NodeArgs, node_main: NodeMain) -> anyhow::Result<u8> {
             }
             Ok(0)
         }
+        // The machine ended before this node had begun: the coordinator knows why.
+        Err(error) if matches!(error.downcast_ref(), Some(ControlError::Stopped(_))) => Ok(0),
         Err(error) => {
             // If the coordinator is gone, standard error has to do.
             let _ = control.send(ToCoordinator::Failed { why: format!("{error:#}"), dump: None });

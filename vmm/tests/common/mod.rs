@@ -93,16 +93,15 @@ pub fn echo_guest(assignment: &Assignment, control: &Control) -> Result<Exit, Co
     }
 }
 
-/// Joins as `name` in a thread and is an echo guest, again after every reboot.
+/// Joins as `name` and is an echo guest in a thread, again after every reboot.
 pub fn echo_node(address: &str, name: &str) -> JoinHandle<Result<Exit, ControlError>> {
     let options = options(address, name);
+    let (mut assignment, mut control) = join(&options).unwrap();
     std::thread::spawn(move || {
-        loop {
-            let (assignment, control) = join(&options).unwrap();
-            match echo_guest(&assignment, &control)? {
-                Exit::Restart => drop(control),
-                exit => return Ok(exit),
-            }
+        while echo_guest(&assignment, &control)? == Exit::Restart {
+            drop(control);
+            (assignment, control) = join(&options).unwrap();
         }
+        Ok(Exit::End)
     })
 }
