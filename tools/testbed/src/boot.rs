@@ -114,7 +114,7 @@ impl Boot {
         std::fs::write(rig.stage().join(&file), machine.file(&on_host("guest")))?;
         let started = Instant::now();
         let pid = format!("share/pid-{number}");
-        let gestalt = on_host("bin/gestalt");
+        let gestalt = host.bin().join("gestalt").display().to_string();
         // The shell becomes `gestalt run`: its process id is the session's, and the parent of the local nodes.
         let shell = ["/bin/sh", "-c", "echo $$ >\"$0\"; exec \"$@\"", &on_host(&pid)];
         let command = [&gestalt, "run", &on_host(&file), "--report", &on_host(&report)];
@@ -281,7 +281,7 @@ impl Boot {
 
 /// Starts the process of node `index` on a host of its own.
 fn join(host: &Host, machine: &Machine, index: usize) -> Result<Job> {
-    let gestalt = host.dir().join("bin/gestalt").display().to_string();
+    let gestalt = host.bin().join("gestalt").display().to_string();
     let name = format!("n{index}");
     let argv = [&gestalt, "node", "--join", &machine.join_address(), "--name", &name];
     host.spawn(Spawn { argv: argv.map(String::from).to_vec(), ..Spawn::default() })

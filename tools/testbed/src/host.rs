@@ -63,16 +63,18 @@ impl Link {
 pub struct Host {
     name: String,
     dir: PathBuf,
+    bin: PathBuf,
     link: Arc<Link>,
     hello: Receiver<Message>,
 }
 
 impl Host {
-    /// Talks to an agent over `stream`. `dir` is where the host sees the stage ([`crate::stage::Stage`]).
+    /// Talks to an agent over `stream`. `dir` is where the host sees the stage ([`crate::stage::Stage`]), `bin` where
+    /// it has the stage's programs.
     ///
     /// # Errors
     /// None in practice.
-    pub(crate) fn attach(name: String, dir: PathBuf, stream: UnixStream) -> Result<Self> {
+    pub(crate) fn attach(name: String, dir: PathBuf, bin: PathBuf, stream: UnixStream) -> Result<Self> {
         // A host that stopped reading must not stop us too.
         stream.set_write_timeout(Some(WRITE_LIMIT))?;
         let link = Arc::new(Link {
@@ -85,7 +87,7 @@ impl Host {
         link.jobs.lock().expect("no holder panics").insert(0, sender);
         let reader = link.clone();
         std::thread::Builder::new().name(format!("{name}-reader")).spawn(move || reader.dispatch())?;
-        Ok(Self { name, dir, link, hello })
+        Ok(Self { name, dir, bin, link, hello })
     }
 
     /// This machine itself as a host, with the stage at `dir`.
@@ -100,7 +102,7 @@ impl Host {
                 eprintln!("the local agent stopped: {error}");
             }
         })?;
-        let host = Self::attach("this machine".into(), dir.to_owned(), ours)?;
+        let host = Self::attach("this machine".into(), dir.to_owned(), dir.join("bin"), ours)?;
         host.wait_ready(Duration::from_secs(10))?;
         Ok(host)
     }
@@ -123,7 +125,12 @@ impl Host {
         &self.name
     }
 
-    /// Where jobs on this host find the stage: `bin/`, `guest/`, `share/`.
+    /// The directory of the programs under test.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
+    /// Where jobs on this host find the stage: `guest/`, `share/`.
     pub fn dir(&self) -> &Path {
         &self.dir
     }

@@ -154,7 +154,7 @@ fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
     let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let job = host.spawn(Spawn {
         argv: vec!["/bin/bash".into(), "-c".into(), args.command.join(" ")],
-        env: vec![("PATH".into(), format!("{stage}/bin:{path}")), ("G".into(), stage)],
+        env: vec![("PATH".into(), format!("{}:{path}", host.bin().display())), ("G".into(), stage)],
         terminal,
     })?;
     let _raw = terminal.map(|_| RawTerminal::enter()).transpose()?;

@@ -17,6 +17,8 @@ use crate::switch::Switch;
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// Time that a host gets to power off before it is killed.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
+/// Where process 1 of an emulated host copies the programs to.
+const PROGRAMS: &str = "/usr/local/bin";
 /// Process 1 of an emulated host; it comes from the stage, so that changing it rebuilds no image.
 const HOST_INIT: &str = include_str!("../files/host-init.sh");
 
@@ -49,7 +51,7 @@ impl Rack {
             agents.push(agent);
         }
         for (index, agent) in agents.into_iter().enumerate() {
-            rack.hosts.push(Host::attach(format!("h{index}"), PathBuf::from(IN_HOST), agent)?);
+            rack.hosts.push(Host::attach(format!("h{index}"), IN_HOST.into(), PROGRAMS.into(), agent)?);
         }
         for (host, machine) in rack.hosts.iter().zip(&rack.machines) {
             host.wait_ready(BOOT_LIMIT)

@@ -130,7 +130,7 @@ impl Tally {
 /// `gestalt doctor` on every host: exit code 0.
 fn doctor(rig: &Rig) -> Result<()> {
     for host in rig.hosts() {
-        let script = format!("{}/bin/gestalt doctor", host.dir().display());
+        let script = format!("{}/gestalt doctor", host.bin().display());
         let mut said = Vec::new();
         let code = host.run(&script, Duration::from_secs(120), |event| {
             if let testbed::host::Event::Stdout(bytes) | testbed::host::Event::Stderr(bytes) = event {
