@@ -30,6 +30,7 @@ pub struct ClockStats {
 pub struct GuestClock {
     khz: u64,
     scale: Scale,
+    fixed: bool,
     offset: AtomicU64,
     published: AtomicU64,
     bound_ns: AtomicU64,
@@ -42,9 +43,22 @@ pub struct GuestClock {
 impl GuestClock {
     /// A clock of `khz` (the machine's frequency) that reads 0 now.
     pub fn new(khz: u64, scale: Scale) -> GuestClock {
-        let clock = GuestClock {
+        let clock = GuestClock::at_offset_0(khz, scale, false);
+        clock.set(0u64.wrapping_sub(clock.host()));
+        clock
+    }
+
+    /// A clock that is the host's TSC and cannot be set: where KVM cannot offset the guest's
+    /// ([`crate::kvm::HostCpu::tsc_offset`]). Nodes with such clocks fit together only on one host.
+    pub fn fixed(khz: u64) -> GuestClock {
+        GuestClock::at_offset_0(khz, Scale::ONE, true)
+    }
+
+    fn at_offset_0(khz: u64, scale: Scale, fixed: bool) -> GuestClock {
+        GuestClock {
             khz: khz.clamp(1, 1 << 32),
             scale,
+            fixed,
             offset: AtomicU64::new(0),
             published: AtomicU64::new(0),
             bound_ns: AtomicU64::new(0),
@@ -52,9 +66,12 @@ impl GuestClock {
             stepped: AtomicU64::new(0),
             rate_ppb: AtomicI64::new(0),
             on_step: OnceLock::new(),
-        };
-        clock.set(0u64.wrapping_sub(clock.host()));
-        clock
+        }
+    }
+
+    /// Whether this clock cannot be set or stepped.
+    pub fn is_fixed(&self) -> bool {
+        self.fixed
     }
 
     /// The machine's TSC frequency in kHz.
@@ -98,15 +115,21 @@ impl GuestClock {
         u64::try_from(ns).unwrap_or(u64::MAX)
     }
 
-    /// Sets the offset, forward or back: only before the first vCPU runs.
+    /// Sets the offset, forward or back: only before the first vCPU runs. A fixed clock stays as it is.
     pub fn set(&self, offset: u64) {
+        if self.fixed {
+            return;
+        }
         self.published.store(self.host(), Ordering::SeqCst);
         self.offset.store(offset, Ordering::SeqCst);
     }
 
     /// Moves the offset forward to `offset` and calls the vCPUs out of the guest. `false` if that is not
-    /// forward, or further than [`super::align::MAX_STEP_S`].
+    /// forward, or further than [`super::align::MAX_STEP_S`], or the clock is fixed.
     pub fn step_to(&self, offset: u64) -> bool {
+        if self.fixed {
+            return false;
+        }
         // Order: vCPUs that see the new offset must also see when it was published.
         self.published.store(self.host(), Ordering::SeqCst);
         let forward = |old| is_forward(old, offset, self.khz).then_some(offset);
@@ -176,6 +199,15 @@ mod tests {
         assert!(!clock.step_to(offset.wrapping_add(1 << 40)));
         assert_eq!(calls.load(Ordering::Relaxed), 1);
         assert_eq!((clock.stats().steps, clock.stats().stepped_ticks), (1, 1000));
+    }
+
+    #[test]
+    fn a_fixed_clock_is_the_hosts_and_stays_so() {
+        let clock = GuestClock::fixed(2_000_000);
+        clock.set(5);
+        assert!(!clock.step_to(7));
+        assert_eq!(clock.stats(), ClockStats::default());
+        assert!(clock.now() <= clock.host());
     }
 
     #[test]

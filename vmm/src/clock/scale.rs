@@ -63,7 +63,7 @@ impl Scale {
         if self.shift == 0 {
             return host;
         }
-        (u128::from(host) * u128::from(self.multiplier) >> self.shift) as u64
+        ((u128::from(host) * u128::from(self.multiplier)) >> self.shift) as u64
     }
 }
 

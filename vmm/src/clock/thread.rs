@@ -48,6 +48,15 @@ pub enum ClockError {
     /// No answers.
     #[error("node 0 answered none of the clock measurements within {} s", .0.as_secs_f32())]
     Silent(Duration),
+    /// A clock that cannot be set, on another host than node 0's.
+    #[error(
+        "the guest's time stamp counter cannot be set on this host and is {seconds:.6} s from node 0's: KVM \
+         runs here without hardware virtualisation; run all nodes on one such host, or on other hosts"
+    )]
+    Fixed {
+        /// How far apart, in seconds.
+        seconds: f64,
+    },
     /// A clock that jumped.
     #[error(
         "the time stamp counters of this host and node 0's host jumped {seconds:.3} s apart: a host was \
@@ -80,7 +89,8 @@ impl Aligner {
     /// bound of the error in nanoseconds.
     ///
     /// # Errors
-    /// [`ClockError::Silent`] if nothing was answered within `timeout`.
+    /// [`ClockError::Silent`] if nothing was answered within `timeout`, [`ClockError::Fixed`] if this node's
+    /// clock cannot be set and is not node 0's.
     pub fn align(&mut self, timeout: Duration) -> Result<u64, ClockError> {
         let deadline = Instant::now() + timeout;
         let mut answered = 0;
@@ -89,6 +99,10 @@ impl Aligner {
         }
         let bounds = self.bounds().ok_or(ClockError::Silent(timeout))?;
         self.clock.set(align::exact(bounds, self.theirs));
+        let skew = align::skew(bounds, self.theirs, self.clock.offset());
+        if skew.unsigned_abs() > bounds.error() {
+            return Err(ClockError::Fixed { seconds: self.seconds(skew) });
+        }
         Ok(self.note(bounds))
     }
 
@@ -146,6 +160,10 @@ impl Aligner {
                 }
             }
         })
+    }
+
+    fn seconds(&self, ticks: i64) -> f64 {
+        ticks as f64 / (self.clock.khz() as f64 * 1000.0)
     }
 
     fn bounds(&self) -> Option<Bounds> {
@@ -252,6 +270,17 @@ mod tests {
         aligner.align(Duration::from_secs(5)).unwrap();
         *node0.offset.lock().unwrap() = 60_000_000_000;
         assert!(matches!(aligner.correct(true), Err(ClockError::Jumped { seconds }) if seconds > 50.0));
+    }
+
+    #[test]
+    fn a_fixed_clock_fits_to_node_0_on_the_same_host_only() {
+        for (ahead, fits) in [(0, true), (1_000_000_000, false)] {
+            let clock = Arc::new(GuestClock::fixed(KHZ));
+            let (answers, pongs) = channel::unbounded();
+            let node0 = Arc::new(Node0 { ahead, offset: Mutex::new(0), ours: clock.clone(), answers });
+            let result = Aligner::new(clock, node0, pongs).align(Duration::from_secs(5));
+            assert_eq!(result.is_ok(), fits, "{result:?}");
+        }
     }
 
     #[test]

@@ -18,7 +18,8 @@ pub struct HostCpu {
     pub tsc_khz: u32,
     /// Whether a guest TSC can have another frequency.
     pub tsc_control: bool,
-    /// Whether a vCPU's TSC offset can be set exactly.
+    /// Whether a vCPU's TSC offset can be set exactly, and the guest's RDTSC obeys it. Under KVM on PVM it
+    /// does not: guests read the host's TSC, and the clock must be left at offset 0.
     pub tsc_offset: bool,
     /// IA32_ARCH_CAPABILITIES as KVM would give it to a guest; 0 if it has none.
     pub arch_capabilities: u64,
@@ -32,7 +33,7 @@ pub struct HostCpu {
 }
 
 impl HostCpu {
-    /// Asks KVM, and runs a guest of six instructions to see what becomes of a deadline.
+    /// Asks KVM, and runs a guest of a few instructions to see what becomes of its RDTSC and of a deadline.
     ///
     /// # Errors
     /// What KVM answers.
@@ -46,7 +47,12 @@ impl HostCpu {
         // SAFETY: `page` was mapped before `vm` and is dropped after it and its vCPU; nothing refers to it.
         unsafe { vm.add_memory(0, 0, page.as_ptr(), 4096)? };
         let mut vcpu = vm.create_vcpu(0)?;
-        let deadline_exits = deadline_exits(&page, &mut vcpu)?;
+        let before = fabric::trace::now();
+        if vcpu.has_tsc_offset() {
+            vcpu.set_tsc_offset(0u64.wrapping_sub(before))?;
+        }
+        let Tried { deadline_exits, tsc } = try_out(&page, &mut vcpu)?;
+        let elapsed = fabric::trace::now() - before;
         for leaf in cpuid.iter_mut().filter(|leaf| leaf.leaf == 1) {
             leaf.ecx &= !cpuid::TSC_DEADLINE_BIT;
             leaf.ecx |= if deadline_exits { cpuid::TSC_DEADLINE_BIT } else { 0 };
@@ -55,7 +61,7 @@ impl HostCpu {
             cpuid,
             tsc_khz: vcpu.tsc_khz()?,
             tsc_control: caps::has_tsc_control(kvm),
-            tsc_offset: vcpu.has_tsc_offset(),
+            tsc_offset: vcpu.has_tsc_offset() && tsc <= elapsed,
             arch_capabilities: arch_capabilities(kvm),
             deadline_exits,
         })
@@ -71,10 +77,19 @@ fn arch_capabilities(kvm: &Kvm) -> u64 {
     }
 }
 
-/// Runs `wrmsr(IA32_TSC_DEADLINE, 0); hlt` in real mode at address 0 of `page`.
-fn deadline_exits(page: &MmapRegion<()>, vcpu: &mut Vcpu) -> Result<bool, KvmError> {
+/// What a guest of a few instructions showed.
+struct Tried {
+    deadline_exits: bool,
+    tsc: u64,
+}
+
+/// Runs `rdtsc; wrmsr(IA32_TSC_DEADLINE, 0); hlt` in real mode at address 0 of `page`.
+fn try_out(page: &MmapRegion<()>, vcpu: &mut Vcpu) -> Result<Tried, KvmError> {
     #[rustfmt::skip]
-    const CODE: [u8; 15] = [
+    const CODE: [u8; 23] = [
+        0x0f, 0x31,                         // rdtsc
+        0x66, 0x89, 0xc3,                   // mov ebx, eax
+        0x66, 0x89, 0xd6,                   // mov esi, edx
         0x66, 0xb9, 0xe0, 0x06, 0x00, 0x00, // mov ecx, 0x6e0
         0x66, 0x31, 0xc0,                   // xor eax, eax
         0x66, 0x31, 0xd2,                   // xor edx, edx
@@ -92,11 +107,16 @@ fn deadline_exits(page: &MmapRegion<()>, vcpu: &mut Vcpu) -> Result<bool, KvmErr
     regs.rip = 0;
     vcpu.set_regs(&regs)?;
     // A signal to this thread, one at most for each of a few turns, only delays the answer.
+    let mut exit = Exit::Interrupted;
     for _ in 0..100 {
-        match vcpu.run()? {
-            Exit::Interrupted => {}
-            exit => return Ok(matches!(exit, Exit::WriteMsr { index: msr::TSC_DEADLINE, .. })),
+        exit = vcpu.run()?;
+        if exit != Exit::Interrupted {
+            break;
         }
     }
-    Ok(false)
+    let regs = vcpu.regs()?;
+    Ok(Tried {
+        deadline_exits: matches!(exit, Exit::WriteMsr { index: msr::TSC_DEADLINE, .. }),
+        tsc: regs.rsi << 32 | regs.rbx & 0xffff_ffff,
+    })
 }

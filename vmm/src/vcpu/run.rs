@@ -261,13 +261,6 @@ impl Cpu {
             self.nmi = false;
             self.set_state(State::WaitForSipi);
         }
-        if let Some(vector) = startup.sipi {
-            trace::event(trace::Event::Post, self.vcpu.into(), 0x300 | u64::from(vector));
-            if self.state == State::WaitForSipi {
-                self.power_on.sipi(&self.kvm, vector)?;
-                self.set_state(State::Running);
-            }
-        }
         let slot = &self.table.slots()[self.local as usize];
         let (lapic, vcpu) = (&mut self.lapic, self.vcpu);
         slot.mailbox.take_vectors(|vector, level| {
@@ -280,6 +273,14 @@ impl Cpu {
             self.kvm.nmi()?;
             count(&slot.counters.nmis, 1);
             self.nmi = true;
+        }
+        // Last: what came before the start-up message found a CPU that takes no interrupts.
+        if let Some(vector) = startup.sipi {
+            trace::event(trace::Event::Post, self.vcpu.into(), 0x300 | u64::from(vector));
+            if self.state == State::WaitForSipi {
+                self.power_on.sipi(&self.kvm, vector)?;
+                self.set_state(State::Running);
+            }
         }
         if self.lapic.timer_deadline().is_some() && self.lapic.expire_timer(self.now()) {
             count(&self.slot().counters.timer_interrupts, 1);
@@ -419,12 +420,9 @@ impl Cpu {
     }
 }
 
-/// Gives KVM the node's TSC offset, exactly where it can and nearly where it cannot.
+/// Gives KVM the node's TSC offset. A fixed clock's is not KVM's to apply.
 fn set_offset(kvm: &Vcpu, env: &Environment, offset: u64) -> Result<(), KvmError> {
-    if kvm.has_tsc_offset() {
-        return kvm.set_tsc_offset(offset);
-    }
-    kvm.set_msrs(&[(crate::kvm::msr::TSC, env.clock.host().wrapping_add(offset))])
+    if env.clock.is_fixed() { Ok(()) } else { kvm.set_tsc_offset(offset) }
 }
 
 impl Drop for Cpu {

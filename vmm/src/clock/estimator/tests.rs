@@ -89,9 +89,10 @@ fn one_quick_round_among_slow_ones_sets_the_bound() {
         estimator.add(round);
         t = end + 1e-3;
     }
-    // The quick round took 20 us; 30 ms later 500 ppm may have added 15 us on each side.
+    // The quick round took 20 us, and 500 ppm of the 60 ms since then may have added 30 us on each side; the
+    // slow rounds alone leave 500 us.
     let error = estimator.at(clocks.ours(t)).unwrap().error() as f64 / HZ;
-    assert!(error < 30e-6, "{error}");
+    assert!(error < 45e-6, "{error}");
 }
 
 #[test]
