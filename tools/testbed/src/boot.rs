@@ -19,7 +19,7 @@ use crate::report::{Console, Facts, Said};
 use crate::rig::Rig;
 
 /// The longest that a healthy guest prints nothing, with plenty for a slow emulated host.
-const SILENCE: Duration = Duration::from_secs(150);
+const SILENCE: Duration = Duration::from_secs(100);
 /// What may still be printed after a panic's first line.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Last lines of the console that an error carries.

@@ -70,6 +70,7 @@ impl Quickstart {
     /// # Errors
     /// Anything that keeps the guest from saying all it should.
     pub fn run(&self) -> Result<()> {
+        report::forget("quickstart")?;
         let mut machine = self.options.machine()?;
         if self.interactive {
             machine.actions = "report,smp-check,shell,poweroff".into();
@@ -164,7 +165,8 @@ impl Report {
             Some(why) => println!("The hosts ({} nodes on {} EMULATED: {why}):", self.nodes, self.hosts),
             None => println!("The host ({} nodes on this machine):", self.nodes),
         }
-        println!("  {} s from the start to the guest's user space", shown(&self.boot_seconds));
+        let seconds = self.boot_seconds.map(|seconds| format!("{seconds:.1}"));
+        println!("  {} s from the start to the guest's user space", shown(&seconds));
         println!(
             "  {} remote read faults, {} remote write faults, {} invalidations, {} bytes moved",
             shown(&self.remote_read_faults),

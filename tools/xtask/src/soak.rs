@@ -69,6 +69,7 @@ impl Soak {
     /// A boot fails.
     pub fn run(&self) -> Result<()> {
         let machine = self.options.machine()?;
+        report::forget("soak")?;
         let seed = self.seed.unwrap_or_else(nanos);
         let mut random = Random(seed);
         let plan = || if self.check { Plan::Whole } else { Plan::Quick };
