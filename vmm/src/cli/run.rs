@@ -14,7 +14,7 @@ use firmware::boot::{self, BootSource};
 
 use super::signals;
 use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
-use crate::coordinator::session::{Interrupt, Outcome};
+use crate::coordinator::event::{Interrupt, Outcome};
 use crate::coordinator::spawn::ProcessSpawner;
 use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};

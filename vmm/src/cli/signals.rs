@@ -6,7 +6,7 @@ use std::thread;
 use crossbeam::channel::Sender;
 use nix::sys::signal::{SigSet, Signal};
 
-use crate::coordinator::session::Interrupt;
+use crate::coordinator::event::Interrupt;
 
 fn ending() -> SigSet {
     [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect()

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::session::ProcessEnd;
+use super::event::ProcessEnd;
 use crate::config::MachineConfig;
 
 /// A sign that something is wrong with a node.

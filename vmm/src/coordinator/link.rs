@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
 
-use super::session::{Event, LinkId};
+use super::event::{Event, LinkId};
 use super::wire::{self, HEARTBEAT, MAX_FRAME};
 use crate::node_api::{FromCoordinator, ToCoordinator};
 

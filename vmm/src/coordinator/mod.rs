@@ -9,11 +9,12 @@
 //! ```
 //!
 //! - [`wire`]: bytes on the connection. [`join`]: the node's side of it, [`link`] and [`listener`] ours.
-//! - [`session`]: all decisions, pure. [`cause`]: which sign of a failure is its cause.
+//! - [`session`]: all decisions, pure; [`event`]: what goes in and out. [`cause`]: which sign of a failure is its cause.
 //! - [`spawn`]: processes of local nodes. [`report`]: counters at the end.
 //! - [`Coordinator`]: the loop in the middle of the picture.
 
 pub mod cause;
+pub mod event;
 pub mod join;
 pub mod link;
 pub mod listener;
@@ -35,9 +36,10 @@ use crossbeam::channel::{self, Receiver, Sender};
 use crate::config::MachineConfig;
 use crate::node_api::{FromCoordinator, Machine};
 use crate::terminal;
+use event::{Action, Event, Interrupt, LinkId, Outcome};
 use link::Link;
 use listener::Acceptor;
-use session::{Action, Event, Interrupt, LinkId, Outcome, Session};
+use session::Session;
 use spawn::{NodeProcess, Spawner};
 use wire::{Answer, Assigned, Hello};
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::session::Outcome;
+use super::event::Outcome;
 use super::wire::Hello;
 use crate::config::MachineConfig;
 use crate::node_api::NodeReport;

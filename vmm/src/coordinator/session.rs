@@ -23,6 +23,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::cause::{Cause, Evidence};
+use super::event::{Action, Event, Interrupt, LinkId, Outcome, ProcessEnd};
 use super::report::Tally;
 use super::wire::Hello;
 use crate::config::{MachineConfig, Place};
@@ -38,144 +39,6 @@ pub const GRACE_CLEAN: Duration = Duration::from_secs(3);
 pub const PREPARE: Duration = Duration::from_secs(110);
 /// How long killed processes may take to disappear.
 pub const KILL: Duration = Duration::from_secs(1);
-
-/// One connection, never reused.
-pub type LinkId = u64;
-
-/// What happened.
-#[derive(Debug)]
-pub enum Event {
-    /// A peer of the right version introduced itself.
-    Hello {
-        /// Its connection.
-        link: LinkId,
-        /// What it said.
-        hello: Hello,
-        /// Where it comes from.
-        from: SocketAddr,
-    },
-    /// An admitted node said something.
-    Said {
-        /// Its connection.
-        link: LinkId,
-        /// What it said.
-        message: ToCoordinator,
-    },
-    /// An admitted node's connection is over.
-    Closed {
-        /// The connection.
-        link: LinkId,
-        /// How, as a clause.
-        why: String,
-    },
-    /// A node process of ours ended.
-    Ended {
-        /// Whose.
-        node: usize,
-        /// From which start of the machine.
-        life: u32,
-        /// How.
-        how: ProcessEnd,
-    },
-    /// A node process could not be started.
-    NotSpawned {
-        /// Whose.
-        node: usize,
-        /// The system's reason.
-        why: String,
-    },
-    /// Somebody wants the machine to end.
-    Interrupted(Interrupt),
-    /// Time passes; at least every [`super::TICK`].
-    Tick,
-}
-
-/// How a process ended.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum ProcessEnd {
-    /// With an exit code.
-    Code(i32),
-    /// By a signal.
-    Signal(i32),
-}
-
-/// Who wants the machine to end.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum Interrupt {
-    /// This signal.
-    Signal(i32),
-    /// The escape key at the terminal.
-    Escape,
-}
-
-/// What to do.
-#[derive(Debug, PartialEq)]
-pub enum Action {
-    /// A start of the machine begins: draw a new machine id.
-    NewRun,
-    /// Start this local node's process.
-    Spawn {
-        /// Which.
-        node: usize,
-        /// For [`Event::Ended`].
-        life: u32,
-    },
-    /// Assign the node to the connection and listen to it.
-    Admit {
-        /// The connection.
-        link: LinkId,
-        /// The node.
-        node: usize,
-    },
-    /// Answer no and close.
-    Refuse {
-        /// The connection.
-        link: LinkId,
-        /// A sentence.
-        why: String,
-        /// Whether asking again helps.
-        later: bool,
-    },
-    /// Send a message.
-    Send {
-        /// The connection.
-        link: LinkId,
-        /// What.
-        message: FromCoordinator,
-    },
-    /// The guest begins (`true`) or has ceased to read what is typed.
-    Attach(bool),
-    /// Show what the guest wrote.
-    Console(Vec<u8>),
-    /// Tell the operator.
-    Say(String),
-    /// Tell the operator that something is not as it should be.
-    Warn(String),
-    /// Keep a text for whoever looks into a failure.
-    Dump {
-        /// The node that it comes from.
-        node: usize,
-        /// The text.
-        text: String,
-    },
-    /// Close this connection.
-    Close(LinkId),
-    /// Kill every process that is left.
-    KillAll,
-    /// Nothing is left.
-    Over(Outcome),
-}
-
-/// How the machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The guest switched itself off.
-    PoweredOff,
-    /// Somebody asked for it.
-    Interrupted(Interrupt),
-    /// A sentence that names the node.
-    Failed(String),
-}
 
 #[derive(Debug)]
 enum Phase {
@@ -202,6 +65,7 @@ struct Node {
     heard: Option<Instant>,
     joined: Option<Joined>,
     ready: bool,
+    silent: bool,
     reported: bool,
 }
 
@@ -269,6 +133,7 @@ impl Session {
             Event::Said { link, message } => {
                 if let Some(node) = self.node_of(link) {
                     self.nodes[node].heard = Some(now);
+                    self.nodes[node].silent = false;
                     self.said(node, message, now, &mut actions);
                 }
             }
@@ -483,6 +348,7 @@ impl Session {
                     silent.push((index, silence));
                     // Once is enough.
                     node.heard = None;
+                    node.silent = true;
                 }
             }
         }
@@ -493,7 +359,10 @@ impl Session {
 
     /// Moves on where nothing more has to be waited for.
     fn advance(&mut self, now: Instant, out: &mut Vec<Action>) {
-        let gone = self.nodes.iter().all(|node| node.link.is_none() && !node.process);
+        let left = |node: &&Node| node.link.is_some() || node.process;
+        let gone = !self.nodes.iter().any(|node| left(&node));
+        // A silent node will not end because it is told to.
+        let hopeless = self.nodes.iter().filter(left).all(|node| node.silent);
         match &mut self.phase {
             Phase::Joining { until } => {
                 if self.nodes.iter().all(|node| node.joined.is_some()) {
@@ -525,7 +394,7 @@ impl Session {
                 let ending = ending.clone();
                 self.end(ending, now, out);
             }
-            Phase::Stopping { until, ending } if now >= *until => {
+            Phase::Stopping { until, ending } if hopeless || now >= *until => {
                 let ending = ending.clone();
                 let names = self.names(|node| node.link.is_some() || node.process);
                 if !matches!(ending, Ending::Over(Outcome::Failed(_))) {

@@ -223,9 +223,9 @@ fn a_remote_node_that_stays_silent_is_given_up() {
     let mut run = running(&[Place::Local, Place::Remote]);
     run.pass(Duration::from_millis(3500), &[0]);
     run.closed(0);
-    run.ended(0, ProcessEnd::Code(0));
-    let actions = run.pass(Duration::from_millis(1500), &[]);
-    assert!(actions.contains(&Action::Close(1)));
+    let actions = run.ended(0, ProcessEnd::Code(0));
+    assert!(actions.contains(&Action::Close(1)), "nobody else is waited for: {actions:?}");
+    let actions = run.pass(super::super::TICK, &[]);
     assert!(failure(&actions).starts_with("node n1 was lost: it was silent"));
 }
 

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
-use super::session::ProcessEnd;
+use super::event::ProcessEnd;
 use crate::terminal;
 
 /// How long the last words of an ended process are waited for, should somebody else hold its stderr open.
