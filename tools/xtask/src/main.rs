@@ -42,7 +42,10 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().task {
+    // `cargo xtask quickstart -- --nodes 3` and `cargo xtask quickstart --nodes 3` are the same: no task takes
+    // anything but flags, so a lone `--` says nothing.
+    let args = std::env::args_os().filter(|arg| arg != "--");
+    let result = match Cli::parse_from(args).task {
         Task::Quickstart(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::Soak(task) => task.run(),
