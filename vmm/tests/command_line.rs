@@ -19,6 +19,7 @@ use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 use vmm::coordinator::wire::{self, Answer};
 use vmm::doctor::{Needs, check_can_run};
+use vmm::node_api::FromCoordinator;
 
 fn gestalt(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gestalt"));
@@ -266,6 +267,14 @@ fn a_lost_node_ends_the_run_with_an_error_within_five_seconds() {
     node.join().unwrap().unwrap_err();
 }
 
+impl Drop for Run {
+    fn drop(&mut self) {
+        // A failed test leaves nothing behind; fails if it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// A terminal whose one end is the machine's standard input and output.
 struct Terminal {
     keyboard: File,
@@ -339,6 +348,7 @@ fn the_terminal_is_put_back_when_a_node_is_lost_or_a_signal_comes() {
             assert_eq!(run.code(), Some(1));
         } else {
             run.signal(Signal::SIGTERM);
+            assert!(matches!(control.recv_timeout(PATIENCE), Ok(Some(FromCoordinator::Stop(_)))));
             drop(control);
             assert_eq!(run.code(), Some(128 + 15));
         }
