@@ -9,11 +9,15 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 const API: u64 = 0xaa;
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_THREAD_ID: u64 = 1 << 8;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 /// Everything the engine relies on.
-pub const FEATURES: u64 =
-    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_WP_HUGETLBFS_SHMEM;
+pub const FEATURES: u64 = FEATURE_PAGEFAULT_FLAG_WP
+    | FEATURE_MISSING_SHMEM
+    | FEATURE_THREAD_ID
+    | FEATURE_MINOR_SHMEM
+    | FEATURE_WP_HUGETLBFS_SHMEM;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const FLAG_WRITE: u64 = 1;
@@ -100,6 +104,8 @@ pub struct Fault {
     pub write_protected: bool,
     /// The page is in the file but not mapped.
     pub minor: bool,
+    /// The thread that waits, as the kernel numbers it.
+    pub thread: u32,
 }
 
 impl Fault {
@@ -227,6 +233,7 @@ impl Uffd {
                     write: msg.flags & (FLAG_WRITE | FLAG_WP) != 0,
                     write_protected: msg.flags & FLAG_WP != 0,
                     minor: msg.flags & FLAG_MINOR != 0,
+                    thread: msg.thread,
                 });
             }
         }

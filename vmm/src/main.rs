@@ -3,5 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    vmm::node::block_dump_signal();
     vmm::cli::main(vmm::node::run)
 }

@@ -4,6 +4,7 @@
 //! lock: faults of different shards meet different threads, faults of one shard are batched. Between
 //! faults a thread spins for a while, then sleeps on its descriptors.
 
+pub mod chains;
 mod shard;
 
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use crossbeam::channel::{Sender, bounded, unbounded};
 use fabric::{FabricError, LaneId, NodeId, Transport};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use self::chains::Chains;
 use self::shard::{Request, Shard};
 use crate::memory::DualMemory;
 use crate::page::{Homes, Shards};
@@ -32,7 +34,7 @@ pub struct EngineConfig {
     pub shards: u16,
     /// Lane of shard 0; shard `s` uses `first_lane + s`.
     pub first_lane: LaneId,
-    /// How long a page that was just won is kept at least.
+    /// How long a page that was just won is kept at least ([`chains`]).
     pub hold: Duration,
     /// How long an idle shard polls before it sleeps.
     pub spin: Duration,
@@ -111,6 +113,7 @@ impl Engine {
     ) -> Result<Engine, EngineError> {
         let shards = Shards::new(config.shards, config.homes.pages());
         let stop = Arc::new(AtomicBool::new(false));
+        let chains = Arc::new(Chains::new(config.hold));
         let mut engine = Engine { stats: Vec::new(), doors: Vec::new(), threads: Vec::new(), stop };
         for id in 0..shards.count() {
             let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
@@ -118,7 +121,15 @@ impl Engine {
             let bell = Arc::new(bell);
             let (requests, inbox) = unbounded();
             let stats = Arc::new(ShardStats::default());
-            let shard = Shard::new(&config, shards, id, memory.clone(), transport.clone(), stats.clone())?;
+            let shard = Shard::new(
+                &config,
+                shards,
+                id,
+                memory.clone(),
+                transport.clone(),
+                stats.clone(),
+                chains.clone(),
+            )?;
             let (bell2, stop, on_failure) = (bell.clone(), engine.stop.clone(), on_failure.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("shard{id}"))

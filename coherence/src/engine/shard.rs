@@ -1,6 +1,7 @@
 //! One shard's thread: faults and messages in, the protocol's effects out.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,7 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
 use zerocopy::IntoBytes;
 
+use super::chains::{Chain, Chains};
 use super::{EngineConfig, EngineError};
 use crate::memory::DualMemory;
 use crate::page::{PAGE_SIZE, Page, Shards};
@@ -46,16 +48,30 @@ struct Core {
     pages: u64,
     home: std::ops::Range<u64>,
     lane: LaneId,
-    hold: Duration,
     protocol: Protocol,
     memory: Arc<DualMemory>,
     uffd: Uffd,
     transport: Arc<dyn Transport>,
     stats: Arc<ShardStats>,
     effects: Vec<Effect>,
-    holds: VecDeque<(Instant, Page)>,
+    chains: Arc<Chains>,
+    /// Pages that are kept, by when to look at them.
+    holds: BinaryHeap<Reverse<Held>>,
     misses: Vec<MissClock>,
+    /// Threads that wait for a page.
+    waiters: Vec<(Page, Chain)>,
+    /// The chain for which the last page was mapped.
+    winner: Chain,
     garbage: Vec<Page>,
+}
+
+/// A page that was won, and for which chain of faults.
+#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Held {
+    look_at: u64,
+    page: Page,
+    won: u64,
+    chain: Chain,
 }
 
 /// When a fault that needs another node began.
@@ -72,6 +88,7 @@ impl Shard {
         memory: Arc<DualMemory>,
         transport: Arc<dyn Transport>,
         stats: Arc<ShardStats>,
+        chains: Arc<Chains>,
     ) -> Result<Shard, EngineError> {
         let uffd = Uffd::open().map_err(EngineError::Setup)?;
         let home = config.homes.range(config.node);
@@ -95,15 +112,17 @@ impl Shard {
             pages: config.homes.pages(),
             home,
             lane,
-            hold: config.hold,
             protocol: Protocol::new(config.node, Arc::new(config.homes.clone()), 512, RunPolicy::default()),
             memory,
             uffd,
             transport,
             stats,
             effects: Vec::with_capacity(64),
-            holds: VecDeque::with_capacity(1024),
+            chains,
+            holds: BinaryHeap::with_capacity(1024),
             misses: Vec::with_capacity(64),
+            waiters: Vec::with_capacity(64),
+            winner: Chain::NONE,
             garbage: Vec::with_capacity(GARBAGE),
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
@@ -162,9 +181,9 @@ impl Shard {
     }
 
     fn sleep(&self, bell: &EventFd) -> Result<(), EngineError> {
-        let until_release =
-            self.core.holds.front().map(|(due, _)| due.saturating_duration_since(Instant::now()));
-        let timeout = until_release.unwrap_or(TICK).min(TICK);
+        let now = self.core.chains.now();
+        let next = self.core.holds.peek().map(|Reverse(held)| held.look_at.saturating_sub(now));
+        let timeout = next.map_or(TICK, Duration::from_nanos).min(TICK);
         // SAFETY: the receiver lives as long as this call and keeps its descriptor open.
         let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
         // SAFETY: likewise the userfaultfd.
@@ -198,6 +217,7 @@ impl Core {
         let Some(page) = self.memory.page_at(fault.address) else { return Ok(()) };
         ShardStats::count(&self.stats.events);
         trace::event(Event::Fault, page.0, fault.flags());
+        self.waiters.push((page, self.chains.fault(fault.thread, self.chains.now())));
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
         self.protocol.fault(page, fault.write, &mut self.effects);
@@ -241,21 +261,40 @@ impl Core {
         Ok(())
     }
 
+    /// Releases pages that were kept long enough.
     fn release_due(&mut self) -> Result<usize, EngineError> {
-        if self.holds.is_empty() {
-            return Ok(0);
-        }
-        let (now, mut released) = (Instant::now(), 0);
-        while let Some(&(due, page)) = self.holds.front() {
-            if due > now {
+        let mut released = 0;
+        while let Some(&Reverse(held)) = self.holds.peek() {
+            let now = self.chains.now();
+            if held.look_at > now {
                 break;
             }
-            self.holds.pop_front();
-            self.protocol.release(page, &mut self.effects);
+            self.holds.pop();
+            let look_at = self.chains.release_at(held.chain, held.won, now);
+            if look_at > now {
+                self.holds.push(Reverse(Held { look_at, ..held }));
+                continue;
+            }
+            self.protocol.release(held.page, &mut self.effects);
             self.apply(Body::Absent)?;
             released += 1;
         }
         Ok(released)
+    }
+
+    /// The page is mapped: who waited for it goes on. The chain of one of them, if any.
+    fn answer_waiters(&mut self, page: Page, now: u64) -> Chain {
+        let mut chain = Chain::NONE;
+        let mut i = 0;
+        while i < self.waiters.len() {
+            if self.waiters[i].0 == page {
+                chain = self.waiters.swap_remove(i).1;
+                self.chains.answered(chain, now);
+            } else {
+                i += 1;
+            }
+        }
+        chain
     }
 
     /// Before a Get of pages that never left this home: finds out how many of them nobody has touched, and
@@ -357,7 +396,13 @@ impl Core {
                     self.collect_garbage()?;
                 }
             }
-            Effect::Hold(page) => self.holds.push_back((Instant::now() + self.hold, page)),
+            Effect::Hold(page) => {
+                let won = self.chains.now();
+                // The page was mapped just before, and who waited for it was noted.
+                let chain = std::mem::replace(&mut self.winner, Chain::NONE);
+                let look_at = self.chains.release_at(chain, won, won);
+                self.holds.push(Reverse(Held { look_at, page, won, chain }));
+            }
             Effect::Deferred(page) => {
                 trace::event(Event::Defer, page.0, 0);
                 ShardStats::count(&self.stats.deferred);
@@ -395,6 +440,7 @@ impl Core {
     }
 
     fn finish_miss(&mut self, page: Page) {
+        self.winner = self.answer_waiters(page, self.chains.now());
         if let Some(i) = self.misses.iter().position(|m| m.page == page) {
             let miss = self.misses.swap_remove(i);
             self.stats.record(miss.since.elapsed());

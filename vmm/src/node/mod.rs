@@ -20,7 +20,6 @@ pub mod parts;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use crossbeam::channel::{Receiver, Sender, never, unbounded};
 use coherence::engine::EngineError;
 use fabric::FabricError;
@@ -91,38 +90,32 @@ impl From<VcpuFailure> for Event {
 /// brings any more.
 ///
 /// # Errors
-/// A sentence for the operator, when the node cannot start; the coordinator has been told.
-pub fn run(assignment: &Assignment, control: &Control) -> anyhow::Result<Exit> {
+/// A sentence for the operator, when the node cannot start or the coordinator is lost.
+pub fn run(assignment: Assignment, control: Control) -> anyhow::Result<Exit> {
     let (events, happened) = unbounded();
-    match start(assignment, control, &events) {
-        Ok(mut node) => {
-            let stop = watch(&mut node, control, &happened);
-            // Its threads may be stuck in page faults, which only the end of the process ends.
-            std::mem::forget(node);
-            Ok(stop?.exit())
-        }
-        Err(error) => {
-            let why = format!("{error:#}");
-            // Whoever is not there to hear it has a reason of its own to end.
-            let _ = control.send(ToCoordinator::Failed { why, dump: None });
-            control.flush(FLUSH);
-            Err(error)
-        }
-    }
+    let mut node = start(&assignment, &control, &events)?;
+    let stop = watch(&mut node, &control, &happened);
+    // Its threads may be stuck in page faults, which only the end of the process ends.
+    std::mem::forget(node);
+    Ok(stop?.exit())
+}
+
+/// Keeps SIGUSR2 for the thread that prints the node's state. Threads inherit this: call it before starting
+/// any.
+pub fn block_dump_signal() {
+    // Fails only for a signal that does not exist.
+    let _ = SigSet::from(Signal::SIGUSR2).thread_block();
 }
 
 /// Everything up to Go.
 fn start(assignment: &Assignment, control: &Control, events: &Sender<Event>) -> anyhow::Result<Node> {
-    // For the thread that dumps the node's state on request; inherited by all threads started from here on.
-    let dump_signal = SigSet::from(Signal::SIGUSR1);
-    dump_signal.thread_block().context("cannot block SIGUSR1")?;
     let host = Host::open(assignment)?;
     control.send(ToCoordinator::Joined(host.joined()))?;
     let start = control.wait_start(START)?;
     let node = Node::build(host, assignment, &start, control, events)?;
     let state = node.state();
     std::thread::Builder::new().name("dump".into()).spawn(move || {
-        while dump_signal.wait().is_ok() {
+        while SigSet::from(Signal::SIGUSR2).wait().is_ok() {
             eprintln!("{}", state());
         }
     })?;
@@ -195,5 +188,5 @@ fn finish(node: &mut Node, control: &Control, stop: Stop) {
     control.flush(FLUSH);
 }
 
-/// Text that shows what the node is doing: what a failure's dump holds, and what SIGUSR1 prints.
+/// Text that shows what the node is doing: what a failure's dump holds, and what SIGUSR2 prints.
 pub type StateText = Arc<dyn Fn() -> String + Send + Sync>;

@@ -1,0 +1,185 @@
+//! How long a page that was won is kept.
+//!
+//! One instruction may need many pages at once: its code, its data, and the page tables that lead there (on
+//! AMD CPUs, and on Intel's with EPT accessed/dirty bits, a page-table walk needs its pages *writable*). If a
+//! node gave up the first of them before the last had come, two nodes could steal from each other for ever
+//! and neither would retire an instruction. So the faults of one thread that follow each other closely form a
+//! *chain*, and what a chain won is kept together:
+//!
+//! ```text
+//!  fault ── map ── fault ── map ── fault ── map │ the thread runs              │ released
+//!  ├──────────── gathering, time g ────────────┤├── at least max(hold, g) ─────┤
+//! ```
+//!
+//! Keeping as long as the gathering took makes a node run at least half of its time, whatever a fault costs
+//! on its hardware. A thread that has waited for one page longer than [`PATIENCE`] keeps nothing for it: two
+//! chains may wait for each other.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// The longest that a chain in waiting keeps what it won.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// The longest that anything is kept after the last page of its chain came.
+const LONGEST: Duration = Duration::from_millis(50);
+/// Threads that are told apart; what further ones win is kept for the shortest time.
+const SLOTS: usize = 4096;
+
+/// The chains of all threads of a node, shared by its shards.
+pub struct Chains {
+    start: Instant,
+    hold: u64,
+    slots: Box<[Slot]>,
+}
+
+/// One thread. Times are nanoseconds since the engine's start. Shards may write it at the same time; a mix of
+/// two writes only makes a page be kept for a little too long or too short.
+#[derive(Default)]
+struct Slot {
+    thread: AtomicU32,
+    /// Counts chains.
+    number: AtomicU32,
+    /// When the chain's first fault came.
+    since: AtomicU64,
+    /// When its last fault came or was answered.
+    last: AtomicU64,
+    /// Faults that wait.
+    waiting: AtomicU32,
+}
+
+/// A chain of some thread.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Chain {
+    slot: u32,
+    number: u32,
+}
+
+impl Chain {
+    /// The chain of nobody known.
+    pub const NONE: Chain = Chain { slot: u32::MAX, number: 0 };
+}
+
+impl Chains {
+    /// `hold` is the shortest time for which anything is kept.
+    pub fn new(hold: Duration) -> Chains {
+        let slots = (0..SLOTS).map(|_| Slot::default()).collect();
+        Chains { start: Instant::now(), hold: hold.as_nanos() as u64, slots }
+    }
+
+    /// Nanoseconds since the engine's start.
+    pub fn now(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+
+    /// A fault of a thread came: the chain that it belongs to.
+    pub fn fault(&self, thread: u32, now: u64) -> Chain {
+        let Some(index) = self.find(thread) else { return Chain::NONE };
+        let slot = &self.slots[index];
+        let last = slot.last.swap(now, Relaxed);
+        let gathering = last.saturating_sub(slot.since.load(Relaxed));
+        let waiting = slot.waiting.load(Relaxed) > 0;
+        if !waiting && now.saturating_sub(last) > self.keep(gathering) {
+            slot.number.fetch_add(1, Relaxed);
+            slot.since.store(now, Relaxed);
+        }
+        slot.waiting.store(1, Relaxed);
+        Chain { slot: index as u32, number: slot.number.load(Relaxed) }
+    }
+
+    /// The chain's fault was answered.
+    pub fn answered(&self, chain: Chain, now: u64) {
+        if let Some(slot) = self.slots.get(chain.slot as usize) {
+            slot.last.store(now, Relaxed);
+            slot.waiting.store(0, Relaxed);
+        }
+    }
+
+    /// When a page that the chain won at `won` may be given up: now if that is not after `now`, else look again
+    /// then.
+    pub fn release_at(&self, chain: Chain, won: u64, now: u64) -> u64 {
+        let Some(slot) = self.slots.get(chain.slot as usize) else { return won + self.hold };
+        let (last, since) = (slot.last.load(Relaxed), slot.since.load(Relaxed));
+        if slot.number.load(Relaxed) != chain.number {
+            return won + self.hold;
+        }
+        if slot.waiting.load(Relaxed) > 0 {
+            let patient = now.saturating_sub(last) < PATIENCE.as_nanos() as u64;
+            return if patient { now + self.hold } else { now };
+        }
+        last + self.keep(last.saturating_sub(since))
+    }
+
+    fn keep(&self, gathering: u64) -> u64 {
+        gathering.min(LONGEST.as_nanos() as u64).max(self.hold)
+    }
+
+    fn find(&self, thread: u32) -> Option<usize> {
+        let first = thread as usize % SLOTS;
+        (0..8).map(|i| (first + i) % SLOTS).find(|&i| {
+            let taken = self.slots[i].thread.compare_exchange(0, thread, Relaxed, Relaxed);
+            taken.is_ok() || taken == Err(thread)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: u64 = 1000;
+
+    fn chains() -> Chains {
+        Chains::new(Duration::from_micros(100))
+    }
+
+    #[test]
+    fn a_single_page_is_kept_for_the_hold() {
+        let chains = chains();
+        let chain = chains.fault(7, 0);
+        chains.answered(chain, 20 * US);
+        assert_eq!(chains.release_at(chain, 20 * US, 30 * US), 120 * US);
+    }
+
+    #[test]
+    fn pages_of_a_chain_are_kept_until_the_last_came_and_as_long_as_gathering_took() {
+        let chains = chains();
+        let first = chains.fault(7, 0);
+        for i in 1..=10 {
+            chains.answered(first, i * 90 * US);
+            assert_eq!(chains.fault(7, i * 90 * US + 10 * US), first);
+            assert!(chains.release_at(first, 90 * US, i * 90 * US + 20 * US) > i * 90 * US + 20 * US);
+        }
+        chains.answered(first, 1000 * US);
+        assert_eq!(chains.release_at(first, 90 * US, 1100 * US), 2000 * US);
+    }
+
+    #[test]
+    fn a_fault_long_after_the_last_begins_a_chain_and_frees_the_old_one() {
+        let chains = chains();
+        let old = chains.fault(7, 0);
+        chains.answered(old, 20 * US);
+        let new = chains.fault(7, 500 * US);
+        assert_ne!(new, old);
+        assert!(chains.release_at(old, 20 * US, 500 * US) <= 500 * US);
+    }
+
+    #[test]
+    fn threads_have_chains_of_their_own_even_where_their_numbers_collide() {
+        let chains = chains();
+        let (a, b) = (chains.fault(1, 0), chains.fault(1 + SLOTS as u32, 0));
+        assert_ne!(a, b);
+        chains.answered(a, 10 * US);
+        assert_eq!(chains.release_at(a, 10 * US, 20 * US), 110 * US);
+        assert!(chains.release_at(b, 10 * US, 5000 * US) > 5000 * US);
+    }
+
+    #[test]
+    fn a_chain_that_waits_too_long_keeps_nothing() {
+        let chains = chains();
+        let chain = chains.fault(7, 0);
+        chains.answered(chain, 10 * US);
+        assert_eq!(chains.fault(7, 20 * US), chain);
+        let late = 20 * US + PATIENCE.as_nanos() as u64;
+        assert_eq!(chains.release_at(chain, 10 * US, late), late);
+    }
+}
