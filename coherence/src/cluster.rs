@@ -44,6 +44,15 @@ pub enum Step {
         /// How.
         write: bool,
     },
+    /// The node asks for a page that it may need.
+    Prefetch {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+        /// How.
+        write: bool,
+    },
     /// The oldest message from one node to another arrives.
     Deliver {
         /// Sender.
@@ -186,6 +195,10 @@ impl Cluster {
                 self.nodes[node].fault(page, write, &mut out);
                 self.apply(node, out, false)
             }
+            Step::Prefetch { node, page, write } => {
+                self.nodes[node].prefetch(page, write, &mut out);
+                self.apply(node, out, false)
+            }
             Step::Deliver { from, to } => {
                 let Some(lane) = self.lanes.get_mut(&(from, to)) else { return Ok(()) };
                 let Some(flight) = lane.pop_front() else { return Ok(()) };
@@ -261,8 +274,8 @@ impl Cluster {
             };
             let mapped_as_known = self.copies.iter().enumerate().all(|(n, copies)| {
                 let mapped = copies[page.0 as usize].mapped;
-                // What came home unmapped is mapped again without asking anybody.
-                mapped == self.nodes[n].rights(page) || (n == home && mapped == Rights::None)
+                // What came home or was prefetched is mapped without asking anybody.
+                mapped == self.nodes[n].rights(page) || mapped == Rights::None
             });
             if !agrees || !mapped_as_known {
                 return Err(Broken::Directory(page, entry));

@@ -74,6 +74,10 @@ counters! {
     pages_sent,
     /// Pages sent as "all zero".
     zero_pages_sent,
+    /// Pages asked for because they followed a miss before.
+    prefetches,
+    /// Of these, which were touched.
+    prefetches_used,
     /// Untouched pages that came along with another page.
     run_pages,
     /// Coherence messages sent.

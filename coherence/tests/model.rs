@@ -9,6 +9,7 @@ use stateright::{Checker, Model, Property};
 struct Small {
     cluster: Cluster,
     evictions: bool,
+    prefetches: bool,
 }
 
 /// A state, or what broke on the way to it.
@@ -31,6 +32,10 @@ impl Model for Small {
                     if !cluster.is_waiting(node, page, write) {
                         actions.push(Step::Access { node, page, write });
                     }
+                }
+                if self.prefetches {
+                    actions.push(Step::Prefetch { node, page, write: true });
+                    actions.push(Step::Prefetch { node, page, write: false });
                 }
                 if self.evictions {
                     actions.push(Step::Evict { node, page });
@@ -57,8 +62,8 @@ impl Model for Small {
     }
 }
 
-fn exhaust(name: &str, cluster: Cluster, evictions: bool) {
-    let checker = Small { cluster, evictions }.checker().threads(2).spawn_bfs().join();
+fn exhaust(name: &str, cluster: Cluster, evictions: bool, prefetches: bool) {
+    let checker = Small { cluster, evictions, prefetches }.checker().threads(2).spawn_bfs().join();
     println!("{name}: {} states", checker.unique_state_count());
     checker.assert_properties();
     assert!(checker.is_done());
@@ -66,12 +71,12 @@ fn exhaust(name: &str, cluster: Cluster, evictions: bool) {
 
 #[test]
 fn two_nodes_and_one_page_with_evictions() {
-    exhaust("2 nodes x 1 page, evictions", Cluster::new(2, 1), true);
+    exhaust("2 nodes x 1 page, evictions", Cluster::new(2, 1), true, true);
 }
 
 #[test]
 fn three_nodes_and_one_page() {
-    exhaust("3 nodes x 1 page", Cluster::new(3, 1), false);
+    exhaust("3 nodes x 1 page", Cluster::new(3, 1), false, false);
 }
 
 #[test]
@@ -80,6 +85,7 @@ fn two_nodes_and_a_run_of_two_pages() {
     exhaust(
         "2 nodes x 2 pages of one home, runs",
         Cluster::with_homes(one_home, RunPolicy { first: 1, most: 1 }),
+        false,
         false,
     );
 }

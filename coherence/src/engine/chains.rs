@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_millis(100);
 /// The longest that anything is kept after the last page of its chain came.
 const LONGEST: Duration = Duration::from_millis(50);
+/// No instruction needs more pages than this: after so many faults a chain has made progress, and begins anew.
+const MOST: u32 = 24;
 /// Threads that are told apart; what further ones win is kept for the shortest time.
 const SLOTS: usize = 4096;
 
@@ -43,8 +45,10 @@ struct Slot {
     since: AtomicU64,
     /// When its last fault came or was answered.
     last: AtomicU64,
-    /// Faults that wait.
+    /// 1 while a fault waits.
     waiting: AtomicU32,
+    /// Faults of the chain so far.
+    faults: AtomicU32,
 }
 
 /// A chain of some thread.
@@ -78,10 +82,13 @@ impl Chains {
         let last = slot.last.swap(now, Relaxed);
         let gathering = last.saturating_sub(slot.since.load(Relaxed));
         let waiting = slot.waiting.load(Relaxed) > 0;
-        if !waiting && now.saturating_sub(last) > self.keep(gathering) {
+        let paused = now.saturating_sub(last) > self.keep(gathering);
+        if !waiting && (paused || slot.faults.load(Relaxed) >= MOST) {
             slot.number.fetch_add(1, Relaxed);
             slot.since.store(now, Relaxed);
+            slot.faults.store(0, Relaxed);
         }
+        slot.faults.fetch_add(1, Relaxed);
         slot.waiting.store(1, Relaxed);
         Chain { slot: index as u32, number: slot.number.load(Relaxed) }
     }
@@ -161,6 +168,17 @@ mod tests {
         let new = chains.fault(7, 500 * US);
         assert_ne!(new, old);
         assert!(chains.release_at(old, 20 * US, 500 * US) <= 500 * US);
+    }
+
+    #[test]
+    fn a_thread_that_faults_for_ever_gives_up_what_it_won_first() {
+        let chains = chains();
+        let first = chains.fault(7, 0);
+        for i in 1..=u64::from(MOST) {
+            chains.answered(first, i * 20 * US);
+            chains.fault(7, i * 20 * US);
+        }
+        assert!(chains.release_at(first, 20 * US, 480 * US) <= 480 * US);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! faults a thread spins for a while, then sleeps on its descriptors.
 
 pub mod chains;
+mod recall;
 mod shard;
 
 use std::sync::Arc;

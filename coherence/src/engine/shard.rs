@@ -16,10 +16,11 @@ use nix::sys::time::TimeSpec;
 use zerocopy::IntoBytes;
 
 use super::chains::{Chain, Chains};
-use super::{EngineConfig, EngineError};
+use super::recall::Recall;
+use super::{EngineConfig, EngineError, recall};
 use crate::memory::DualMemory;
 use crate::page::{PAGE_SIZE, Page, Shards};
-use crate::protocol::{Body, Effect, Message, Protocol, Rights, RunPolicy};
+use crate::protocol::{Body, Effect, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
 use crate::uffd::{Fault, Mode, Uffd};
 
@@ -62,6 +63,11 @@ struct Core {
     waiters: Vec<(Page, Chain)>,
     /// The chain for which the last page was mapped.
     winner: Chain,
+    recall: Recall,
+    /// What a miss recalled, before it is asked for.
+    recalled: Vec<recall::Entry>,
+    /// Pages that were recalled and not touched yet, and for which chain.
+    ahead: PageMap<Chain>,
     garbage: Vec<Page>,
 }
 
@@ -123,6 +129,9 @@ impl Shard {
             misses: Vec::with_capacity(64),
             waiters: Vec::with_capacity(64),
             winner: Chain::NONE,
+            recall: Recall::new(),
+            recalled: Vec::with_capacity(64),
+            ahead: PageMap::default(),
             garbage: Vec::with_capacity(GARBAGE),
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
@@ -217,7 +226,13 @@ impl Core {
         let Some(page) = self.memory.page_at(fault.address) else { return Ok(()) };
         ShardStats::count(&self.stats.events);
         trace::event(Event::Fault, page.0, fault.flags());
-        self.waiters.push((page, self.chains.fault(fault.thread, self.chains.now())));
+        let chain = self.chains.fault(fault.thread, self.chains.now());
+        self.waiters.push((page, chain));
+        let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
+        if self.ahead.remove(page).is_some() {
+            ShardStats::count(&self.stats.prefetches_used);
+            self.recall.note(page, want);
+        }
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
         self.protocol.fault(page, fault.write, &mut self.effects);
@@ -235,9 +250,26 @@ impl Core {
                     ShardStats::count(&self.stats.upgrades);
                 }
                 self.misses.push(MissClock { page, since: Instant::now() });
+                self.prefetch_followers(page, want, chain)?;
             }
             _ => {}
         }
+        Ok(())
+    }
+
+    /// Asks for what followed a miss on this page the last time.
+    fn prefetch_followers(&mut self, page: Page, want: Rights, chain: Chain) -> Result<(), EngineError> {
+        let mut recalled = std::mem::take(&mut self.recalled);
+        self.recall.miss(page, want, &mut recalled);
+        for entry in recalled.drain(..) {
+            let write = entry.want == Rights::Exclusive;
+            if self.protocol.prefetch(entry.page, write, &mut self.effects) {
+                ShardStats::count(&self.stats.prefetches);
+                self.ahead.insert(entry.page, chain);
+            }
+            self.apply(Body::Absent)?;
+        }
+        self.recalled = recalled;
         Ok(())
     }
 
@@ -387,6 +419,9 @@ impl Core {
                     Rights::Exclusive => &self.stats.handovers,
                     _ => &self.stats.invalidations,
                 });
+                if self.ahead.remove(page).is_some() {
+                    self.recall.strike(page);
+                }
                 self.pin_down(page);
                 self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
             }
@@ -399,7 +434,10 @@ impl Core {
             Effect::Hold(page) => {
                 let won = self.chains.now();
                 // The page was mapped just before, and who waited for it was noted.
-                let chain = std::mem::replace(&mut self.winner, Chain::NONE);
+                let chain = match self.ahead.get(page) {
+                    Some(chain) => *chain,
+                    None => std::mem::replace(&mut self.winner, Chain::NONE),
+                };
                 let look_at = self.chains.release_at(chain, won, won);
                 self.holds.push(Reverse(Held { look_at, page, won, chain }));
             }

@@ -12,21 +12,33 @@ impl Protocol {
         }
         let rights = self.rights(page);
         match self.transient.get_mut(page) {
-            Some(Transient::Miss(miss)) => miss.then_write |= want > miss.want,
+            Some(Transient::Miss(miss)) => {
+                miss.then_write |= want > miss.want;
+                miss.prefetch = false;
+            }
             Some(Transient::Evict { refault }) => *refault = want.max(*refault),
             // A late or spurious event: the right answer is the mapping that should be there.
             None if rights >= want => out.push(Effect::Map(page, rights)),
             None => {
                 self.yield_deferred(page, out);
-                self.start_miss(page, want, out);
+                self.start_miss(page, want, false, out);
             }
         }
     }
 
+    pub(super) fn cache_prefetch(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) -> bool {
+        let under_way = self.transient.get(page).is_some() || self.covering_miss(page).is_some();
+        if under_way || self.rights(page) != Rights::None {
+            return false;
+        }
+        self.start_miss(page, want, true, out);
+        true
+    }
+
     /// Asks the home for the page.
-    fn start_miss(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+    fn start_miss(&mut self, page: Page, want: Rights, prefetch: bool, out: &mut Vec<Effect>) {
         let home = self.homes.home(page);
-        let run = if self.rights(page) == Rights::None && home != self.me {
+        let run = if self.rights(page) == Rights::None && home != self.me && !prefetch {
             self.run_to_ask(page, home)
         } else {
             0
@@ -36,6 +48,7 @@ impl Protocol {
             granted: false,
             acks: 0,
             then_write: false,
+            prefetch,
             deferred: None,
             run,
             run_faults: 0,
@@ -105,12 +118,13 @@ impl Protocol {
             return;
         }
         let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
-        let (run_faults, run_writes) = (miss.run_faults, miss.run_writes);
+        let (run_faults, run_writes, prefetch) = (miss.run_faults, miss.run_writes, miss.prefetch);
         self.transient.remove(page);
-        out.push(match self.rights(page) {
-            Rights::Shared => Effect::Unprotect(page),
-            _ => Effect::Map(page, want),
-        });
+        match self.rights(page) {
+            Rights::Shared => out.push(Effect::Unprotect(page)),
+            _ if prefetch => {}
+            _ => out.push(Effect::Map(page, want)),
+        }
         self.set_local(page, want, true);
         out.push(Effect::Hold(page));
         if let Some(demand) = deferred {
@@ -118,7 +132,7 @@ impl Protocol {
         }
         if then_write {
             self.yield_deferred(page, out);
-            self.start_miss(page, Rights::Exclusive, out);
+            self.start_miss(page, Rights::Exclusive, false, out);
         }
         // What the answer did not bring is asked for now.
         for i in (1..=u64::from(MAX_RUN)).filter(|i| run_faults >> (i - 1) & 1 == 1) {
@@ -230,7 +244,7 @@ impl Protocol {
         self.transient.remove(page);
         out.push(Effect::Free(page));
         if refault != Rights::None {
-            self.start_miss(page, refault, out);
+            self.start_miss(page, refault, false, out);
         }
         Ok(())
     }

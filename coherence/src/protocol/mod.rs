@@ -61,7 +61,8 @@ pub use self::message::{Body, Head, Kind, MAX_RUN, Message};
 pub use self::runs::RunPolicy;
 use self::runs::Streams;
 pub use self::state::Entry;
-use self::state::{Directory, PageMap, Table};
+pub(crate) use self::state::PageMap;
+use self::state::{Directory, Table};
 use crate::page::{Homes, Page};
 
 /// What a node may do with a page through its guest view.
@@ -170,6 +171,8 @@ struct Miss {
     acks: i32,
     /// A write fault came while waiting for Shared.
     then_write: bool,
+    /// No fault waits (yet): the page is not mapped when it comes.
+    prefetch: bool,
     /// What was asked of the page that is on its way.
     deferred: Option<Demand>,
     /// How many pages that follow were asked for as well; no request of their own is made for them.
@@ -246,6 +249,17 @@ impl Protocol {
         // What this node says to itself is never malformed.
         let own = self.run_loopback(out);
         debug_assert_eq!(own, Ok(()));
+    }
+
+    /// Asks for a page that is likely to be needed, if it is not here and nothing is under way on it; whether it
+    /// was asked for. It is held when it comes, but only a fault maps it. A copy that is here to read is left
+    /// alone.
+    pub fn prefetch(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) -> bool {
+        let want = if write { Rights::Exclusive } else { Rights::Shared };
+        let asked = self.cache_prefetch(page, want, out);
+        let own = self.run_loopback(out);
+        debug_assert_eq!(own, Ok(()));
+        asked
     }
 
     /// A peer's message came.

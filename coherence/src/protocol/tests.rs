@@ -13,6 +13,7 @@ use crate::page::Homes;
 enum Op {
     Access(usize, u64, bool),
     Evict(usize, u64),
+    Prefetch(usize, u64, bool),
     Pending(usize),
 }
 
@@ -20,6 +21,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         4 => (0usize..8, 0u64..8, any::<bool>()).prop_map(|(n, p, w)| Op::Access(n, p, w)),
         1 => (0usize..8, 0u64..8).prop_map(|(n, p)| Op::Evict(n, p)),
+        1 => (0usize..8, 0u64..8, any::<bool>()).prop_map(|(n, p, w)| Op::Prefetch(n, p, w)),
         9 => any::<usize>().prop_map(Op::Pending),
     ];
     proptest::collection::vec(op, 1..400)
@@ -38,6 +40,7 @@ proptest! {
             let step = match op {
                 Op::Access(n, p, write) => Step::Access { node: n % nodes, page: Page(p % pages), write },
                 Op::Evict(n, p) => Step::Evict { node: n % nodes, page: Page(p % pages) },
+                Op::Prefetch(n, p, write) => Step::Prefetch { node: n % nodes, page: Page(p % pages), write },
                 Op::Pending(pick) => {
                     let pending: Vec<_> = cluster.pending().collect();
                     match pending.len() {
