@@ -1,6 +1,7 @@
 //! The ratio of the guest's TSC frequency to the host's, as KVM and the hardware apply it.
 
-/// Relative difference of frequencies, in parts per million, that stepping alone may correct.
+/// Relative difference of frequencies, in parts per million, that stepping corrects. It is also the default of
+/// KVM's `tsc_tolerance_ppm`: KVM does not scale for less, whatever it is told.
 pub const STEPPABLE_PPM: u64 = 250;
 
 /// `guest = host * multiplier >> shift`, before the offset is added (SDM vol. 3, 26.6.5; APM vol. 2, 15.30.5).
@@ -27,22 +28,21 @@ impl Scale {
     /// No scaling.
     pub const ONE: Scale = Scale { multiplier: 1, shift: 0 };
 
-    /// What a host of `host` kHz has to do in a machine of `guest` kHz: nothing where they are the same or
-    /// so near that stepping will do and scaling (`control`) is lacking.
+    /// What a host of `host` kHz has to do in a machine of `guest` kHz: nothing where they are so near that
+    /// stepping will do; else it scales, if its CPUs can (`control`; `amd` says whose they are).
     ///
     /// # Errors
     /// [`Unalignable`].
     pub fn choose(host: u64, guest: u64, control: bool, amd: bool) -> Result<Scale, Unalignable> {
-        if host == guest {
+        // As KVM computes it (kvm_set_tsc_khz), so that both decide alike.
+        let within = |ppm: u64| (u128::from(host) * u128::from(ppm) / 1_000_000) as u64;
+        if (within(1_000_000 - STEPPABLE_PPM)..=within(1_000_000 + STEPPABLE_PPM)).contains(&guest) {
             return Ok(Scale::ONE);
         }
-        if control && host != 0 {
-            return Ok(Scale::ratio(host, guest, amd));
+        match control && host != 0 {
+            true => Ok(Scale::ratio(host, guest, amd)),
+            false => Err(Unalignable { host, guest }),
         }
-        if host.abs_diff(guest) * 1_000_000 > STEPPABLE_PPM * guest {
-            return Err(Unalignable { host, guest });
-        }
-        Ok(Scale::ONE)
     }
 
     /// The ratio with as many fraction bits as the vendor's hardware has: AMD 32, Intel 48. KVM computes the
@@ -79,7 +79,9 @@ mod tests {
 
     #[test]
     fn near_frequencies_are_left_to_stepping_and_far_ones_refused_without_scaling() {
-        assert_eq!(Scale::choose(2_100_500, 2_100_000, false, false), Ok(Scale::ONE));
+        for control in [false, true] {
+            assert_eq!(Scale::choose(2_100_500, 2_100_000, control, false), Ok(Scale::ONE));
+        }
         let refused = Scale::choose(2_101_000, 2_100_000, false, false);
         assert_eq!(refused, Err(Unalignable { host: 2_101_000, guest: 2_100_000 }));
     }

@@ -1,6 +1,6 @@
 //! The KVM capabilities that a node needs.
 
-use kvm_bindings::{KVM_CAP_TSC_CONTROL, KVM_CAP_VCPU_ATTRIBUTES};
+use kvm_bindings::{KVM_CAP_SYNC_REGS, KVM_CAP_TSC_CONTROL, KVM_CAP_VCPU_ATTRIBUTES, KVM_SYNC_X86_REGS};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::KvmError;
@@ -44,6 +44,11 @@ pub fn has_tsc_control(kvm: &Kvm) -> bool {
 /// Whether vCPUs have device attributes, of which the TSC offset is one.
 pub fn has_vcpu_attributes(kvm: &Kvm) -> bool {
     kvm.check_extension_raw(KVM_CAP_VCPU_ATTRIBUTES.into()) > 0
+}
+
+/// Whether KVM copies the general registers out at each exit.
+pub fn has_sync_regs(kvm: &Kvm) -> bool {
+    kvm.check_extension_raw(KVM_CAP_SYNC_REGS.into()) & KVM_SYNC_X86_REGS as i32 != 0
 }
 
 /// Fails unless `kvm` has all that a node needs.

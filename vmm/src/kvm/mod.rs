@@ -41,6 +41,15 @@ pub enum KvmError {
         /// The error itself.
         source: std::io::Error,
     },
+    /// The guest's TSC is not what was asked for.
+    #[error(
+        "KVM runs the guest's time stamp counter {ticks} ticks from where it was set; leave its module \
+         parameter tsc_tolerance_ppm at 250"
+    )]
+    Tsc {
+        /// How far, in ticks.
+        ticks: i64,
+    },
     /// KVM did something other than what it was asked.
     #[error("KVM set {done} of {asked} model-specific registers: it does not know the next one, {next:#x}")]
     Msr {

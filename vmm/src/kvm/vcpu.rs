@@ -4,9 +4,10 @@ use firmware::cpuid::CpuidEntry;
 use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
     KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
-    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_REGS, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::{KvmError, cpuid, ioctls};
 
@@ -130,7 +131,10 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    pub(super) fn new(fd: VcpuFd, run_size: usize, attributes: bool) -> Vcpu {
+    pub(super) fn new(mut fd: VcpuFd, run_size: usize, attributes: bool, sync_regs: bool) -> Vcpu {
+        if sync_regs {
+            fd.set_sync_valid_reg(SyncReg::Register);
+        }
         let tsc_offset = attributes && ioctls::has_tsc_offset(&fd);
         Vcpu { fd, run_size, tsc_offset }
     }
@@ -296,6 +300,15 @@ impl Vcpu {
     /// What KVM answers.
     pub fn nmi(&mut self) -> Result<(), KvmError> {
         self.fd.nmi().map_err(KvmError::call("inject an NMI"))
+    }
+
+    /// The general registers at the last exit, where KVM copies them out (`KVM_CAP_SYNC_REGS`). Cheap, and
+    /// not yet those of an instruction boundary if the exit [`Exit::needs_completion`].
+    pub fn regs_at_exit(&mut self) -> Option<kvm_regs> {
+        let run = self.fd.get_kvm_run();
+        let synced = run.kvm_valid_regs & u64::from(KVM_SYNC_X86_REGS) != 0;
+        // SAFETY: the registers are the union's only member with a meaning, and made of integers.
+        synced.then_some(unsafe { run.s.regs.regs })
     }
 
     /// Makes `blocked` the thread's signal mask inside [`Vcpu::run`] (bit n - 1: signal n).

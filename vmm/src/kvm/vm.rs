@@ -19,6 +19,7 @@ const TSS: usize = 0xfffb_d000;
 pub struct Vm {
     fd: VmFd,
     tsc_offset: bool,
+    sync_regs: bool,
 }
 
 impl Vm {
@@ -38,7 +39,7 @@ impl Vm {
             u64::from(KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER);
         fd.enable_cap(&cap).map_err(KvmError::call("pass MSR accesses on"))?;
         filter_msrs(&fd)?;
-        Ok(Vm { fd, tsc_offset: caps::has_vcpu_attributes(kvm) })
+        Ok(Vm { fd, tsc_offset: caps::has_vcpu_attributes(kvm), sync_regs: caps::has_sync_regs(kvm) })
     }
 
     /// Makes host memory appear in the guest as memory slot `slot`.
@@ -67,7 +68,7 @@ impl Vm {
     /// What KVM answers: a number used twice or above its limit.
     pub fn create_vcpu(&self, index: u32) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(index.into()).map_err(KvmError::call("create a vCPU"))?;
-        Ok(Vcpu::new(fd, self.fd.run_size(), self.tsc_offset))
+        Ok(Vcpu::new(fd, self.fd.run_size(), self.tsc_offset, self.sync_regs))
     }
 }
 

@@ -22,7 +22,7 @@ impl Cpu {
             u64::from(self.vcpu) << 32 | u64::from(exit.reason()),
             exit.detail(),
         );
-        self.last.push(exit);
+        self.remember(exit);
         self.incomplete = exit.needs_completion();
         match exit {
             Exit::Pio { port, size, count: times, write } => {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use kvm_bindings::{kvm_dtable, kvm_segment};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
 
 use crate::kvm::{Exit, Vcpu};
 
@@ -21,21 +21,31 @@ pub struct VcpuFailure {
 /// How many exits are remembered.
 pub(super) const REMEMBERED: usize = 16;
 
-/// The last exits of a vCPU.
+/// The last exits of a vCPU, and its registers then, where KVM tells them.
 #[derive(Debug, Default)]
 pub(super) struct LastExits {
-    ring: [Option<Exit>; REMEMBERED],
+    ring: [Option<(Exit, Option<u64>)>; REMEMBERED],
     next: usize,
+    /// At the last exit and at the one before.
+    regs: [Option<kvm_regs>; 2],
 }
 
 impl LastExits {
-    pub(super) fn push(&mut self, exit: Exit) {
-        self.ring[self.next % REMEMBERED] = Some(exit);
+    pub(super) fn push(&mut self, exit: Exit, regs: Option<kvm_regs>) {
+        self.ring[self.next % REMEMBERED] = Some((exit, regs.map(|regs| regs.rip)));
         self.next = self.next.wrapping_add(1);
+        self.regs = [regs, self.regs[0]];
     }
 
-    fn oldest_first(&self) -> impl Iterator<Item = &Exit> {
+    fn oldest_first(&self) -> impl Iterator<Item = &(Exit, Option<u64>)> {
         (0..REMEMBERED).filter_map(move |i| self.ring[(self.next + i) % REMEMBERED].as_ref())
+    }
+
+    /// The registers at the exit before the last, if that was a triple fault: on AMD CPUs nothing is left of
+    /// those that led to it (APM vol. 2, 15.14.3), and KVM shows a CPU after reset.
+    fn before_shutdown(&self) -> Option<&kvm_regs> {
+        let last = self.ring[self.next.wrapping_sub(1) % REMEMBERED].as_ref();
+        self.regs[1].as_ref().filter(|_| last.is_some_and(|(exit, _)| *exit == Exit::Shutdown))
     }
 }
 
@@ -69,26 +79,7 @@ pub(super) fn dump(vcpu: &mut Vcpu, name: &str, state: &str, last: &LastExits) -
     let mut text = format!("{name} ({state})\n");
     // Writing to a String cannot fail.
     match vcpu.regs() {
-        Ok(r) => {
-            let _ = writeln!(text, "  rip {:016x} rflags {:08x}", r.rip, r.rflags);
-            let _ = writeln!(
-                text,
-                "  rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}",
-                r.rax, r.rbx, r.rcx, r.rdx
-            );
-            let _ = writeln!(
-                text,
-                "  rsi {:016x} rdi {:016x} rsp {:016x} rbp {:016x}",
-                r.rsi, r.rdi, r.rsp, r.rbp
-            );
-            let _ =
-                writeln!(text, "  r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}", r.r8, r.r9, r.r10, r.r11);
-            let _ = writeln!(
-                text,
-                "  r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}",
-                r.r12, r.r13, r.r14, r.r15
-            );
-        }
+        Ok(regs) => write_regs(&mut text, &regs),
         Err(error) => {
             let _ = writeln!(text, "  no registers: {error}");
         }
@@ -122,10 +113,31 @@ pub(super) fn dump(vcpu: &mut Vcpu, name: &str, state: &str, last: &LastExits) -
         let _ = writeln!(text, "  events {:?} {:?} {:?}", events.exception, events.interrupt, events.nmi);
     }
     let _ = writeln!(text, "  last exits, oldest first:");
-    for exit in last.oldest_first() {
-        let _ = writeln!(text, "    {exit:x?}");
+    for (exit, rip) in last.oldest_first() {
+        let _ = match rip {
+            Some(rip) => writeln!(text, "    rip {rip:016x} {exit:x?}"),
+            None => writeln!(text, "    {exit:x?}"),
+        };
+    }
+    if let Some(regs) = last.before_shutdown() {
+        text.push_str("  registers at the exit before the triple fault:\n");
+        write_regs(&mut text, regs);
     }
     text
+}
+
+fn write_regs(text: &mut String, r: &kvm_regs) {
+    let mut line = |names: [&str; 4], values: [u64; 4]| {
+        for (name, value) in names.into_iter().zip(values) {
+            let _ = write!(text, "  {name:3} {value:016x}");
+        }
+        text.push('\n');
+    };
+    line(["rip", "rfl", "rsp", "rbp"], [r.rip, r.rflags, r.rsp, r.rbp]);
+    line(["rax", "rbx", "rcx", "rdx"], [r.rax, r.rbx, r.rcx, r.rdx]);
+    line(["rsi", "rdi", "r8", "r9"], [r.rsi, r.rdi, r.r8, r.r9]);
+    line(["r10", "r11", "r12", "r13"], [r.r10, r.r11, r.r12, r.r13]);
+    let _ = writeln!(text, "  r14 {:016x}  r15 {:016x}", r.r14, r.r15);
 }
 
 fn write_segment(text: &mut String, name: &str, s: &kvm_segment) {
@@ -144,14 +156,28 @@ fn write_table(text: &mut String, name: &str, table: &kvm_dtable) {
 mod tests {
     use super::*;
 
+    fn at(rip: u64) -> Option<kvm_regs> {
+        Some(kvm_regs { rip, ..Default::default() })
+    }
+
     #[test]
     fn the_last_exits_are_remembered_in_order() {
         let mut last = LastExits::default();
         for reason in 0..REMEMBERED as u32 + 5 {
-            last.push(Exit::Other(reason));
+            last.push(Exit::Other(reason), at(reason.into()));
         }
         let seen: Vec<_> = last.oldest_first().copied().collect();
-        let wanted: Vec<_> = (5..REMEMBERED as u32 + 5).map(Exit::Other).collect();
+        let wanted: Vec<_> =
+            (5..REMEMBERED as u32 + 5).map(|reason| (Exit::Other(reason), Some(reason.into()))).collect();
         assert_eq!(seen, wanted);
+        assert_eq!(last.before_shutdown(), None);
+    }
+
+    #[test]
+    fn registers_before_a_triple_fault_are_kept() {
+        let mut last = LastExits::default();
+        last.push(Exit::Interrupted, at(0x1234));
+        last.push(Exit::Shutdown, at(0xfff0));
+        assert_eq!(last.before_shutdown().unwrap().rip, 0x1234);
     }
 }

@@ -102,6 +102,7 @@ impl Cpu {
         }
         let offset = env.clock.offset();
         set_offset(&kvm, &env, offset)?;
+        check_clock(&kvm, &env, offset)?;
         table.slots()[local as usize].offset.store(offset, Ordering::SeqCst);
         Ok(Cpu {
             local,
@@ -338,6 +339,7 @@ impl Cpu {
             // KVM finished the last instruction, if one was unfinished, before it looked for signals.
             self.incomplete = false;
             count(&self.slot().counters.kick_exits, 1);
+            self.remember(exit);
             trace::event(trace::Event::Exit, u64::from(self.vcpu) << 32 | u64::from(exit.reason()), 0);
             return Ok(Signalled::Pending);
         }
@@ -409,6 +411,11 @@ impl Cpu {
         Ok(())
     }
 
+    pub(super) fn remember(&mut self, exit: Exit) {
+        let regs = self.kvm.regs_at_exit();
+        self.last.push(exit, regs);
+    }
+
     /// Registers and last exits.
     fn dump(&mut self) -> String {
         let name = format!("vCPU {} (APIC id {:#x})", self.vcpu, self.lapic.apic_id());
@@ -423,6 +430,24 @@ impl Cpu {
 /// Gives KVM the node's TSC offset. A fixed clock's is not KVM's to apply.
 fn set_offset(kvm: &Vcpu, env: &Environment, offset: u64) -> Result<(), KvmError> {
     if env.clock.is_fixed() { Ok(()) } else { kvm.set_tsc_offset(offset) }
+}
+
+/// Fails unless the vCPU's TSC is the node's clock: that KVM scales as this program believes it does, above all.
+fn check_clock(kvm: &Vcpu, env: &Environment, offset: u64) -> Result<(), KvmError> {
+    // Rounding differs by a tick or two between the two ways of scaling.
+    const ROUNDING: u64 = 16;
+    if env.clock.is_fixed() {
+        return Ok(());
+    }
+    let before = env.clock.host().wrapping_add(offset);
+    let Some(tsc) = kvm.msr(crate::kvm::msr::TSC)? else { return Ok(()) };
+    let after = env.clock.host().wrapping_add(offset);
+    let early = before.wrapping_sub(tsc) as i64;
+    let late = tsc.wrapping_sub(after) as i64;
+    match early.max(late) {
+        off if off <= ROUNDING as i64 => Ok(()),
+        _ => Err(KvmError::Tsc { ticks: if early > late { -early } else { late } }),
+    }
 }
 
 impl Drop for Cpu {

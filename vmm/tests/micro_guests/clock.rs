@@ -1,5 +1,9 @@
 //! The guest's TSC is the node's clock, on every vCPU, also across steps.
 
+use std::sync::Arc;
+
+use vmm::clock::{GuestClock, Scale};
+
 use super::asm::code16;
 use super::harness::{CODE, Parts, host};
 use super::startup::{AP_PAGE, start_ap};
@@ -21,15 +25,12 @@ fn the_guests_tsc_is_the_nodes_clock_and_never_goes_back_across_steps() {
     let guest = parts.run();
     let mut last = 0;
     for round in 0..200u64 {
-        let before = clock.now();
-        // Two readings: the first may have been taken before `before`.
         let first = guest.report() | guest.report() << 32;
         let second = guest.report() | guest.report() << 32;
         let third = guest.report() | guest.report() << 32;
         let after = clock.now();
         assert!(last <= first && first <= second && second <= third);
         assert!(first <= after, "{first} is ahead of the clock's {after}");
-        let _ = before;
         last = third;
         if round % 20 == 0 {
             assert!(clock.step_to(clock.offset().wrapping_add(clock.ticks(50_000_000))));
@@ -47,6 +48,30 @@ fn the_guests_tsc_is_the_nodes_clock_and_never_goes_back_across_steps() {
     }
     assert!(seen >= now, "{seen} stays behind {now}");
     assert_eq!(clock.stats().steps, 10);
+}
+
+#[test]
+fn a_scaled_tsc_is_the_nodes_clock() {
+    let Some(host) = host() else { return };
+    if !host.tsc_offset || !host.tsc_control {
+        return eprintln!("skipped: this KVM cannot scale the TSC");
+    }
+    let vendor = host.cpuid.iter().find(|entry| entry.leaf == 0).unwrap();
+    let amd = vendor.ebx == u32::from_le_bytes(*b"Auth");
+    let (own, machine) = (u64::from(host.tsc_khz), u64::from(host.tsc_khz) * 3 / 4);
+    let scale = Scale::choose(own, machine, true, amd).unwrap();
+    let mut parts = Parts::alone(host, 1);
+    parts.clock = Arc::new(GuestClock::new(machine, scale));
+    parts.load(CODE, reporting());
+    let clock = parts.clock.clone();
+    let guest = parts.run();
+    for _ in 0..20 {
+        let before = clock.now();
+        // The first readings may have been taken before `before`.
+        let seen = (0..1000).map(|_| guest.report() | guest.report() << 32).find(|seen| *seen >= before);
+        let seen = seen.expect("the guest's clock is behind the node's");
+        assert!(seen <= clock.now(), "{seen} is ahead of the node's clock");
+    }
 }
 
 #[test]

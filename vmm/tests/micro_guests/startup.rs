@@ -83,6 +83,8 @@ fn init_stops_a_vcpu_until_it_is_started_again() {
     let Some(host) = host() else { return };
     let guest = parts(host, 2, code16!(start_ap!("1"), "hlt")).run();
     assert_eq!(guest.report() >> 16, 1);
+    // The boot processor has sent its second start-up message when it halts.
+    guest.wait_state(0, State::Halted);
     guest.wait_state(1, State::Halted);
     guest.vcpus.post(1, Signal::Init);
     guest.wait_state(1, State::WaitForSipi);
@@ -102,6 +104,8 @@ fn init_reaches_a_vcpu_that_spins_with_interrupts_off() {
     let parts = parts(host, 2, code16!(start_ap!("1"), "hlt"));
     parts.load(u16::from(AP_PAGE) << 12, code16!("cli", "mov eax, 3", report!(), "20:", "jmp 20b"));
     let guest = parts.run();
+    // The boot processor has sent its second start-up message when it halts.
+    guest.wait_state(0, State::Halted);
     for _ in 0..5 {
         assert_eq!(guest.report(), 3);
         guest.vcpus.post(1, Signal::Init);
