@@ -20,7 +20,7 @@ pub const DEFAULT_HOLD: Duration = Duration::from_micros(100);
 /// The longest hold: every other node's access to the page waits for it.
 pub const MAX_HOLD: Duration = Duration::from_millis(100);
 /// Coherence shards, unless the machine file says otherwise.
-pub const DEFAULT_SHARDS: u16 = 2;
+pub const DEFAULT_SHARDS: u16 = 1;
 /// The most coherence shards: each is a thread per node and a connection per pair of nodes.
 pub const MAX_SHARDS: u16 = 64;
 /// How long the nodes may take to join, unless told otherwise, if `gestalt run` starts all of them.

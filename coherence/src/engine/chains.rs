@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Keeping as long as the gathering took makes a node run at least half of its time, whatever a fault costs
-//! on its hardware. A thread that has waited for one page longer than [`PATIENCE`] keeps nothing for it: two
+//! on its hardware. When one page of a chain goes, the others may go as well: the thread has to begin anew, and
+//! keeping them would only keep the other node from getting on. A thread that has waited for one page longer than [`PATIENCE`] keeps nothing for it: two
 //! chains may wait for each other.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -98,6 +99,18 @@ impl Chains {
         if let Some(slot) = self.slots.get(chain.slot as usize) {
             slot.last.store(now, Relaxed);
             slot.waiting.store(0, Relaxed);
+        }
+    }
+
+    /// A page of the chain was given up: what else it won is of no use without it, and the thread will begin
+    /// anew with that page.
+    pub fn broken(&self, chain: Chain) {
+        if let Some(slot) = self.slots.get(chain.slot as usize) {
+            let next = chain.number.wrapping_add(1);
+            if slot.number.compare_exchange(chain.number, next, Relaxed, Relaxed).is_ok() {
+                slot.since.store(self.now(), Relaxed);
+                slot.faults.store(0, Relaxed);
+            }
         }
     }
 
@@ -189,6 +202,17 @@ mod tests {
         chains.answered(a, 10 * US);
         assert_eq!(chains.release_at(a, 10 * US, 20 * US), 110 * US);
         assert!(chains.release_at(b, 10 * US, 5000 * US) > 5000 * US);
+    }
+
+    #[test]
+    fn when_a_page_of_a_chain_goes_the_others_may_go() {
+        let chains = chains();
+        let chain = chains.fault(7, 0);
+        chains.answered(chain, 10 * US);
+        chains.fault(7, 20 * US);
+        assert!(chains.release_at(chain, 10 * US, 200 * US) > 200 * US);
+        chains.broken(chain);
+        assert!(chains.release_at(chain, 10 * US, 200 * US) <= 200 * US);
     }
 
     #[test]

@@ -66,8 +66,8 @@ struct Core {
     recall: Recall,
     /// What a miss recalled, before it is asked for.
     recalled: Vec<recall::Entry>,
-    /// Pages that were recalled and not touched yet, and for which chain.
-    ahead: PageMap<Chain>,
+    /// Pages that were recalled and not touched yet.
+    ahead: PageMap<()>,
     garbage: Vec<Page>,
 }
 
@@ -232,6 +232,10 @@ impl Core {
         if self.ahead.remove(page).is_some() {
             ShardStats::count(&self.stats.prefetches_used);
             self.recall.note(page, want);
+            if self.protocol.rights(page) >= want {
+                self.protocol.hold(page);
+                self.hold(page, chain);
+            }
         }
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
@@ -250,7 +254,7 @@ impl Core {
                     ShardStats::count(&self.stats.upgrades);
                 }
                 self.misses.push(MissClock { page, since: Instant::now() });
-                self.prefetch_followers(page, want, chain)?;
+                self.prefetch_followers(page, want)?;
             }
             _ => {}
         }
@@ -258,14 +262,14 @@ impl Core {
     }
 
     /// Asks for what followed a miss on this page the last time.
-    fn prefetch_followers(&mut self, page: Page, want: Rights, chain: Chain) -> Result<(), EngineError> {
+    fn prefetch_followers(&mut self, page: Page, want: Rights) -> Result<(), EngineError> {
         let mut recalled = std::mem::take(&mut self.recalled);
         self.recall.miss(page, want, &mut recalled);
         for entry in recalled.drain(..) {
             let write = entry.want == Rights::Exclusive;
             if self.protocol.prefetch(entry.page, write, &mut self.effects) {
                 ShardStats::count(&self.stats.prefetches);
-                self.ahead.insert(entry.page, chain);
+                self.ahead.insert(entry.page, ());
             }
             self.apply(Body::Absent)?;
         }
@@ -293,6 +297,12 @@ impl Core {
         Ok(())
     }
 
+    fn hold(&mut self, page: Page, chain: Chain) {
+        let won = self.chains.now();
+        let look_at = self.chains.release_at(chain, won, won);
+        self.holds.push(Reverse(Held { look_at, page, won, chain }));
+    }
+
     /// Releases pages that were kept long enough.
     fn release_due(&mut self) -> Result<usize, EngineError> {
         let mut released = 0;
@@ -308,6 +318,9 @@ impl Core {
                 continue;
             }
             self.protocol.release(held.page, &mut self.effects);
+            if !self.effects.is_empty() {
+                self.chains.broken(held.chain);
+            }
             self.apply(Body::Absent)?;
             released += 1;
         }
@@ -432,14 +445,11 @@ impl Core {
                 }
             }
             Effect::Hold(page) => {
-                let won = self.chains.now();
-                // The page was mapped just before, and who waited for it was noted.
-                let chain = match self.ahead.get(page) {
-                    Some(chain) => *chain,
-                    None => std::mem::replace(&mut self.winner, Chain::NONE),
-                };
-                let look_at = self.chains.release_at(chain, won, won);
-                self.holds.push(Reverse(Held { look_at, page, won, chain }));
+                // The page was mapped just before for who waited, unless it came ahead of its need.
+                let mapped = self.ahead.get(page).is_none();
+                let chain =
+                    if mapped { std::mem::replace(&mut self.winner, Chain::NONE) } else { Chain::NONE };
+                self.hold(page, chain);
             }
             Effect::Deferred(page) => {
                 trace::event(Event::Defer, page.0, 0);

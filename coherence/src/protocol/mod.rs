@@ -288,6 +288,15 @@ impl Protocol {
         self.untouched_run(message.page, run + 1)
     }
 
+    /// Holds a page that is here once more, as if it had just been won: it was asked for ahead of its need, and
+    /// is needed now. [`Protocol::release`] must follow.
+    pub fn hold(&mut self, page: Page) {
+        let local = self.local.get(page);
+        if self.rights(page) != Rights::None {
+            self.local.set(page, Local(local.0 | Local::HELD));
+        }
+    }
+
     /// The time for which a won page is held is over.
     pub fn release(&mut self, page: Page, out: &mut Vec<Effect>) {
         self.cache_release(page, out);

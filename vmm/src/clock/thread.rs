@@ -18,8 +18,9 @@ const ROUNDS: u32 = 4;
 const ANSWER: Duration = Duration::from_millis(250);
 /// How often the difference is looked at, by the learnt rate, between measurements.
 const TICK: Duration = Duration::from_millis(20);
-/// Ticks between measurements once the rate is known well; every tick before.
-const TICKS_PER_MEASUREMENT: u32 = 5;
+/// Ticks between measurements: until the rate is known well, and then, when a drift in between is
+/// at most 5 us.
+const TICKS_PER_MEASUREMENT: (u32, u32) = (5, 25);
 /// The rate is known well when its interval is narrower, in parts per billion.
 const GOOD_RATE_PPB: i64 = 10_000;
 
@@ -154,7 +155,8 @@ impl Aligner {
                 let rate = self.estimator.rate(self.clock.host());
                 let good = rate.high - rate.low < GOOD_RATE_PPB;
                 ticks += 1;
-                if let Err(error) = self.correct(!good || ticks % TICKS_PER_MEASUREMENT == 0) {
+                let period = if good { TICKS_PER_MEASUREMENT.1 } else { TICKS_PER_MEASUREMENT.0 };
+                if let Err(error) = self.correct(ticks % period == 0) {
                     on_error(error);
                     return;
                 }

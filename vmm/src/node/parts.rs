@@ -247,6 +247,9 @@ fn mesh(
 /// The guest's TSC at this node; its frequency is node 0's.
 fn guest_clock(cpu: &HostCpu, start: &Start) -> anyhow::Result<GuestClock> {
     let machine_khz = u64::from(start.nodes.first().context("a machine without nodes")?.tsc_khz);
+    if !cpu.tsc_offset {
+        return Ok(GuestClock::fixed(machine_khz));
+    }
     let vendor = cpu.cpuid.iter().find(|entry| entry.leaf == 0);
     let amd = vendor.is_some_and(|entry| entry.ebx == u32::from_le_bytes(*b"Auth"));
     let scale = Scale::choose(u64::from(cpu.tsc_khz), machine_khz, cpu.tsc_control, amd)?;

@@ -27,6 +27,7 @@
 //! | [`msr`] | model-specific registers that are ours |
 //! | [`registers`] | power-on, INIT, SIPI and boot states |
 //! | `timer` | the local APIC timer's alarm |
+//! | `pace` | how soon the next timer interrupt may come |
 //! | [`signal`] | blocking, sending and awaiting the kick signal |
 //! | [`report`] | what is said of a vCPU that cannot go on |
 //! | [`control`] | starting, pausing, stopping and dumping all of them |
@@ -35,6 +36,7 @@ pub mod control;
 mod exits;
 pub mod mailbox;
 pub mod msr;
+mod pace;
 pub mod registers;
 pub mod report;
 pub mod run;
