@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// The longest that a chain in waiting keeps what it won.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// The longest that anything is kept after the last page of its chain came.
-const LONGEST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_millis(200);
 /// No instruction needs more pages than this: after so many faults a chain has made progress, and begins anew.
 const MOST: u32 = 24;
 /// Threads that are told apart; what further ones win is kept for the shortest time.

@@ -5,7 +5,8 @@
 //! recalls those that followed it there; they are asked for in parallel instead of one by one.
 //!
 //! What comes is kept without being mapped: a touch is a cheap local fault, which shows that the page was worth
-//! it and puts it in the log again. A page that leaves untouched is struck from the log. (The idea is that of
+//! it and puts it in the log again. A page that leaves untouched is struck from the log; one that was of use
+//! several times in a row is mapped at once. (The idea is that of
 //! temporal streams: Wenisch et al., "Temporal Streaming of Shared Memory", ISCA 2005.)
 
 use crate::page::Page;
@@ -18,6 +19,9 @@ const INDEX: usize = 4096;
 /// How many misses are recalled at a time.
 const DEPTH: usize = 12;
 
+/// One recall in so many is put to the test.
+const PROBE: u8 = 8;
+
 /// A miss that was.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -25,6 +29,16 @@ pub struct Entry {
     pub page: Page,
     /// What was wanted of it.
     pub want: Rights,
+    /// How many times in a row its recall was of use.
+    pub useful: u8,
+}
+
+impl Entry {
+    /// Whether to map the page as soon as it comes. The last recalls were of use, then; every few times it is
+    /// left to a touch to show that they still are.
+    pub fn is_sure(&self) -> bool {
+        self.useful >= 2 && !self.useful.is_multiple_of(PROBE)
+    }
 }
 
 /// The log of one shard.
@@ -54,12 +68,18 @@ impl Recall {
             let end = (at + 1 + DEPTH).min(self.next);
             followers.extend((at + 1..end).filter_map(|n| self.log[n % LOG]).filter(|e| e.page != page));
         }
-        self.note(page, want);
+        self.note(Entry { page, want, useful: 0 });
     }
 
-    /// Notes a miss, or a touch of what was recalled.
-    pub fn note(&mut self, page: Page, want: Rights) {
-        self.log[self.next % LOG] = Some(Entry { page, want });
+    /// The page was recalled and is of use.
+    pub fn used(&mut self, page: Page, want: Rights) {
+        let useful = self.last(page).and_then(|at| self.log[at % LOG]).map_or(0, |entry| entry.useful);
+        self.note(Entry { page, want, useful: useful.wrapping_add(1).max(1) });
+    }
+
+    fn note(&mut self, entry: Entry) {
+        let page = entry.page;
+        self.log[self.next % LOG] = Some(entry);
         self.index[page.0 as usize % INDEX] = self.next;
         self.next += 1;
     }
@@ -104,6 +124,21 @@ mod tests {
             miss(&mut recall, page);
         }
         assert_eq!(miss(&mut recall, 1), [2, 3]);
+    }
+
+    #[test]
+    fn a_page_that_was_of_use_again_and_again_is_sure_but_put_to_the_test() {
+        let mut recall = Recall::new();
+        miss(&mut recall, 2);
+        let mut sure = Vec::new();
+        for _ in 0..32 {
+            recall.used(Page(2), Rights::Shared);
+            sure.push(recall.log[recall.last(Page(2)).unwrap() % LOG].unwrap().is_sure());
+        }
+        assert_eq!(sure[..3], [false, true, true]);
+        assert_eq!(sure.iter().filter(|sure| !**sure).count(), 5);
+        miss(&mut recall, 2);
+        assert!(!recall.log[recall.last(Page(2)).unwrap() % LOG].unwrap().is_sure());
     }
 
     #[test]

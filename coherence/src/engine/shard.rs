@@ -231,7 +231,7 @@ impl Core {
         let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
         if self.ahead.remove(page).is_some() {
             ShardStats::count(&self.stats.prefetches_used);
-            self.recall.note(page, want);
+            self.recall.used(page, want);
             if self.protocol.rights(page) >= want {
                 self.protocol.hold(page);
                 self.hold(page, chain);
@@ -269,7 +269,13 @@ impl Core {
             let write = entry.want == Rights::Exclusive;
             if self.protocol.prefetch(entry.page, write, &mut self.effects) {
                 ShardStats::count(&self.stats.prefetches);
-                self.ahead.insert(entry.page, ());
+                if entry.is_sure() {
+                    self.recall.used(entry.page, entry.want);
+                    // A fault that nobody waits for: the page is mapped when it comes.
+                    self.protocol.fault(entry.page, write, &mut self.effects);
+                } else {
+                    self.ahead.insert(entry.page, ());
+                }
             }
             self.apply(Body::Absent)?;
         }
