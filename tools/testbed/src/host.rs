@@ -187,6 +187,16 @@ impl Host {
         Ok(String::from_utf8_lossy(&stdout).into_owned())
     }
 
+    /// What this host's kernel and processes are doing, for the error of a test that hangs. Never fails: what cannot
+    /// be found out is said instead.
+    pub fn diagnosis(&self) -> String {
+        const SCRIPT: &str = "uptime; ps -eLo pid,tid,psr,stat,pcpu,wchan:24,comm --sort=-pcpu | head -40; \
+            for task in $(pgrep gestalt); do for thread in /proc/$task/task/*; do \
+            echo \"$thread $(cat $thread/comm)\"; cat $thread/stack; done; done; dmesg | tail -15";
+        let said = self.output(SCRIPT, Duration::from_secs(30)).unwrap_or_else(|error| format!("{error:#}"));
+        format!("--- {} now\n{}", self.name, said.trim_end())
+    }
+
     /// Asks the agent to end, and with it an emulated host.
     pub(crate) fn ask_shutdown(&self) {
         // If it cannot be asked it is gone already.

@@ -82,7 +82,10 @@ impl Qemu {
             .args(["-serial", "chardev:console", "-device", "virtio-serial-pci", "-chardev"])
             .arg(format!("socket,id=agent,fd={}", agent.as_raw_fd()))
             .args(["-device", &format!("virtserialport,chardev=agent,name={AGENT_PORT}")])
-            .args(["-device", "virtio-rng-pci"]);
+            .args(["-device", "virtio-rng-pci"])
+            // For a look at the emulated hardware from outside: `info registers -a`, `info cpus`.
+            .arg("-monitor")
+            .arg(format!("unix:{},server=on,wait=off", comma(&console.with_extension("monitor"))));
         let mut inherited = vec![agent.as_raw_fd()];
         if let Some(network) = &network {
             let fd = network.as_raw_fd();

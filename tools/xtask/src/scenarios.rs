@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use testbed::boot::{Boot, Outcome, Watch};
 use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
@@ -74,18 +74,26 @@ impl Scenario {
     /// The expectation is not met.
     pub fn run(&self, rig: &Rig) -> Result<Times> {
         let mut boot = Boot::start(rig, &self.machine, None)?;
-        let times = match self.plan {
-            Plan::Whole | Plan::Quick => {
-                let outcome = boot.watch(Watch::to_the_end(LIMIT), |_| {})?;
-                self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
-                Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None }
-            }
-            Plan::Reboot => self.reboot(&mut boot)?,
-            Plan::Kill { node, after_ms } => kill(rig, &mut boot, node, after_ms)?,
-        };
+        let times = self.follow(rig, &mut boot).map_err(|error| {
+            // While the machine, hanging perhaps, is still there.
+            let hosts = rig.hosts().iter().map(|host| host.diagnosis()).collect::<Vec<_>>();
+            anyhow!("{error:#}\n{}", hosts.join("\n"))
+        })?;
         let left = boot.left_behind(&rig.hosts()[0])?;
         ensure!(left.trim().is_empty(), "processes were left behind:\n{left}");
         Ok(times)
+    }
+
+    fn follow(&self, rig: &Rig, boot: &mut Boot) -> Result<Times> {
+        match self.plan {
+            Plan::Whole | Plan::Quick => {
+                let outcome = boot.watch(Watch::to_the_end(LIMIT), |_| {})?;
+                self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
+                Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
+            }
+            Plan::Reboot => self.reboot(boot),
+            Plan::Kill { node, after_ms } => kill(rig, boot, node, after_ms),
+        }
     }
 
     fn judge(&self, outcome: &Outcome, checked: bool) -> Result<()> {
