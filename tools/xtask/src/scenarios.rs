@@ -1,5 +1,6 @@
 //! Guest boots with a name and an expectation: what `test` and `soak` run.
 
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail, ensure};
@@ -43,6 +44,8 @@ pub struct Scenario {
     pub machine: Machine,
     /// What is to happen.
     pub plan: Plan,
+    /// Show the guest's console while it runs.
+    pub show: bool,
 }
 
 /// What a scenario that went well took.
@@ -65,7 +68,7 @@ impl Scenario {
             Plan::Kill { .. } => "loop-smp-check",
         }
         .into();
-        Self { name: name.into(), machine, plan }
+        Self { name: name.into(), machine, plan, show: false }
     }
 
     /// Runs it on hosts that are up.
@@ -84,15 +87,23 @@ impl Scenario {
         Ok(times)
     }
 
+    /// Shows the guest's console, if it is to be shown.
+    fn see(&self, bytes: &[u8]) {
+        if self.show {
+            // A reader that went away does not stop the boot.
+            let _ = io::stdout().write_all(bytes).and_then(|()| io::stdout().flush());
+        }
+    }
+
     fn follow(&self, rig: &Rig, boot: &mut Boot) -> Result<Times> {
         match self.plan {
             Plan::Whole | Plan::Quick => {
-                let outcome = boot.watch(Watch::to_the_end(LIMIT), |_| {})?;
+                let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
                 self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
                 Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
             }
             Plan::Reboot => self.reboot(boot),
-            Plan::Kill { node, after_ms } => kill(rig, boot, node, after_ms),
+            Plan::Kill { node, after_ms } => self.kill(rig, boot, node, after_ms),
         }
     }
 
@@ -107,7 +118,7 @@ impl Scenario {
     fn reboot(&self, boot: &mut Boot) -> Result<Times> {
         let mut watch = Watch::to_the_end(LIMIT);
         watch.answers = ["sh echo sum=$((6*7))", "reboot", "poweroff"].map(String::from).into();
-        let outcome = boot.watch(watch, |_| {})?;
+        let outcome = boot.watch(watch, |bytes| self.see(bytes))?;
         self.judge(&outcome, false)?;
         // The command itself is echoed too, but with the sum not yet done.
         ensure!(
@@ -119,28 +130,29 @@ impl Scenario {
         ensure!(starts == 2, "the guest came up {starts} times instead of 2\n{}", outcome.tail());
         Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
     }
-}
 
-/// Kills a node of a running guest; everything else must end in time, with an error that names the node.
-fn kill(rig: &Rig, boot: &mut Boot, node: usize, after_ms: u64) -> Result<Times> {
-    let outcome = boot.watch(Watch::until_userspace(LIMIT), |_| {})?;
-    if let Some(early) = boot.wait_end(Duration::from_millis(after_ms))? {
-        bail!("the machine ended by itself before the kill\n{}", early.tail());
+    /// Kills a node of a running guest; everything else must end in time, with an error that names the node.
+    fn kill(&self, rig: &Rig, boot: &mut Boot, node: usize, after_ms: u64) -> Result<Times> {
+        let outcome = boot.watch(Watch::until_userspace(LIMIT), |bytes| self.see(bytes))?;
+        if let Some(early) = boot.wait_end(Duration::from_millis(after_ms))? {
+            bail!("the machine ended by itself before the kill\n{}", early.tail());
+        }
+        let killed = Instant::now();
+        boot.kill_node(&rig.hosts()[0], node)?;
+        let Some(end) = boot.wait_end(LOSS_PATIENCE)? else {
+            bail!("gestalt run still runs {LOSS_PATIENCE:?} after node n{node} was killed");
+        };
+        let took = killed.elapsed();
+        ensure!(end.code != Some(0), "gestalt run ended with 0 after node n{node} was killed");
+        ensure!(took <= LOSS_LIMIT, "the rest ended {took:?} after node n{node} was killed\n{}", end.tail());
+        let name = format!("n{node}");
+        let named = end.messages.lines().any(|line| {
+            line.starts_with("gestalt:")
+                && line.split(|c: char| !c.is_alphanumeric()).any(|word| word == name)
+        });
+        ensure!(named, "the error does not name node {name}\n{}", end.tail());
+        Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: Some(took.as_secs_f64()) })
     }
-    let killed = Instant::now();
-    boot.kill_node(&rig.hosts()[0], node)?;
-    let Some(end) = boot.wait_end(LOSS_PATIENCE)? else {
-        bail!("gestalt run still runs {LOSS_PATIENCE:?} after node n{node} was killed");
-    };
-    let took = killed.elapsed();
-    ensure!(end.code != Some(0), "gestalt run ended with 0 after node n{node} was killed");
-    ensure!(took <= LOSS_LIMIT, "the rest ended {took:?} after node n{node} was killed\n{}", end.tail());
-    let name = format!("n{node}");
-    let named = end.messages.lines().any(|line| {
-        line.starts_with("gestalt:") && line.split(|c: char| !c.is_alphanumeric()).any(|word| word == name)
-    });
-    ensure!(named, "the error does not name node {name}\n{}", end.tail());
-    Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: Some(took.as_secs_f64()) })
 }
 
 /// Shapes of machine beside two equal nodes.

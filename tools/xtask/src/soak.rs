@@ -28,6 +28,9 @@ pub struct Soak {
     /// Also boot the other shapes of machine, the other kernels, and over two hosts
     #[arg(long)]
     shapes: bool,
+    /// Show the consoles of the guests
+    #[arg(long)]
+    console: bool,
     /// Seed of the random moments; printed, so that a run can be repeated
     #[arg(long)]
     seed: Option<u64>,
@@ -98,14 +101,14 @@ impl Soak {
         let rig = Rig::start(&self.options.rig(&all), &binaries)?;
         let emulated = rig.emulated().is_some();
         eprintln!("soak: hosts are {}, seed {seed}", if emulated { "EMULATED" } else { "real" });
-        let boots = run_all(&boots, &rig);
-        let kills = run_all(&kills, &rig);
-        let mut shapes = run_all(&shapes, &rig);
+        let boots = run_all(boots, &rig, self.console);
+        let kills = run_all(kills, &rig, self.console);
+        let mut shapes = run_all(shapes, &rig, self.console);
         drop(rig);
         if self.shapes {
             let scenario = scenarios::two_hosts();
             let rig = Rig::start(&self.options.rig(&[&scenario.machine]), &binaries)?;
-            shapes.extend(run_all(&[scenario], &rig));
+            shapes.extend(run_all(vec![scenario], &rig, self.console));
         }
         let report = Report::new(&machine, emulated, seed, boots, kills, shapes);
         report.print();
@@ -122,8 +125,9 @@ fn one_node(machine: &Machine) -> Machine {
     Machine { kernel: machine.kernel, ..Machine::equal(1, machine.cpus(), machine.memory_mib()) }
 }
 
-fn run_all(scenarios: &[Scenario], rig: &Rig) -> Vec<Entry> {
-    let run = |scenario: &Scenario| {
+fn run_all(scenarios: Vec<Scenario>, rig: &Rig, show: bool) -> Vec<Entry> {
+    let run = |scenario: Scenario| {
+        let scenario = Scenario { show, ..scenario };
         let result = announce(&scenario.name, || scenario.run(rig));
         let times = result.as_ref().copied().unwrap_or_default();
         Entry {
@@ -133,7 +137,7 @@ fn run_all(scenarios: &[Scenario], rig: &Rig) -> Vec<Entry> {
             failure: result.err().map(|error| format!("{error:#}")),
         }
     };
-    scenarios.iter().map(run).collect()
+    scenarios.into_iter().map(run).collect()
 }
 
 impl Report {

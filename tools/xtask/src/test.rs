@@ -25,6 +25,9 @@ pub struct Test {
     /// Only guest boots whose name contains this
     #[arg(long)]
     guest: Option<String>,
+    /// Show the consoles of the guests
+    #[arg(long)]
+    console: bool,
     /// Emulate the hosts even if this machine has VMX or SVM
     #[arg(long)]
     emulate: bool,
@@ -94,7 +97,8 @@ impl Test {
         on_one_host.extend(scenarios::shapes());
         on_one_host.extend(scenarios::kernels());
         for group in [on_one_host, vec![scenarios::two_hosts()]] {
-            let group: Vec<Scenario> = group.into_iter().filter(wanted).collect();
+            let mut group: Vec<Scenario> = group.into_iter().filter(wanted).collect();
+            group.iter_mut().for_each(|scenario| scenario.show = self.console);
             if group.is_empty() {
                 continue;
             }
