@@ -12,11 +12,11 @@
 //! ```
 //!
 //! Keeping as long as the gathering took makes a node run at least half of its time, whatever a fault costs
-//! on its hardware. When one page of a chain goes, the others may go as well: the thread has to begin anew, and
+//! on its hardware; a vCPU that halts keeps nothing. When one page of a chain goes, the others may go as well: the thread has to begin anew, and
 //! keeping them would only keep the other node from getting on. A thread that has waited for one page longer than [`PATIENCE`] keeps nothing for it: two
 //! chains may wait for each other.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// The longest that a chain in waiting keeps what it won.
@@ -32,6 +32,8 @@ const SLOTS: usize = 4096;
 pub struct Chains {
     start: Instant,
     hold: u64,
+    /// Demands that wait for pages that are kept.
+    deferred: AtomicI32,
     slots: Box<[Slot]>,
 }
 
@@ -50,6 +52,8 @@ struct Slot {
     waiting: AtomicU32,
     /// Faults of the chain so far.
     faults: AtomicU32,
+    /// `last` when the thread was idle last.
+    idle_at: AtomicU64,
 }
 
 /// A chain of some thread.
@@ -68,7 +72,7 @@ impl Chains {
     /// `hold` is the shortest time for which anything is kept.
     pub fn new(hold: Duration) -> Chains {
         let slots = (0..SLOTS).map(|_| Slot::default()).collect();
-        Chains { start: Instant::now(), hold: hold.as_nanos() as u64, slots }
+        Chains { start: Instant::now(), hold: hold.as_nanos() as u64, deferred: AtomicI32::new(0), slots }
     }
 
     /// Nanoseconds since the engine's start.
@@ -100,6 +104,25 @@ impl Chains {
             slot.last.store(now, Relaxed);
             slot.waiting.store(0, Relaxed);
         }
+    }
+
+    /// The calling thread's vCPU has nothing to do: it keeps nothing. Whether somebody may be waiting for what
+    /// it kept; the shards must be woken then.
+    pub fn idle(&self, thread: u32) -> bool {
+        let Some(slot) = self.find(thread).map(|index| &self.slots[index]) else { return false };
+        let last = slot.last.load(Relaxed);
+        // One that has not faulted since it was idle last keeps nothing already.
+        if slot.idle_at.swap(last, Relaxed) == last {
+            return false;
+        }
+        slot.number.fetch_add(1, Relaxed);
+        slot.faults.store(0, Relaxed);
+        self.deferred.load(Relaxed) > 0
+    }
+
+    /// A demand waits for a page of this node that is kept, or (`-1`) waits no more.
+    pub fn count_deferred(&self, change: i32) {
+        self.deferred.fetch_add(change, Relaxed);
     }
 
     /// A page of the chain was given up: what else it won is of no use without it, and the thread will begin
@@ -213,6 +236,21 @@ mod tests {
         assert!(chains.release_at(chain, 10 * US, 200 * US) > 200 * US);
         chains.broken(chain);
         assert!(chains.release_at(chain, 10 * US, 200 * US) <= 200 * US);
+    }
+
+    #[test]
+    fn a_vcpu_without_work_keeps_nothing_and_wakes_only_if_somebody_waits() {
+        let chains = chains();
+        let chain = chains.fault(7, 0);
+        chains.answered(chain, 10 * US);
+        assert!(chains.release_at(chain, 0, 50 * US) > 100 * US);
+        chains.count_deferred(1);
+        assert!(chains.idle(7));
+        assert_eq!(chains.release_at(chain, 0, 50 * US), 100 * US);
+        assert!(!chains.idle(7));
+        chains.count_deferred(-1);
+        chains.fault(7, 200 * US);
+        assert!(!chains.idle(7));
     }
 
     #[test]

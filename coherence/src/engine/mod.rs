@@ -93,6 +93,7 @@ pub struct Engine {
     doors: Vec<Door>,
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
+    chains: Arc<Chains>,
 }
 
 /// The way into a shard's thread.
@@ -114,8 +115,13 @@ impl Engine {
     ) -> Result<Engine, EngineError> {
         let shards = Shards::new(config.shards, config.homes.pages());
         let stop = Arc::new(AtomicBool::new(false));
-        let chains = Arc::new(Chains::new(config.hold));
-        let mut engine = Engine { stats: Vec::new(), doors: Vec::new(), threads: Vec::new(), stop };
+        let mut engine = Engine {
+            stats: Vec::new(),
+            doors: Vec::new(),
+            threads: Vec::new(),
+            stop,
+            chains: Arc::new(Chains::new(config.hold)),
+        };
         for id in 0..shards.count() {
             let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|e| EngineError::Setup(format!("eventfd: {e}")))?;
@@ -129,7 +135,7 @@ impl Engine {
                 memory.clone(),
                 transport.clone(),
                 stats.clone(),
-                chains.clone(),
+                engine.chains.clone(),
             )?;
             let (bell2, stop, on_failure) = (bell.clone(), engine.stop.clone(), on_failure.clone());
             let thread = std::thread::Builder::new()
@@ -145,6 +151,16 @@ impl Engine {
             engine.threads.push(thread);
         }
         Ok(engine)
+    }
+
+    /// The calling thread's vCPU has nothing to do until somebody wakes it: what was kept for it may go.
+    pub fn idle(&self, thread: u32) {
+        if self.chains.idle(thread) {
+            for door in &self.doors {
+                // A full eventfd wakes as well.
+                let _ = door.bell.write(1);
+            }
+        }
     }
 
     /// Counters so far.

@@ -58,6 +58,8 @@ struct Core {
     chains: Arc<Chains>,
     /// Pages that are kept, by when to look at them.
     holds: BinaryHeap<Reverse<Held>>,
+    /// Demands that wait for some of them, as told to `chains`.
+    deferred: i32,
     misses: Vec<MissClock>,
     /// Threads that wait for a page.
     waiters: Vec<(Page, Chain)>,
@@ -126,6 +128,7 @@ impl Shard {
             effects: Vec::with_capacity(64),
             chains,
             holds: BinaryHeap::with_capacity(1024),
+            deferred: 0,
             misses: Vec::with_capacity(64),
             waiters: Vec::with_capacity(64),
             winner: Chain::NONE,
@@ -162,7 +165,9 @@ impl Shard {
                 continue;
             }
             self.sleep(bell)?;
-            let _ = bell.read();
+            if bell.read().is_ok() {
+                self.core.reconsider_holds();
+            }
             for request in inbox.try_iter() {
                 match request {
                     // Who asked may have stopped waiting.
@@ -265,8 +270,8 @@ impl Core {
     fn prefetch_followers(&mut self, page: Page, want: Rights) -> Result<(), EngineError> {
         let mut recalled = std::mem::take(&mut self.recalled);
         self.recall.miss(page, want, &mut recalled);
-        for entry in recalled.drain(..) {
-            let write = entry.want == Rights::Exclusive;
+        for entry in recalled.drain(..).filter(|entry| entry.want == Rights::Exclusive) {
+            let write = true;
             if self.protocol.prefetch(entry.page, write, &mut self.effects) {
                 ShardStats::count(&self.stats.prefetches);
                 if entry.is_sure() {
@@ -307,6 +312,16 @@ impl Core {
         let won = self.chains.now();
         let look_at = self.chains.release_at(chain, won, won);
         self.holds.push(Reverse(Held { look_at, page, won, chain }));
+    }
+
+    /// A vCPU has gone idle: what was kept for it may go earlier than planned.
+    fn reconsider_holds(&mut self) {
+        let now = self.chains.now();
+        let mut holds = std::mem::take(&mut self.holds).into_vec();
+        for Reverse(held) in &mut holds {
+            held.look_at = self.chains.release_at(held.chain, held.won, now);
+        }
+        self.holds = holds.into();
     }
 
     /// Releases pages that were kept long enough.
@@ -378,6 +393,11 @@ impl Core {
         }
         self.effects = effects;
         self.effects.clear();
+        let deferred = self.protocol.deferred() as i32;
+        if deferred != self.deferred {
+            self.chains.count_deferred(deferred - self.deferred);
+            self.deferred = deferred;
+        }
         Ok(())
     }
 

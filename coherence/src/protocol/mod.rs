@@ -356,6 +356,11 @@ impl Protocol {
         }
     }
 
+    /// How many demands wait for held pages here.
+    pub fn deferred(&self) -> usize {
+        self.deferred.len()
+    }
+
     /// Bytes of state: directory and rights.
     pub fn metadata_bytes(&self) -> usize {
         self.local.bytes() + self.directory.bytes()

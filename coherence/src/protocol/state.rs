@@ -110,6 +110,11 @@ impl<V> PageMap<V> {
         self.0.iter().map(|(p, v)| (*p, v))
     }
 
+    /// How many pages there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// Whether nothing is under way.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -19,7 +19,10 @@ pub fn report(memory: &Totals, wire: &TransportStats, cpus: &[Counters], clock: 
     total.list().into_iter().for_each(|(name, value)| add(name, value));
     add("clock_bound_ns", clock.bound_ns);
     add("clock_steps", clock.steps);
-    let fault_latency =
-        memory.latency.iter_recorded().map(|bucket| (bucket.value_iterated_to(), bucket.count_at_value())).collect();
+    let fault_latency = memory
+        .latency
+        .iter_recorded()
+        .map(|bucket| (bucket.value_iterated_to(), bucket.count_at_value()))
+        .collect();
     NodeReport { counters, fault_latency }
 }

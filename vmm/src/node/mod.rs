@@ -20,8 +20,8 @@ pub mod parts;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, never, unbounded};
 use coherence::engine::EngineError;
+use crossbeam::channel::{Receiver, Sender, never, unbounded};
 use fabric::FabricError;
 use nix::sys::signal::{SigSet, Signal};
 

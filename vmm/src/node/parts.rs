@@ -150,6 +150,7 @@ impl Node {
         )?);
         let vm = Vm::new(&kvm)?;
         map_ram(&vm, &memory, &layout)?;
+        let engine = Arc::new(engine(assignment, &layout, &memory, &transport, events)?);
         let vcpus = {
             let base = cpuid::intersect(&start.nodes.iter().map(|n| n.cpuid.clone()).collect::<Vec<_>>())?;
             cpuid::check_memory(&base, &layout)?;
@@ -158,7 +159,9 @@ impl Node {
                 0 => Some(load_kernel(&memory, &layout, assignment, khz)?),
                 _ => None,
             };
-            let arch = cpuid::arch_capabilities(&start.nodes.iter().map(|n| n.arch_capabilities).collect::<Vec<_>>());
+            let arch = cpuid::arch_capabilities(
+                &start.nodes.iter().map(|n| n.arch_capabilities).collect::<Vec<_>>(),
+            );
             let msrs = if arch != 0 { vec![(msr::ARCH_CAPABILITIES, arch)] } else { Vec::new() };
             let configs: Vec<_> = layout
                 .node_cpus(node.index())
@@ -175,21 +178,22 @@ impl Node {
                 })
                 .collect();
             let vcpu_events = events.clone();
+            let idle = engine.clone();
             let env = Environment {
                 devices,
                 interrupts: router.clone(),
                 clock: clock.clone(),
+                on_idle: Arc::new(move |thread| idle.idle(thread)),
                 on_failure: Arc::new(move |failure| drop(vcpu_events.send(failure.into()))),
             };
             Vcpus::create(&vm, table, &configs, &env)?
         };
 
-        let engine = engine(assignment, &layout, &memory, &transport, events)?;
         Ok(Node {
             vcpus,
             router,
             input,
-            engine: Arc::new(engine),
+            engine,
             transport,
             clock,
             _vm: vm,
@@ -339,7 +343,8 @@ fn load_kernel(
             .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
             .with_mmap_flags(nix::libc::MAP_SHARED | nix::libc::MAP_NORESERVE)
             .build()?;
-        GuestRegionMmap::new(region, GuestAddress(range.gpa)).context("a RAM range at the end of the address space")
+        GuestRegionMmap::new(region, GuestAddress(range.gpa))
+            .context("a RAM range at the end of the address space")
     });
     let guest: GuestMemoryMmap = GuestMemoryMmap::from_regions(regions.collect::<anyhow::Result<Vec<_>>>()?)?;
     let source =

@@ -92,6 +92,8 @@ pub struct Environment {
     pub interrupts: Arc<dyn Interrupts>,
     /// The node's guest TSC, set before the vCPUs run.
     pub clock: Arc<GuestClock>,
+    /// Called by a vCPU's thread when it halts, with the thread's number: it has nothing to do for now.
+    pub on_idle: Arc<dyn Fn(u32) + Send + Sync>,
     /// Called at most once for each vCPU, from its thread, when it cannot go on.
     pub on_failure: Arc<dyn Fn(VcpuFailure) + Send + Sync>,
 }

@@ -315,6 +315,9 @@ impl Cpu {
             let ticks = deadline.saturating_sub(self.now());
             Duration::from_nanos(self.env.clock.nanoseconds(ticks)).min(LONGEST_SLEEP)
         });
+        if !timeout.is_zero() {
+            (self.env.on_idle)(signal::thread_id() as u32);
+        }
         let start = Instant::now();
         if signal::wait(timeout) == signal::Woken::Timer {
             self.armed = None;

@@ -195,6 +195,7 @@ impl Parts {
             devices,
             interrupts: self.router.clone(),
             clock: self.clock.clone(),
+            on_idle: Arc::new(|_| {}),
             on_failure: Arc::new(move |failure| drop(on_failure.lock().unwrap().send(failure))),
         };
         let vcpus = Vcpus::create(&vm, self.table.clone(), &configs, &env).unwrap();
