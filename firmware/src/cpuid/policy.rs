@@ -22,8 +22,9 @@ const MIN_EXTENDED: u32 = 0x8000_0008;
 // Leaf 1 ECX: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, CNXT-ID, SDBG, xTPR, PDCM, DCA, and OSXSAVE, which
 // KVM itself keeps in step with CR4.
 const F1_ECX_OFF: u32 = bits(&[2, 3, 4, 5, 6, 7, 8, 10, 11, 14, 15, 18, 27]);
-// Leaf 1 ECX: x2APIC, TSC deadline timer, running under a hypervisor.
-const F1_ECX_ON: u32 = bits(&[21, 24, 31]);
+// Leaf 1 ECX: x2APIC, running under a hypervisor. Not the TSC deadline timer: some versions of KVM keep its
+// register to themselves, and the node that finds its own does says so by leaving the bit out.
+const F1_ECX_ON: u32 = bits(&[21, 31]);
 // Leaf 1 EDX: processor serial number, DS, ACPI thermal MSRs, HTT (set per CPU), TM, PBE.
 const F1_EDX_OFF: u32 = bits(&[18, 21, 22, 28, 29, 31]);
 // Leaf 1 EDX: there is a local APIC.
