@@ -26,10 +26,12 @@
 //! `tests/conformance.rs` holds both to the same contract.
 
 mod error;
+mod priority;
 pub mod sim;
 pub mod tcp;
 pub mod trace;
 mod transport;
 
 pub use error::FabricError;
+pub use priority::urgent;
 pub use transport::{LaneId, MAX_BACKLOG, MAX_FRAME, MAX_NODES, NodeId, Receiver, Transport, TransportStats};

@@ -66,6 +66,11 @@ pub struct Chain {
 impl Chain {
     /// The chain of nobody known.
     pub const NONE: Chain = Chain { slot: u32::MAX, number: 0 };
+
+    /// Whether both are of one thread.
+    pub fn same_thread(self, other: Chain) -> bool {
+        self.slot == other.slot
+    }
 }
 
 impl Chains {
@@ -147,7 +152,9 @@ impl Chains {
         }
         if slot.waiting.load(Relaxed) > 0 {
             let patient = now.saturating_sub(last) < PATIENCE.as_nanos() as u64;
-            return if patient { now + self.hold } else { now };
+            // Looking costs time as well: seldom, compared to how long this has been going on.
+            let pause = (now.saturating_sub(since) / 4).max(self.hold);
+            return if patient { now + pause } else { now };
         }
         last + self.keep(last.saturating_sub(since))
     }

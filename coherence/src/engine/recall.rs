@@ -1,153 +1,185 @@
-//! Prefetching what came after a miss the last time.
+//! Prefetching what is needed together.
 //!
-//! What a node loses to another it mostly wants back in the same order: page tables from the root down, a lock
-//! and then what it guards. So each shard keeps a log of its misses, and a miss on a page that is in the log
-//! recalls those that followed it there; they are asked for in parallel instead of one by one.
+//! What a node loses to another it mostly wants back together: the page tables of a walk, a lock and what it
+//! guards. So each shard notes which pages a chain of faults ([`super::chains`]) wrote after its first: they are
+//! the first page's *companions*. When that page is missed again, its companions that are gone as well are
+//! asked for in parallel instead of one by one.
 //!
-//! What comes is kept without being mapped: a touch is a cheap local fault, which shows that the page was worth
-//! it and puts it in the log again. A page that leaves untouched is struck from the log; one that was of use
-//! several times in a row is mapped at once. (The idea is that of
-//! temporal streams: Wenisch et al., "Temporal Streaming of Shared Memory", ISCA 2005.)
+//! What comes is kept without being mapped: a touch is a cheap local fault, which shows that it was of use. A
+//! page that leaves untouched is a companion no more; one that was of use several times is mapped at once. (An
+//! idea of temporal and spatial memory streaming, Wenisch et al. 2005, Somogyi et al. 2006.)
 
+use super::chains::Chain;
 use crate::page::Page;
-use crate::protocol::Rights;
 
-/// Misses remembered.
-const LOG: usize = 1024;
-/// Places in which a page's last entry is looked up.
-const INDEX: usize = 4096;
-/// How many misses are recalled at a time.
-const DEPTH: usize = 12;
-
+/// First pages remembered; a later one with the same place takes it.
+const GROUPS: usize = 512;
+/// Companions of a page.
+const COMPANIONS: usize = 20;
 /// One recall in so many is put to the test.
-const PROBE: u8 = 8;
+const PROBE: u8 = 16;
 
-/// A miss that was.
+/// A page that was needed together with another.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct Companion {
     /// The page.
     pub page: Page,
-    /// What was wanted of it.
-    pub want: Rights,
-    /// How many times in a row its recall was of use.
-    pub useful: u8,
+    /// How often it was of use, up to a limit.
+    useful: u8,
 }
 
-impl Entry {
-    /// Whether to map the page as soon as it comes. The last recalls were of use, then; every few times it is
-    /// left to a touch to show that they still are.
+impl Companion {
+    /// Whether to map it as soon as it comes. Every few times it is left to a touch to show its use.
     pub fn is_sure(&self) -> bool {
         self.useful >= 2 && !self.useful.is_multiple_of(PROBE)
     }
 }
 
-/// The log of one shard.
+#[derive(Clone, Default)]
+struct Group {
+    first: Option<Page>,
+    companions: Vec<Companion>,
+}
+
+/// What one shard remembers.
 pub struct Recall {
-    log: Box<[Option<Entry>]>,
-    /// Entries ever written; entry `n` is at `n % LOG`.
-    next: usize,
-    /// By page number modulo its length: where the page's last entry may be.
-    index: Box<[usize]>,
+    groups: Box<[Group]>,
+    /// The first page of each thread's last chain.
+    chains: Vec<(Chain, Page)>,
 }
 
 impl Recall {
-    /// An empty log.
+    /// Nothing yet.
     pub fn new() -> Recall {
-        Recall { log: vec![None; LOG].into(), next: 0, index: vec![usize::MAX; INDEX].into() }
+        Recall { groups: vec![Group::default(); GROUPS].into(), chains: Vec::new() }
     }
 
-    fn last(&self, page: Page) -> Option<usize> {
-        let at = self.index[page.0 as usize % INDEX];
-        let known = at < self.next && self.next - at <= LOG;
-        (known && self.log[at % LOG].is_some_and(|entry| entry.page == page)).then_some(at)
-    }
-
-    /// Notes a miss; `followers` gets what followed the page's last one, the page itself left out.
-    pub fn miss(&mut self, page: Page, want: Rights, followers: &mut Vec<Entry>) {
-        if let Some(at) = self.last(page) {
-            let end = (at + 1 + DEPTH).min(self.next);
-            followers.extend((at + 1..end).filter_map(|n| self.log[n % LOG]).filter(|e| e.page != page));
+    fn group(&mut self, first: Page) -> &mut Group {
+        let group = &mut self.groups[first.0 as usize % GROUPS];
+        if group.first != Some(first) {
+            group.first = Some(first);
+            group.companions.clear();
         }
-        self.note(Entry { page, want, useful: 0 });
+        group
     }
 
-    /// The page was recalled and is of use.
-    pub fn used(&mut self, page: Page, want: Rights) {
-        let useful = self.last(page).and_then(|at| self.log[at % LOG]).map_or(0, |entry| entry.useful);
-        self.note(Entry { page, want, useful: useful.wrapping_add(1).max(1) });
-    }
-
-    fn note(&mut self, entry: Entry) {
-        let page = entry.page;
-        self.log[self.next % LOG] = Some(entry);
-        self.index[page.0 as usize % INDEX] = self.next;
-        self.next += 1;
-    }
-
-    /// The page was recalled and nobody touched it.
-    pub fn strike(&mut self, page: Page) {
-        if let Some(at) = self.last(page) {
-            self.log[at % LOG] = None;
+    /// Notes that a thread wants to write the page, as part of that chain; the chain's first page.
+    pub fn wanted(&mut self, page: Page, chain: Chain) -> Page {
+        let same_thread = |other: &&mut (Chain, Page)| other.0.same_thread(chain);
+        let first = match self.chains.iter_mut().find(same_thread) {
+            Some((last, first)) if *last == chain => *first,
+            Some(last) => {
+                *last = (chain, page);
+                page
+            }
+            None => {
+                self.chains.push((chain, page));
+                page
+            }
+        };
+        if first != page {
+            self.of_use(first, page);
         }
+        first
+    }
+
+    fn of_use(&mut self, first: Page, page: Page) {
+        let companions = &mut self.group(first).companions;
+        let full = companions.len() == COMPANIONS;
+        match companions.iter_mut().find(|c| c.page == page) {
+            Some(companion) => companion.useful = companion.useful % (2 * PROBE) + 1,
+            None if !full => companions.push(Companion { page, useful: 0 }),
+            None => {
+                // The place of one that was of least use.
+                if let Some(least) = companions.iter_mut().min_by_key(|c| c.useful) {
+                    *least = Companion { page, useful: 0 };
+                }
+            }
+        }
+    }
+
+    /// What was needed with the page before.
+    pub fn companions(&mut self, first: Page, into: &mut Vec<Companion>) {
+        into.extend_from_slice(&self.group(first).companions);
+    }
+
+    /// A page that was recalled with `first` was touched, or is mapped without waiting for that.
+    pub fn touched(&mut self, first: Page, page: Page) {
+        self.of_use(first, page);
+    }
+
+    /// A page that was recalled with `first` has left untouched.
+    pub fn strike(&mut self, first: Page, page: Page) {
+        self.group(first).companions.retain(|c| c.page != page);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::chains::Chains;
 
-    fn miss(recall: &mut Recall, page: u64) -> Vec<u64> {
-        let mut followers = Vec::new();
-        recall.miss(Page(page), Rights::Shared, &mut followers);
-        followers.into_iter().map(|e| e.page.0).collect()
+    fn companions(recall: &mut Recall, first: u64) -> Vec<(u64, bool)> {
+        let mut found = Vec::new();
+        recall.companions(Page(first), &mut found);
+        found.into_iter().map(|c| (c.page.0, c.is_sure())).collect()
+    }
+
+    /// Faults of one chain, and then so long nothing that the next is another's.
+    fn chain(chains: &Chains, recall: &mut Recall, now: &mut u64, pages: &[u64]) {
+        for &page in pages {
+            let chain = chains.fault(7, *now);
+            recall.wanted(Page(page), chain);
+            chains.answered(chain, *now);
+        }
+        *now += 1_000_000_000;
     }
 
     #[test]
-    fn a_miss_recalls_what_followed_it_the_last_time() {
-        let mut recall = Recall::new();
-        for page in [1, 2, 3, 9] {
-            assert_eq!(miss(&mut recall, page), []);
-        }
-        assert_eq!(miss(&mut recall, 2), [3, 9]);
-        assert_eq!(miss(&mut recall, 2), []);
+    fn pages_of_a_chain_are_recalled_by_its_first() {
+        let (chains, mut recall) = (Chains::new(std::time::Duration::from_micros(100)), Recall::new());
+        let mut now = 1_000_000_000;
+        chain(&chains, &mut recall, &mut now, &[1, 2, 3]);
+        chain(&chains, &mut recall, &mut now, &[8, 9]);
+        assert_eq!(companions(&mut recall, 1), [(2, false), (3, false)]);
+        assert_eq!(companions(&mut recall, 8), [(9, false)]);
+        assert_eq!(companions(&mut recall, 2), []);
     }
 
     #[test]
-    fn what_was_struck_is_recalled_no_more_until_it_is_missed_again() {
+    fn a_companion_becomes_sure_by_use_and_is_put_to_the_test_now_and_then() {
         let mut recall = Recall::new();
-        for page in [1, 2, 3] {
-            miss(&mut recall, page);
-        }
-        recall.strike(Page(2));
-        assert_eq!(miss(&mut recall, 1), [3]);
-        for page in [2, 3] {
-            miss(&mut recall, page);
-        }
-        assert_eq!(miss(&mut recall, 1), [2, 3]);
-    }
-
-    #[test]
-    fn a_page_that_was_of_use_again_and_again_is_sure_but_put_to_the_test() {
-        let mut recall = Recall::new();
-        miss(&mut recall, 2);
         let mut sure = Vec::new();
-        for _ in 0..32 {
-            recall.used(Page(2), Rights::Shared);
-            sure.push(recall.log[recall.last(Page(2)).unwrap() % LOG].unwrap().is_sure());
+        for _ in 0..66 {
+            recall.touched(Page(1), Page(2));
+            sure.push(companions(&mut recall, 1)[0].1);
         }
-        assert_eq!(sure[..3], [false, true, true]);
-        assert_eq!(sure.iter().filter(|sure| !**sure).count(), 5);
-        miss(&mut recall, 2);
-        assert!(!recall.log[recall.last(Page(2)).unwrap() % LOG].unwrap().is_sure());
+        assert_eq!(sure[..4], [false, false, true, true]);
+        let tested = sure[4..].iter().filter(|sure| !**sure).count();
+        assert!((3..=9).contains(&tested), "{tested}");
     }
 
     #[test]
-    fn the_log_forgets_what_is_old() {
+    fn a_companion_that_was_of_no_use_is_forgotten() {
         let mut recall = Recall::new();
-        for page in 0..LOG as u64 + 2 {
-            miss(&mut recall, page);
+        for page in [2, 3] {
+            recall.touched(Page(1), Page(page));
         }
-        assert_eq!(miss(&mut recall, 0), []);
-        assert_eq!(miss(&mut recall, 5).len(), DEPTH);
+        recall.strike(Page(1), Page(2));
+        assert_eq!(companions(&mut recall, 1), [(3, false)]);
+    }
+
+    #[test]
+    fn there_is_room_for_the_most_useful_companions_only() {
+        let mut recall = Recall::new();
+        for _ in 0..3 {
+            recall.touched(Page(1), Page(2));
+        }
+        for page in 100..200 {
+            recall.touched(Page(1), Page(page));
+        }
+        let found = companions(&mut recall, 1);
+        assert_eq!(found.len(), COMPANIONS);
+        assert!(found.contains(&(2, true)));
     }
 }

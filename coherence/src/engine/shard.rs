@@ -67,9 +67,9 @@ struct Core {
     winner: Chain,
     recall: Recall,
     /// What a miss recalled, before it is asked for.
-    recalled: Vec<recall::Entry>,
-    /// Pages that were recalled and not touched yet.
-    ahead: PageMap<()>,
+    recalled: Vec<recall::Companion>,
+    /// Pages that were recalled and not touched yet, and with which page.
+    ahead: PageMap<Page>,
     garbage: Vec<Page>,
 }
 
@@ -148,6 +148,9 @@ impl Shard {
         stop: &AtomicBool,
     ) -> Result<(), EngineError> {
         trace::event(Event::Thread, 1, u64::from(self.core.lane));
+        if !fabric::urgent() {
+            tracing::debug!("no right to a real-time priority: page faults may wait for a time slice");
+        }
         let mut idle_since: Option<Instant> = None;
         while !stop.load(Ordering::Acquire) {
             if self.work()? {
@@ -234,9 +237,12 @@ impl Core {
         let chain = self.chains.fault(fault.thread, self.chains.now());
         self.waiters.push((page, chain));
         let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
-        if self.ahead.remove(page).is_some() {
+        if fault.write {
+            self.recall.wanted(page, chain);
+        }
+        if let Some(first) = self.ahead.remove(page) {
             ShardStats::count(&self.stats.prefetches_used);
-            self.recall.used(page, want);
+            self.recall.touched(first, page);
             if self.protocol.rights(page) >= want {
                 self.protocol.hold(page);
                 self.hold(page, chain);
@@ -259,27 +265,28 @@ impl Core {
                     ShardStats::count(&self.stats.upgrades);
                 }
                 self.misses.push(MissClock { page, since: Instant::now() });
-                self.prefetch_followers(page, want)?;
+                if fault.write {
+                    self.prefetch_companions(page)?;
+                }
             }
             _ => {}
         }
         Ok(())
     }
 
-    /// Asks for what followed a miss on this page the last time.
-    fn prefetch_followers(&mut self, page: Page, want: Rights) -> Result<(), EngineError> {
+    /// Asks for what was needed together with this page before.
+    fn prefetch_companions(&mut self, page: Page) -> Result<(), EngineError> {
         let mut recalled = std::mem::take(&mut self.recalled);
-        self.recall.miss(page, want, &mut recalled);
-        for entry in recalled.drain(..).filter(|entry| entry.want == Rights::Exclusive) {
-            let write = true;
-            if self.protocol.prefetch(entry.page, write, &mut self.effects) {
+        self.recall.companions(page, &mut recalled);
+        for companion in recalled.drain(..) {
+            if self.protocol.prefetch(companion.page, true, &mut self.effects) {
                 ShardStats::count(&self.stats.prefetches);
-                if entry.is_sure() {
-                    self.recall.used(entry.page, entry.want);
+                if companion.is_sure() {
+                    self.recall.touched(page, companion.page);
                     // A fault that nobody waits for: the page is mapped when it comes.
-                    self.protocol.fault(entry.page, write, &mut self.effects);
+                    self.protocol.fault(companion.page, true, &mut self.effects);
                 } else {
-                    self.ahead.insert(entry.page, ());
+                    self.ahead.insert(companion.page, page);
                 }
             }
             self.apply(Body::Absent)?;
@@ -458,8 +465,8 @@ impl Core {
                     Rights::Exclusive => &self.stats.handovers,
                     _ => &self.stats.invalidations,
                 });
-                if self.ahead.remove(page).is_some() {
-                    self.recall.strike(page);
+                if let Some(first) = self.ahead.remove(page) {
+                    self.recall.strike(first, page);
                 }
                 self.pin_down(page);
                 self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
-# kernel command line lists: report, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
+# kernel command line lists: online, report, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
 #
 #   GESTALT-MARK <event>           something happened now
 #   GESTALT-REPORT <key>=<value>   a fact
@@ -15,6 +15,14 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs shm /dev/shm
 hostname guest
+
+# CPUs that the kernel was told (maxcpus=) not to start by itself.
+online() {
+    for file in /sys/devices/system/cpu/cpu[0-9]*/online; do
+        [ ! -e "$file" ] || [ "$(cat "$file")" = 1 ] || echo 1 > "$file"
+    done
+    echo "GESTALT-MARK online"
+}
 
 say() { echo "GESTALT-REPORT $1=$2"; }
 
@@ -44,6 +52,7 @@ check() {
 
 act() {
     case $1 in
+        online) online ;;
         report) report ;;
         smp-check) check ;;
         loop-smp-check) while check; do :; done ;;

@@ -86,6 +86,7 @@ struct Lane {
 impl Lane {
     fn run(&mut self, stop: &AtomicBool) {
         trace::event(trace::Event::Thread, 2, 0);
+        fabric::urgent();
         let spin = self.config.clock.ticks(self.config.spin.as_nanos() as u64);
         let mut busy_until = 0;
         while !stop.load(Ordering::SeqCst) {
