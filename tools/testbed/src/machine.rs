@@ -78,11 +78,19 @@ impl Machine {
     }
 
     /// The machine file, with kernel and initramfs below `guest`, a directory of the host.
-    pub fn file(&self, guest: &str) -> String {
+    ///
+    /// On `emulated` hosts the kernel starts one CPU and user space the others: they emulate AMD's nested
+    /// paging, where a page-table walk needs its pages writable, so that nodes share page tables at the speed
+    /// of the fabric. Until the kernel has stopped the ticks of idle CPUs, every tick on every node does so.
+    pub fn file(&self, guest: &str, emulated: bool) -> String {
+        let several = self.nodes.iter().filter(|node| node.cpus > 0).count() > 1;
+        let late = if emulated && several { ("maxcpus=1 ", "online,") } else { ("", "") };
         let mut text = format!(
             "name = \"test\"\nkernel = \"{guest}/{}\"\ninitrd = \"{guest}/initramfs\"\n\
-             cmdline = \"console=ttyS0 gestalt.run={}\"\n",
+             cmdline = \"console=ttyS0 nowatchdog {}gestalt.run={}{}\"\n",
             self.kernel.name(),
+            late.0,
+            late.1,
             self.actions
         );
         if self.hosts > 1 {
@@ -112,7 +120,7 @@ mod tests {
     fn nodes_are_spread_over_hosts_in_order() {
         let machine = Machine { hosts: 2, ..Machine::equal(4, 1, 256) };
         assert_eq!((0..4).map(|index| machine.host_of(index)).collect::<Vec<_>>(), [0, 0, 1, 1]);
-        let file = machine.file("/g");
+        let file = machine.file("/g", false);
         assert_eq!(file.matches("remote").count(), 2);
         assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
     }
