@@ -37,7 +37,10 @@ pub fn output(mut sink: impl FnMut(Vec<u8>) + Send + 'static) -> io::Result<(Con
     let thread = std::thread::Builder::new().name("console".into()).spawn(move || {
         while let Ok(first) = bytes.recv() {
             let mut batch = vec![first];
-            while let (true, Ok(byte)) = (batch.len() < BATCH, bytes.recv_timeout(GATHER)) {
+            // The size first: a byte that is received must be kept.
+            while batch.len() < BATCH
+                && let Ok(byte) = bytes.recv_timeout(GATHER)
+            {
                 batch.push(byte);
             }
             sink(batch);
