@@ -1,4 +1,27 @@
 //! One node of a Gestalt machine, and the coordinator that holds the nodes together.
+//!
+//! ```text
+//! gestalt run ── cli ── coordinator ══ control connection ══ node_api ── node ── gestalt node
+//!                                                                         │
+//!                        vcpu threads ── kvm        irq ── router ══ lane 0 of the fabric
+//!                             └── exits ──> devices ─────────┘       clock
+//! ```
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`cli`], [`config`], [`machine_file`] | the command line and what it describes |
+//! | [`coordinator`], [`terminal`] | `gestalt run`: brings the nodes up and holds them to the end |
+//! | [`node_api`] | what coordinator and node say to each other |
+//! | [`node`] | one node, from its assignment to the machine's end: start reading here |
+//! | [`doctor`] | whether a node can run on this host |
+//! | [`kvm`] | KVM behind safe types |
+//! | [`vcpu`] | one thread a vCPU |
+//! | [`irq`] | local APIC and I/O APIC, pure state machines |
+//! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
+//! | [`devices`] | node 0's devices |
+//! | [`clock`] | one time stamp counter for all nodes |
+//!
+//! `docs/architecture.md` follows one interrupt and one port access through these modules.
 
 pub mod cli;
 pub mod clock;

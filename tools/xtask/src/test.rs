@@ -95,25 +95,23 @@ impl Test {
             Scenario::new("the loss of node 0 ends the machine", with_memory_node(), kill(0, 300)),
         ];
         quick.extend(scenarios::kernels());
-        for group in [quick] {
-            let mut group: Vec<Scenario> = group.into_iter().filter(wanted).collect();
-            group.iter_mut().for_each(|scenario| scenario.show = self.console);
-            if group.is_empty() {
-                continue;
-            }
-            let machines: Vec<&Machine> = group.iter().map(|scenario| &scenario.machine).collect();
-            let rig = Rig::start(&Options::for_tests(self.emulate).rig(&machines), &binaries)?;
-            eprintln!(
-                "guests run on {}",
-                rig.emulated().map_or("this machine".into(), |why| format!("emulated hosts ({why})"))
-            );
-            tally.emulated = Some(rig.emulated().is_some());
-            if self.guest.is_none() {
-                tally.note("gestalt doctor finds the host fit", || doctor(&rig));
-            }
-            for scenario in &group {
-                tally.note(&scenario.name, || scenario.run(&rig));
-            }
+        let mut scenarios: Vec<Scenario> = quick.into_iter().filter(wanted).collect();
+        if scenarios.is_empty() {
+            return Ok(());
+        }
+        scenarios.iter_mut().for_each(|scenario| scenario.show = self.console);
+        let machines: Vec<&Machine> = scenarios.iter().map(|scenario| &scenario.machine).collect();
+        let rig = Rig::start(&Options::for_tests(self.emulate).rig(&machines), &binaries)?;
+        eprintln!(
+            "guests run on {}",
+            rig.emulated().map_or("this machine".into(), |why| format!("emulated hosts ({why})"))
+        );
+        tally.emulated = Some(rig.emulated().is_some());
+        if self.guest.is_none() {
+            tally.note("gestalt doctor finds the host fit", || doctor(&rig));
+        }
+        for scenario in &scenarios {
+            tally.note(&scenario.name, || scenario.run(&rig));
         }
         Ok(())
     }
