@@ -184,9 +184,15 @@ fn kvm(facts: &HostFacts, needs: &Needs, findings: &mut Vec<Finding>) {
         ));
     }
     if kvm.nested_paging == Some(false) {
+        findings.push(fail(
+            "KVM runs without EPT or NPT, and so would not see another node's writes to the guest's page tables",
+            format!("load {module} with ept=1 or npt=1"),
+        ));
+    }
+    if kvm.ept_accessed_dirty == Some(true) {
         findings.push(warn(
-            "KVM runs without EPT or NPT",
-            format!("page faults cost several times as much: load {module} with ept=1 or npt=1"),
+            "every page walk counts as a write to the guest's page tables (EPT accessed and dirty bits)",
+            "nodes cannot share page tables, which costs more than any other setting: load kvm_intel with eptad=0",
         ));
     }
 }

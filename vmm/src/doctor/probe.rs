@@ -76,11 +76,14 @@ fn kvm_facts() -> Result<KvmFacts, Trouble> {
         tsc_control: cpu.as_ref().is_ok_and(|cpu| cpu.tsc_control),
         deadline_timer: cpu.as_ref().is_ok_and(|cpu| cpu.deadline_exits),
         runs: cpu.map(drop).map_err(|error| error.to_string()),
-        nested_paging: ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"]
-            .iter()
-            .find_map(|name| line(&format!("/sys/module/{name}")))
-            .map(|value| value == "Y" || value == "1"),
+        nested_paging: parameter("kvm_intel", "ept").or_else(|| parameter("kvm_amd", "npt")),
+        ept_accessed_dirty: parameter("kvm_intel", "eptad"),
     })
+}
+
+/// A switch of a loaded kernel module.
+fn parameter(module: &str, name: &str) -> Option<bool> {
+    line(&format!("/sys/module/{module}/parameters/{name}")).map(|value| value == "Y" || value == "1")
 }
 
 fn interfaces() -> Vec<Interface> {
