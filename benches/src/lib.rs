@@ -1,2 +1,15 @@
-//! Benches that compare Gestalt with a floor or a peer measured in the same run. There are none yet: the
-//! fabric's costs are measured by its examples (`fabric/examples`), the fault path by nothing so far.
+//! Benches that compare Gestalt with a floor measured in the same run: absolute times say more about the host
+//! than about us, the ratio of the two does not.
+//!
+//! - [`fault_path`]: what a page fault costs that another node must answer (`cargo bench -p benches --bench
+//!   fault_path`).
+//! - [`place`]: which CPU and which priority a thread has while it is measured.
+//! - [`report`]: the table on the terminal, the JSON file and its rows.
+//! - [`plot`]: the picture of such a report.
+//!
+//! Reports go to `target/report` of the workspace.
+
+pub mod fault_path;
+pub mod place;
+pub mod plot;
+pub mod report;

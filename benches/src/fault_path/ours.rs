@@ -1,0 +1,68 @@
+//! The node as it is in production: the coherence engine over the fabric.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use coherence::engine::{Engine, EngineConfig, EngineError};
+use coherence::memory::DualMemory;
+use coherence::page::Homes;
+use fabric::Transport;
+
+use super::command::{Polling, Setup};
+
+/// A node with an engine.
+pub struct Ours {
+    memory: Arc<DualMemory>,
+    engine: Engine,
+    failure: Arc<Mutex<Option<String>>>,
+}
+
+impl Ours {
+    /// Starts the engine, with one shard on lane 0.
+    ///
+    /// # Errors
+    /// This host's userfaultfd cannot serve.
+    pub fn start(setup: &Setup, memory: Arc<DualMemory>, transport: Arc<dyn Transport>) -> Result<Ours> {
+        let config = EngineConfig {
+            node: transport.node(),
+            homes: Homes::new(setup.pages.iter().copied()),
+            shards: 1,
+            first_lane: 0,
+            hold: Duration::from_micros(setup.hold_us),
+            spin: match setup.polling {
+                Polling::Busy => Duration::MAX,
+                Polling::Blocking => Duration::ZERO,
+            },
+            stuck: Duration::from_secs(10),
+        };
+        let failure = Arc::new(Mutex::new(None));
+        let tell = failure.clone();
+        let on_failure = Arc::new(move |error: EngineError| {
+            *tell.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+        });
+        let engine = Engine::start(config, memory.clone(), transport, on_failure)?;
+        Ok(Ours { memory, engine, failure })
+    }
+
+    /// The node's memory.
+    pub fn memory(&self) -> &Arc<DualMemory> {
+        &self.memory
+    }
+
+    /// The engine's counters.
+    pub fn counters(&self) -> Vec<(String, u64)> {
+        self.engine.totals().list().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
+    }
+
+    /// Whether the engine still runs.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn check(&self) -> Result<()> {
+        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(why) => bail!("the engine failed: {why}"),
+            None => Ok(()),
+        }
+    }
+}
