@@ -184,6 +184,8 @@ impl Shard {
     /// One round over everything that may have something to do; whether anything had.
     fn work(&mut self) -> Result<bool, EngineError> {
         let core = &mut self.core;
+        // First: a demand for a page whose hold is over must not wait.
+        let released = core.release_due()?;
         let mut result = Ok(());
         let frames = self.receiver.poll(&mut |from, frame| {
             if result.is_ok() {
@@ -193,13 +195,14 @@ impl Shard {
         result?;
         let frames = frames?;
         let faults = core.take_faults()?;
-        let released = core.release_due()?;
         Ok(frames + faults + released > 0)
     }
 
     fn sleep(&self, bell: &EventFd) -> Result<(), EngineError> {
+        // A hold that ends matters only to who waits for it; the others end when something happens.
+        let next = if self.core.deferred > 0 { self.core.holds.peek() } else { None };
         let now = self.core.chains.now();
-        let next = self.core.holds.peek().map(|Reverse(held)| held.look_at.saturating_sub(now));
+        let next = next.map(|Reverse(held)| held.look_at.saturating_sub(now));
         let timeout = next.map_or(TICK, Duration::from_nanos).min(TICK);
         // SAFETY: the receiver lives as long as this call and keeps its descriptor open.
         let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
