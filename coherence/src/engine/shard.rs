@@ -167,8 +167,7 @@ impl Shard {
             if self.receiver.arm()? {
                 continue;
             }
-            self.sleep(bell)?;
-            if bell.read().is_ok() {
+            if self.sleep(bell)? && bell.read().is_ok() {
                 self.core.reconsider_holds();
             }
             for request in inbox.try_iter() {
@@ -198,7 +197,8 @@ impl Shard {
         Ok(frames + faults + released > 0)
     }
 
-    fn sleep(&self, bell: &EventFd) -> Result<(), EngineError> {
+    /// Waits for something to do; whether the bell rang.
+    fn sleep(&self, bell: &EventFd) -> Result<bool, EngineError> {
         // A hold that ends matters only to who waits for it; the others end when something happens.
         let next = if self.core.deferred > 0 { self.core.holds.peek() } else { None };
         let now = self.core.chains.now();
@@ -210,7 +210,8 @@ impl Shard {
         let uffd = unsafe { BorrowedFd::borrow_raw(self.core.uffd.as_raw_fd()) };
         let mut fds = [lane, uffd, bell.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None) {
-            Ok(_) | Err(nix::Error::EINTR) => Ok(()),
+            Ok(_) => Ok(fds[2].any() == Some(true)),
+            Err(nix::Error::EINTR) => Ok(false),
             Err(e) => Err(EngineError::System { what: "wait for work", source: e.into() }),
         }
     }
