@@ -1,0 +1,518 @@
+//! A whole cluster of protocols as one value: what the property tests, the model checker and the simulator
+//! drive, and what they check.
+//!
+//! There is no time and no data here. A frame is *current* or it is not: a write makes every other copy of
+//! the page, in frames and in flight, stale; a read must find a current one. That keeps the state finite, so
+//! that the model checker can exhaust it.
+//!
+//! | who drives it | where | how |
+//! |---|---|---|
+//! | model checker | `model.rs`, tests only | every step that can happen, in every state of small clusters |
+//! | seeded faults | `seeded.rs`, tests only | the same with a mistake built in, which must be found |
+//! | property tests | `protocol/tests.rs` | random schedules |
+//! | simulator | [`crate::simulator`] | hundreds of nodes in virtual time, by seed |
+
+#[cfg(test)]
+mod model;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use fabric::NodeId;
+
+use crate::node_set::NodeSet;
+use crate::page::{Homes, Page};
+use crate::protocol::{Effect, Entry, Kind, Message, Protocol, Rights, RunPolicy, Violation};
+
+/// One node's copy of a page.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Copy {
+    /// What the guest view may do with it, as mapped.
+    pub mapped: Rights,
+    /// Whether the frame holds the last write.
+    pub current: bool,
+}
+
+/// A message under way, and whether its bytes are the last write.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Flight {
+    /// What is said.
+    pub message: Message,
+    /// Whether its body, if it has one, holds the last write.
+    pub current: bool,
+}
+
+/// One thing that can happen.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// A CPU of the node touches the page.
+    Access {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+        /// How.
+        write: bool,
+    },
+    /// The node asks for a page that it may need.
+    Prefetch {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+        /// How.
+        write: bool,
+    },
+    /// The oldest message from one node to another arrives.
+    Deliver {
+        /// Sender.
+        from: NodeId,
+        /// Receiver.
+        to: NodeId,
+    },
+    /// A page has been held long enough.
+    Release {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+    },
+    /// The node makes room.
+    Evict {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+    },
+}
+
+/// What a step brought about, for who counts and who plans what comes next.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Seen {
+    /// A message went out.
+    Sent {
+        /// Sender.
+        from: NodeId,
+        /// Receiver.
+        to: NodeId,
+        /// What is said.
+        kind: Kind,
+    },
+    /// A page was won: [`Step::Release`] must follow.
+    Held {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+    },
+    /// An access was done, by a CPU that had waited for it or not.
+    Done {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+        /// How.
+        write: bool,
+    },
+    /// A page left a node's guest view.
+    Unmapped {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+    },
+    /// A demand waits for the release of a held page.
+    Deferred {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+    },
+}
+
+/// What must never be.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Broken {
+    /// Two nodes may access a page that one may write.
+    #[error("page {0:?} has {1} writers among {2} readers")]
+    TwoWriters(Page, usize, usize),
+    /// A read found an old page.
+    #[error("node {0} read an old copy of page {1:?}")]
+    StaleRead(usize, Page),
+    /// Bytes landed under a mapping.
+    #[error("bytes landed in page {1:?} of node {0} while it was mapped")]
+    LandedUnderMapping(usize, Page),
+    /// A frame was freed that is needed.
+    #[error("the frame of page {1:?} of node {0} was freed")]
+    Freed(usize, Page),
+    /// A sound node was called unsound.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// Nothing is under way and an access still waits.
+    #[error("node {0}'s access to page {1:?} was never answered")]
+    Unanswered(usize, Page),
+    /// Nothing is under way and a node thinks that something is.
+    #[error("node {0} still waits: {1}")]
+    NotQuiet(usize, String),
+    /// Nothing is under way and the directory disagrees with the nodes.
+    #[error("the directory says {1:?} of page {0:?}, which the nodes do not")]
+    Directory(Page, Entry),
+}
+
+/// Nodes, what they have mapped, and what is between them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Cluster {
+    nodes: Vec<Protocol>,
+    homes: Arc<Homes>,
+    /// Messages on their way, by sender and receiver; no empty queues.
+    lanes: BTreeMap<(NodeId, NodeId), VecDeque<Flight>>,
+    /// Page by page, node by node: what is looked at together lies together.
+    copies: Vec<Copy>,
+    /// By node, in order.
+    held: Vec<Vec<Page>>,
+    /// Accesses that wait, by node, in order: equal states compare equal, however they came about.
+    waiting: Vec<Vec<(Page, bool)>>,
+    /// Pages that nobody has touched since power-on.
+    untouched: Vec<bool>,
+}
+
+impl Cluster {
+    /// `pages` pages dealt evenly to `nodes` homes, without runs.
+    pub fn new(nodes: usize, pages: u64) -> Cluster {
+        let share = |n| pages / nodes as u64 + u64::from((n as u64) < pages % nodes as u64);
+        Cluster::with_homes(Homes::new((0..nodes).map(share)), RunPolicy::NONE)
+    }
+
+    /// A cluster with these homes, whose misses ask for runs as the policy says.
+    pub fn with_homes(homes: Homes, runs: RunPolicy) -> Cluster {
+        let (nodes, pages) = (homes.nodes(), homes.pages());
+        let homes = Arc::new(homes);
+        let copy = |n, p| match homes.home(Page(p)) == NodeId(n as u16) {
+            true => Copy { mapped: Rights::Exclusive, current: true },
+            false => Copy { mapped: Rights::None, current: false },
+        };
+        Cluster {
+            nodes: (0..nodes)
+                .map(|n| Protocol::new(NodeId(n as u16), homes.clone(), pages.clamp(1, 512), runs))
+                .collect(),
+            lanes: BTreeMap::new(),
+            copies: (0..pages)
+                .flat_map(|p| (0..nodes).map(move |n| (n, p)))
+                .map(|(n, p)| copy(n, p))
+                .collect(),
+            held: vec![Vec::new(); nodes],
+            waiting: vec![Vec::new(); nodes],
+            untouched: vec![true; pages as usize],
+            homes,
+        }
+    }
+
+    /// How many nodes there are.
+    pub fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// How many pages there are.
+    pub fn pages(&self) -> u64 {
+        self.homes.pages()
+    }
+
+    /// A node's protocol.
+    pub fn node(&self, node: usize) -> &Protocol {
+        &self.nodes[node]
+    }
+
+    /// What a node's guest view may do with a page.
+    pub fn mapped(&self, node: usize, page: Page) -> Rights {
+        self.copies[self.at(node, page)].mapped
+    }
+
+    /// What is under way: deliveries and releases that can happen now.
+    pub fn pending(&self) -> impl Iterator<Item = Step> {
+        let lanes = self.lanes.keys().map(|&(from, to)| Step::Deliver { from, to });
+        let held = self.held.iter().enumerate();
+        let held = held.flat_map(|(node, held)| held.iter().map(move |&page| Step::Release { node, page }));
+        lanes.chain(held)
+    }
+
+    /// Whether an access of this node to this page waits already.
+    pub fn is_waiting(&self, node: usize, page: Page, write: bool) -> bool {
+        self.waiting[node].binary_search(&(page, write)).is_ok()
+    }
+
+    /// Does one step and checks what must hold at every instant. A step that cannot be done does nothing.
+    ///
+    /// # Errors
+    /// What broke; the cluster is of no use then.
+    pub fn step(&mut self, step: Step) -> Result<(), Broken> {
+        self.step_seen(step, &mut Vec::new())
+    }
+
+    /// As [`Cluster::step`]; appends what it brought about.
+    ///
+    /// # Errors
+    /// What broke; the cluster is of no use then.
+    pub fn step_seen(&mut self, step: Step, seen: &mut Vec<Seen>) -> Result<(), Broken> {
+        let mut out = Vec::new();
+        let (node, body) = match step {
+            Step::Access { node, page, write } => {
+                let need = need(write);
+                if self.mapped(node, page) >= need {
+                    return self.touch(node, page, write, seen);
+                }
+                if let Err(i) = self.waiting[node].binary_search(&(page, write)) {
+                    self.waiting[node].insert(i, (page, write));
+                }
+                // A page that came ahead of its need: it is kept for who needs it, as if it had come now.
+                if self.mapped(node, page) == Rights::None && self.nodes[node].rights(page) >= need {
+                    self.nodes[node].hold(page);
+                    self.hold(node, page, seen);
+                }
+                self.nodes[node].fault(page, write, &mut out);
+                (node, false)
+            }
+            Step::Prefetch { node, page, write } => {
+                self.nodes[node].prefetch(page, write, &mut out);
+                (node, false)
+            }
+            Step::Deliver { from, to } => {
+                let Some(lane) = self.lanes.get_mut(&(from, to)) else { return Ok(()) };
+                let Some(flight) = lane.pop_front() else { return Ok(()) };
+                if lane.is_empty() {
+                    self.lanes.remove(&(from, to));
+                }
+                let zeroes = self.surrender(to.index(), flight.message);
+                self.nodes[to.index()].message(from, flight.message, zeroes, &mut out)?;
+                (to.index(), flight.current)
+            }
+            Step::Release { node, page } => {
+                let Ok(i) = self.held[node].binary_search(&page) else { return Ok(()) };
+                self.held[node].remove(i);
+                self.nodes[node].release(page, &mut out);
+                (node, false)
+            }
+            Step::Evict { node, page } => {
+                self.nodes[node].evict(page, &mut out);
+                (node, false)
+            }
+        };
+        self.apply(node, out, body, seen)
+    }
+
+    fn at(&self, node: usize, page: Page) -> usize {
+        page.0 as usize * self.nodes.len() + node
+    }
+
+    fn copy(&mut self, node: usize, page: Page) -> &mut Copy {
+        let at = self.at(node, page);
+        &mut self.copies[at]
+    }
+
+    /// All nodes' copies of a page.
+    fn of_page(&self, page: Page) -> &[Copy] {
+        &self.copies[self.at(0, page)..][..self.nodes.len()]
+    }
+
+    /// What the engine does before a Get: unmaps untouched pages, and tells how many they are.
+    fn surrender(&mut self, home: usize, message: Message) -> u8 {
+        let first = message.page.0 as usize;
+        let most = usize::from(self.nodes[home].untouched(&message));
+        let zeroes = self.untouched[first..first + most].iter().take_while(|&&untouched| untouched).count();
+        for page in first..first + zeroes {
+            self.copy(home, Page(page as u64)).mapped = Rights::None;
+        }
+        zeroes as u8
+    }
+
+    fn hold(&mut self, node: usize, page: Page, seen: &mut Vec<Seen>) {
+        if let Err(i) = self.held[node].binary_search(&page) {
+            self.held[node].insert(i, page);
+            seen.push(Seen::Held { node, page });
+        }
+    }
+
+    fn apply(
+        &mut self,
+        node: usize,
+        effects: Vec<Effect>,
+        body: bool,
+        seen: &mut Vec<Seen>,
+    ) -> Result<(), Broken> {
+        let from = NodeId(node as u16);
+        // Accesses that were woken and cannot go on: the kernel reports them again, later.
+        let mut again = Vec::new();
+        for effect in effects {
+            match effect {
+                Effect::Send { to, message } => {
+                    let current = message.kind.has_body() && self.copies[self.at(node, message.page)].current;
+                    self.lanes.entry((from, to)).or_default().push_back(Flight { message, current });
+                    seen.push(Seen::Sent { from, to, kind: message.kind });
+                }
+                Effect::Land(page) => {
+                    let copy = self.copy(node, page);
+                    if copy.mapped != Rights::None {
+                        return Err(Broken::LandedUnderMapping(node, page));
+                    }
+                    copy.current = body;
+                }
+                Effect::Map(page, rights) => {
+                    self.copy(node, page).mapped = rights;
+                    self.woken(node, page, seen, &mut again)?;
+                }
+                Effect::MapZeroes(first, count) => {
+                    for page in (first.0..first.0 + u64::from(count)).map(Page) {
+                        let current = self.untouched[page.0 as usize];
+                        *self.copy(node, page) = Copy { mapped: Rights::Exclusive, current };
+                        self.woken(node, page, seen, &mut again)?;
+                    }
+                }
+                Effect::Unprotect(page) => {
+                    let copy = self.copy(node, page);
+                    // Nothing is mapped by lifting a protection.
+                    if copy.mapped != Rights::None {
+                        copy.mapped = Rights::Exclusive;
+                    }
+                    self.woken(node, page, seen, &mut again)?;
+                }
+                Effect::Protect(page) => {
+                    let copy = self.copy(node, page);
+                    copy.mapped = copy.mapped.min(Rights::Shared);
+                }
+                Effect::Unmap(page, _) => {
+                    self.copy(node, page).mapped = Rights::None;
+                    seen.push(Seen::Unmapped { node, page });
+                }
+                Effect::Free(page) => {
+                    let at_home = self.homes.home(page).index() == node;
+                    let copy = self.copy(node, page);
+                    if copy.mapped != Rights::None || at_home {
+                        return Err(Broken::Freed(node, page));
+                    }
+                    copy.current = false;
+                }
+                Effect::Hold(page) => self.hold(node, page, seen),
+                Effect::Deferred(page) => seen.push(Seen::Deferred { node, page }),
+            }
+        }
+        for (page, write) in again {
+            let mut out = Vec::new();
+            self.nodes[node].fault(page, write, &mut out);
+            self.apply(node, out, false, seen)?;
+        }
+        Ok(())
+    }
+
+    /// A mapping changed and who waits for the page is woken: each does its access, or faults again.
+    fn woken(
+        &mut self,
+        node: usize,
+        page: Page,
+        seen: &mut Vec<Seen>,
+        again: &mut Vec<(Page, bool)>,
+    ) -> Result<(), Broken> {
+        self.check_single_writer(page)?;
+        let mapped = self.mapped(node, page);
+        for write in [false, true] {
+            let Ok(i) = self.waiting[node].binary_search(&(page, write)) else { continue };
+            if mapped >= need(write) {
+                self.waiting[node].remove(i);
+                self.touch(node, page, write, seen)?;
+            } else {
+                again.push((page, write));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_single_writer(&self, page: Page) -> Result<(), Broken> {
+        let (mut writers, mut readers) = (0, 0);
+        for copy in self.of_page(page) {
+            writers += usize::from(copy.mapped == Rights::Exclusive);
+            readers += usize::from(copy.mapped != Rights::None);
+        }
+        match writers {
+            0 => Ok(()),
+            1 if readers == 1 => Ok(()),
+            _ => Err(Broken::TwoWriters(page, writers, readers)),
+        }
+    }
+
+    /// The access itself, with its rights.
+    fn touch(&mut self, node: usize, page: Page, write: bool, seen: &mut Vec<Seen>) -> Result<(), Broken> {
+        if !self.copies[self.at(node, page)].current {
+            return Err(Broken::StaleRead(node, page));
+        }
+        seen.push(Seen::Done { node, page, write });
+        self.untouched[page.0 as usize] = false;
+        if write {
+            for other in 0..self.nodes.len() {
+                self.copy(other, page).current = other == node;
+            }
+            for flight in self.lanes.values_mut().flatten() {
+                flight.current &= flight.message.page != page;
+            }
+        }
+        Ok(())
+    }
+
+    /// Delivers and releases until nothing is under way, then checks what must hold at rest.
+    ///
+    /// # Errors
+    /// What broke.
+    pub fn settle(&mut self) -> Result<(), Broken> {
+        while let Some(step) = { self.pending().next() } {
+            self.step(step)?;
+        }
+        self.check_rest()
+    }
+
+    /// If nothing is under way: every access was answered, and the directory is what the nodes have.
+    ///
+    /// # Errors
+    /// What broke.
+    pub fn check_rest(&self) -> Result<(), Broken> {
+        if self.pending().next().is_some() {
+            return Ok(());
+        }
+        for (node, waiting) in self.waiting.iter().enumerate() {
+            if let Some(&(page, _)) = waiting.first() {
+                return Err(Broken::Unanswered(node, page));
+            }
+        }
+        for (n, node) in self.nodes.iter().enumerate() {
+            if !node.is_quiet() {
+                return Err(Broken::NotQuiet(n, node.describe().join("; ")));
+            }
+        }
+        (0..self.pages()).map(Page).try_for_each(|page| self.check_directory(page))
+    }
+
+    fn check_directory(&self, page: Page) -> Result<(), Broken> {
+        let (mut readers, mut writers) = (NodeSet::default(), NodeSet::default());
+        let mut mapped_as_known = true;
+        for (n, copy) in self.of_page(page).iter().enumerate() {
+            let rights = self.nodes[n].rights(page);
+            match rights {
+                Rights::None => {}
+                Rights::Shared => readers.insert(NodeId(n as u16)),
+                Rights::Exclusive => writers.insert(NodeId(n as u16)),
+            }
+            // What came home or was prefetched is mapped without asking anybody.
+            mapped_as_known &= copy.mapped == rights || copy.mapped == Rights::None;
+        }
+        let entry = self.nodes[self.homes.home(page).index()].entry(page);
+        let agrees = match entry {
+            Entry::Exclusive(owner) => writers == [owner].into_iter().collect() && readers.is_empty(),
+            Entry::Shared(set) => readers == set && writers.is_empty(),
+        };
+        match agrees && mapped_as_known {
+            true => Ok(()),
+            false => Err(Broken::Directory(page, entry)),
+        }
+    }
+}
+
+/// The rights that an access needs.
+fn need(write: bool) -> Rights {
+    if write { Rights::Exclusive } else { Rights::Shared }
+}
