@@ -8,10 +8,12 @@
 //! | who drives it | where | how |
 //! |---|---|---|
 //! | model checker | `model.rs`, tests only | every step that can happen, in every state of small clusters |
-//! | seeded faults | `seeded.rs`, tests only | the same with a mistake built in, which must be found |
+//! | seeded faults | `mistakes.rs`, tests only | the same with a mistake built in, which must be found |
 //! | property tests | `protocol/tests.rs` | random schedules |
 //! | simulator | [`crate::simulator`] | hundreds of nodes in virtual time, by seed |
 
+#[cfg(test)]
+mod mistakes;
 #[cfg(test)]
 mod model;
 
@@ -142,6 +144,9 @@ pub enum Broken {
     /// Bytes landed under a mapping.
     #[error("bytes landed in page {1:?} of node {0} while it was mapped")]
     LandedUnderMapping(usize, Page),
+    /// A node answered for a page that its CPUs can still use.
+    #[error("node {0} sent {2:?} of page {1:?} while its CPUs could still use it")]
+    AnsweredTooEarly(usize, Page, Kind),
     /// A frame was freed that is needed.
     #[error("the frame of page {1:?} of node {0} was freed")]
     Freed(usize, Page),
@@ -205,6 +210,13 @@ impl Cluster {
             untouched: vec![true; pages as usize],
             homes,
         }
+    }
+
+    /// The same cluster, all of whose nodes make a mistake.
+    #[cfg(test)]
+    pub(crate) fn with_mistake(mut self, mistake: crate::protocol::Mistake) -> Cluster {
+        self.nodes.iter_mut().for_each(|node| node.build_in(mistake));
+        self
     }
 
     /// How many nodes there are.
@@ -344,6 +356,7 @@ impl Cluster {
         for effect in effects {
             match effect {
                 Effect::Send { to, message } => {
+                    self.check_given_up(node, message)?;
                     let current = message.kind.has_body() && self.copies[self.at(node, message.page)].current;
                     self.lanes.entry((from, to)).or_default().push_back(Flight { message, current });
                     seen.push(Seen::Sent { from, to, kind: message.kind });
@@ -422,6 +435,21 @@ impl Cluster {
             }
         }
         Ok(())
+    }
+
+    /// What a node says of its copy must be true when it says it, or a CPU there could still see or change
+    /// what others think it cannot.
+    fn check_given_up(&self, node: usize, Message { page, kind }: Message) -> Result<(), Broken> {
+        let left = match kind {
+            Kind::Ack | Kind::PutShared | Kind::PutExclusive => Rights::None,
+            Kind::Data { rights: Rights::Exclusive, acks: 0, body: true, .. } => Rights::None,
+            Kind::Data { body: true, .. } | Kind::Writeback { .. } => Rights::Shared,
+            _ => return Ok(()),
+        };
+        match self.mapped(node, page) > left {
+            true => Err(Broken::AnsweredTooEarly(node, page, kind)),
+            false => Ok(()),
+        }
     }
 
     fn check_single_writer(&self, page: Page) -> Result<(), Broken> {

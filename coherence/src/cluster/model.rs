@@ -45,7 +45,7 @@ pub(super) const SOUND: &str = "no sound node is called unsound";
 /// Which property a finding is against.
 pub(super) fn property(broken: &Broken) -> &'static str {
     match broken {
-        Broken::TwoWriters(..) => SINGLE_WRITER,
+        Broken::TwoWriters(..) | Broken::AnsweredTooEarly(..) => SINGLE_WRITER,
         Broken::StaleRead(..) | Broken::LandedUnderMapping(..) | Broken::Freed(..) => LAST_WRITE,
         Broken::Unanswered(..) | Broken::NotQuiet(..) => ANSWERED,
         Broken::Directory(..) => DIRECTORY,

@@ -2,7 +2,9 @@
 
 use fabric::NodeId;
 
-use super::{Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Outcome, Protocol, Rights, Transient};
+use super::{
+    Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Mistake, Outcome, Protocol, Rights, Transient,
+};
 use crate::page::Page;
 
 impl Protocol {
@@ -114,7 +116,7 @@ impl Protocol {
 
     fn complete_if_answered(&mut self, page: Page, out: &mut Vec<Effect>) {
         let Some(Transient::Miss(miss)) = self.transient.get(page) else { return };
-        if !miss.granted || miss.acks != 0 {
+        if !miss.granted || (miss.acks != 0 && !self.makes(Mistake::WriteBeforeAcks)) {
             return;
         }
         let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
@@ -134,6 +136,9 @@ impl Protocol {
             self.yield_deferred(page, out);
             self.start_miss(page, Rights::Exclusive, false, out);
         }
+        if self.makes(Mistake::ForgetRestOfRun) {
+            return;
+        }
         // What the answer did not bring is asked for now.
         for i in (1..=u64::from(MAX_RUN)).filter(|i| run_faults >> (i - 1) & 1 == 1) {
             let write = run_writes >> (i - 1) & 1 == 1;
@@ -146,9 +151,14 @@ impl Protocol {
     pub(super) fn cache_demand(&mut self, page: Page, demand: Demand, out: &mut Vec<Effect>) -> Outcome {
         let rights = self.rights(page);
         let invalidate = matches!(demand, Demand::Invalidate { .. });
+        let too_early = invalidate && self.makes(Mistake::AnswerForComingCopy);
         match self.transient.get_mut(page) {
             Some(Transient::Miss(miss)) => {
                 let for_coming_copy = (miss.want == Rights::Exclusive) != invalidate;
+                if for_coming_copy && too_early {
+                    self.answer(page, demand, false, out);
+                    return Ok(());
+                }
                 if for_coming_copy && miss.deferred.is_none() {
                     miss.deferred = Some(demand);
                     return Ok(());
@@ -179,8 +189,15 @@ impl Protocol {
     /// Gives up what `demand` asks for, then answers: the order is what makes the answer true.
     fn serve(&mut self, page: Page, demand: Demand, out: &mut Vec<Effect>) {
         if let Demand::ForwardShared { .. } = demand {
-            out.push(Effect::Protect(page));
+            if !self.makes(Mistake::KeepWriting) {
+                out.push(Effect::Protect(page));
+            }
             self.set_local(page, Rights::Shared, false);
+        } else if self.makes(Mistake::AckBeforeUnmap) {
+            self.answer(page, demand, true, out);
+            out.push(Effect::Unmap(page, self.rights(page)));
+            self.set_local(page, Rights::None, false);
+            return;
         } else {
             out.push(Effect::Unmap(page, self.rights(page)));
             self.set_local(page, Rights::None, false);
@@ -193,18 +210,22 @@ impl Protocol {
         let home = self.homes.home(page);
         let data = |rights| Kind::Data { rights, acks: 0, body: true, run: 0 };
         match demand {
+            Demand::Invalidate { .. } if self.makes(Mistake::DropAck) => {}
+            Demand::Invalidate { .. } if self.makes(Mistake::AckTheHome) => {
+                self.send(home, page, Kind::Ack, out);
+            }
             Demand::Invalidate { requester } => self.send(requester, page, Kind::Ack, out),
             Demand::ForwardExclusive { requester } => {
                 self.send(requester, page, data(Rights::Exclusive), out);
             }
             Demand::ForwardShared { requester } => {
                 self.send(requester, page, data(Rights::Shared), out);
-                if requester != home {
+                if requester != home && !self.makes(Mistake::LoseWriteback) {
                     self.send(home, page, Kind::Writeback { body: home != self.me }, out);
                 }
             }
         }
-        let keeps = matches!(demand, Demand::ForwardShared { .. });
+        let keeps = matches!(demand, Demand::ForwardShared { .. }) && !self.makes(Mistake::FreeSharedFrame);
         // While a miss is under way its bytes will land in the frame at once: keep it.
         if free && !keeps && home != self.me && self.transient.get(page).is_none() {
             out.push(Effect::Free(page));
@@ -221,6 +242,9 @@ impl Protocol {
     pub(super) fn cache_release(&mut self, page: Page, out: &mut Vec<Effect>) {
         let local = self.local.get(page);
         self.local.set(page, Local(local.0 & !Local::HELD));
+        if self.makes(Mistake::ForgetDeferred) {
+            self.deferred.remove(page);
+        }
         self.yield_deferred(page, out);
     }
 
@@ -231,7 +255,9 @@ impl Protocol {
         }
         out.push(Effect::Unmap(page, rights));
         self.set_local(page, Rights::None, false);
-        self.transient.insert(page, Transient::Evict { refault: Rights::None });
+        if !self.makes(Mistake::ForgetBeforePutAck) {
+            self.transient.insert(page, Transient::Evict { refault: Rights::None });
+        }
         let kind = if rights == Rights::Exclusive { Kind::PutExclusive } else { Kind::PutShared };
         self.send(home, page, kind, out);
         true
@@ -243,7 +269,7 @@ impl Protocol {
         };
         self.transient.remove(page);
         out.push(Effect::Free(page));
-        if refault != Rights::None {
+        if refault != Rights::None && !self.makes(Mistake::ForgetRefault) {
             self.start_miss(page, refault, false, out);
         }
         Ok(())

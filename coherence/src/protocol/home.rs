@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use fabric::NodeId;
 
 use super::runs::BLOCK;
-use super::{Busy, Effect, Entry, Kind, Local, Outcome, Protocol, Request, Rights, Wrong};
+use super::{Busy, Effect, Entry, Kind, Local, Mistake, Outcome, Protocol, Request, Rights, Wrong};
 use crate::node_set::NodeSet;
 use crate::page::Page;
 
@@ -19,6 +19,9 @@ impl Protocol {
         let block_end = (page.0 / BLOCK + 1) * BLOCK;
         let busy_from = self.transient.after(page).map_or(u64::MAX, |p| p.0);
         let end = (page.0 + u64::from(most)).min(own.end).min(block_end).min(busy_from);
+        if self.makes(Mistake::RunIntoGivenPages) && self.entry(page) == Entry::Exclusive(self.me) {
+            return (end - page.0) as u8;
+        }
         let run = self.directory.untouched_run(page, end - page.0);
         // The table of rights has an entry exactly if the page was once given away, or is held.
         let run = self.local.run_of(page, run, |local| local == Local::default());
@@ -50,7 +53,8 @@ impl Protocol {
         want: Rights,
         out: &mut Vec<Effect>,
     ) -> Outcome {
-        if let Some(busy) = self.busy.get_mut(page) {
+        let ignores = self.makes(Mistake::GrantWhileBusy);
+        if let Some(busy) = self.busy.get_mut(page).filter(|_| !ignores) {
             if busy.queue.iter().any(|(node, request)| *node == from && *request != Request::Put) {
                 return Err("it asked twice for one page".into());
             }
@@ -70,10 +74,13 @@ impl Protocol {
                 self.send(owner, page, Kind::ForwardShared { requester: from }, out);
             }
             (Entry::Shared(mut sharers), Rights::Exclusive) => {
-                let has_copy = sharers.remove(from);
+                let has_copy = sharers.remove(from) || self.makes(Mistake::SkipBytesOfUpgrade);
                 self.directory.set(page, Entry::Exclusive(from));
                 // The grant goes first: its bytes are on their way while the invalidations are.
-                let acks = sharers.len() as u16;
+                let acks = match sharers.len() as u16 {
+                    acks if self.makes(Mistake::MiscountSharers) => acks.saturating_sub(1),
+                    acks => acks,
+                };
                 let body = !has_copy && from != self.me;
                 self.send(from, page, Kind::Data { rights: Rights::Exclusive, acks, body, run: 0 }, out);
                 for sharer in sharers.iter() {
@@ -85,7 +92,9 @@ impl Protocol {
                     return Err("it asked for a copy that it has".into());
                 }
                 sharers.insert(from);
-                self.directory.set(page, Entry::Shared(sharers));
+                if !self.makes(Mistake::ForgetSharer) {
+                    self.directory.set(page, Entry::Shared(sharers));
+                }
                 let body = from != self.me;
                 self.send(from, page, Kind::Data { rights: Rights::Shared, acks: 0, body, run: 0 }, out);
             }
@@ -160,7 +169,9 @@ impl Protocol {
                     return Err("it gave a page back without its bytes".into());
                 }
                 out.push(Effect::Land(page));
-                self.directory.set(page, Entry::Exclusive(self.me));
+                if !self.makes(Mistake::ForgetPut) {
+                    self.directory.set(page, Entry::Exclusive(self.me));
+                }
                 self.set_local(page, Rights::Exclusive, false);
             }
             Entry::Shared(mut sharers) if sharers.contains(from) => {
@@ -171,6 +182,11 @@ impl Protocol {
                 if home_again {
                     self.set_local(page, Rights::Exclusive, false);
                 }
+            }
+            Entry::Exclusive(owner)
+                if owner == self.me && bytes.is_some() && self.makes(Mistake::IgnoreEvictionRace) =>
+            {
+                out.push(Effect::Land(page));
             }
             // It was invalidated or handed on while the put was on its way.
             _ => {}

@@ -47,6 +47,7 @@
 mod cache;
 mod home;
 mod message;
+mod mistake;
 mod runs;
 mod state;
 #[cfg(test)]
@@ -58,6 +59,10 @@ use std::sync::Arc;
 use fabric::NodeId;
 
 pub use self::message::{Body, Head, Kind, MAX_RUN, Message};
+#[cfg(test)]
+pub(crate) use self::mistake::Mistake;
+#[cfg(not(test))]
+use self::mistake::Mistake;
 pub use self::runs::RunPolicy;
 use self::runs::Streams;
 pub use self::state::Entry;
@@ -221,6 +226,9 @@ pub struct Protocol {
     streams: Streams,
     /// Messages from one part of this node to the other.
     loopback: VecDeque<Message>,
+    /// What tests make it do wrongly.
+    #[cfg(test)]
+    mistake: Option<Mistake>,
 }
 
 impl Protocol {
@@ -237,6 +245,8 @@ impl Protocol {
             busy: PageMap::default(),
             streams: Streams::new(runs),
             loopback: VecDeque::new(),
+            #[cfg(test)]
+            mistake: None,
         }
     }
 

@@ -1,0 +1,93 @@
+//! Mistakes that tests build into the protocol, to show that the checks find them.
+
+use super::Protocol;
+
+/// One thing done wrongly. Production code asks [`Protocol::makes`], which is `false` at compile time there.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Mistake {
+    /// A sharer gives up its copy and does not say so.
+    DropAck,
+    /// A sharer says that its copy is gone before it is.
+    AckBeforeUnmap,
+    /// A sharer tells the home, not the requester, that its copy is gone.
+    AckTheHome,
+    /// A writer goes on when the grant came, without the sharers' answers.
+    WriteBeforeAcks,
+    /// The home announces one ack less than there are sharers.
+    MiscountSharers,
+    /// The home does not note who it gave a copy to.
+    ForgetSharer,
+    /// The home believes that who asks to write has a copy still.
+    SkipBytesOfUpgrade,
+    /// The home grants while the owner's bytes are still on their way to it.
+    GrantWhileBusy,
+    /// The home takes an evicted page's bytes though the page was handed on in the meantime.
+    IgnoreEvictionRace,
+    /// The home takes an evicted page back and does not note it.
+    ForgetPut,
+    /// A node forgets a page when it evicts it, before the home knows.
+    ForgetBeforePutAck,
+    /// A fault on a page that is being evicted is forgotten.
+    ForgetRefault,
+    /// An owner goes on writing after it gave out a copy.
+    KeepWriting,
+    /// An owner gives a reader a copy and the home none.
+    LoseWriteback,
+    /// An invalidation of a copy that is on its way is answered at once, and the copy used when it comes.
+    AnswerForComingCopy,
+    /// What waits for a held page is forgotten at its release.
+    ForgetDeferred,
+    /// The frame of a page of which a copy is kept is given back.
+    FreeSharedFrame,
+    /// The home grants a run of pages without asking whether it still has them all.
+    RunIntoGivenPages,
+    /// A page of a run that the answer did not bring is not asked for, though a fault waits for it.
+    ForgetRestOfRun,
+}
+
+impl Mistake {
+    /// All of them.
+    #[cfg(test)]
+    pub const ALL: [Mistake; 19] = [
+        Mistake::DropAck,
+        Mistake::AckBeforeUnmap,
+        Mistake::AckTheHome,
+        Mistake::WriteBeforeAcks,
+        Mistake::MiscountSharers,
+        Mistake::ForgetSharer,
+        Mistake::SkipBytesOfUpgrade,
+        Mistake::GrantWhileBusy,
+        Mistake::IgnoreEvictionRace,
+        Mistake::ForgetPut,
+        Mistake::ForgetBeforePutAck,
+        Mistake::ForgetRefault,
+        Mistake::KeepWriting,
+        Mistake::LoseWriteback,
+        Mistake::AnswerForComingCopy,
+        Mistake::ForgetDeferred,
+        Mistake::FreeSharedFrame,
+        Mistake::RunIntoGivenPages,
+        Mistake::ForgetRestOfRun,
+    ];
+}
+
+impl Protocol {
+    /// Whether a test built this mistake in.
+    #[cfg(test)]
+    pub(super) fn makes(&self, mistake: Mistake) -> bool {
+        self.mistake == Some(mistake)
+    }
+
+    /// No.
+    #[cfg(not(test))]
+    #[inline(always)]
+    pub(super) const fn makes(&self, _: Mistake) -> bool {
+        false
+    }
+
+    /// Builds a mistake in.
+    #[cfg(test)]
+    pub(crate) fn build_in(&mut self, mistake: Mistake) {
+        self.mistake = Some(mistake);
+    }
+}
