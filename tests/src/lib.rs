@@ -1,2 +1,11 @@
-//! Tests that cross crates: litmus, boot, chaos. There are none in this crate yet. Engines of several nodes are
-//! tested in `coherence/tests`, micro-guests on real KVM in `vmm/tests`, guest boots by `cargo xtask test`.
+//! Tests that cross crates, and what they share.
+//!
+//! - [`engines`]: coherence engines of several nodes in this process, without guests: `tests/messages.rs` counts
+//!   what they say to each other.
+//! - [`litmus`]: small programs on vCPUs of one node and of several, and which outcomes x86 allows:
+//!   `tests/litmus.rs`.
+//!
+//! Tests of one crate alone are in that crate; guest boots are `cargo xtask test`.
+
+pub mod engines;
+pub mod litmus;

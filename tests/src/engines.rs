@@ -1,0 +1,110 @@
+//! Nodes without guests: memory and an engine each, over the in-process transport.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use coherence::engine::{Engine, EngineConfig, EngineError};
+use coherence::memory::DualMemory;
+use coherence::page::{Homes, PAGE_SIZE};
+use coherence::stats::Totals;
+use fabric::Transport;
+
+/// A fault that is not answered for this long has failed.
+const STUCK: Duration = Duration::from_secs(30);
+
+/// The nodes of one machine.
+pub struct Engines {
+    memories: Vec<Arc<DualMemory>>,
+    engines: Vec<Engine>,
+    failures: Arc<Mutex<Vec<String>>>,
+}
+
+impl Engines {
+    /// Nodes with so many pages each, and `shards` threads each. A page that was won is kept for `hold`.
+    ///
+    /// # Errors
+    /// This host's userfaultfd cannot serve.
+    pub fn start(pages: &[u64], shards: u16, hold: Duration) -> Result<Engines> {
+        let homes = Homes::new(pages.iter().copied());
+        let failures = Arc::new(Mutex::new(Vec::new()));
+        let (mut memories, mut engines) = (Vec::new(), Vec::new());
+        for transport in fabric::sim::cluster(pages.len(), shards)? {
+            let memory = Arc::new(DualMemory::new(homes.pages())?);
+            let config = EngineConfig {
+                node: transport.node(),
+                homes: homes.clone(),
+                shards,
+                first_lane: 0,
+                hold,
+                spin: Duration::ZERO,
+                stuck: STUCK,
+            };
+            let failures = failures.clone();
+            let on_failure = Arc::new(move |error: EngineError| {
+                eprintln!("an engine failed: {error}");
+                failures.lock().unwrap_or_else(PoisonError::into_inner).push(error.to_string());
+            });
+            engines.push(Engine::start(config, memory.clone(), Arc::new(transport), on_failure)?);
+            memories.push(memory);
+        }
+        Ok(Engines { memories, engines, failures })
+    }
+
+    /// A node's memory.
+    pub fn memory(&self, node: usize) -> &Arc<DualMemory> {
+        &self.memories[node]
+    }
+
+    /// A word of guest memory, at a byte offset that is a multiple of 8, as a node's CPUs see it.
+    pub fn word(&self, node: usize, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset < self.memories[node].len(), "no word at {offset:#x}");
+        // SAFETY: aligned and inside the guest view, which lives as long as `self`; atomics may alias.
+        unsafe { &*self.memories[node].guest_view().add(offset).cast::<AtomicU64>() }
+    }
+
+    /// The first word of a page.
+    pub fn page(&self, node: usize, page: u64) -> &AtomicU64 {
+        self.word(node, page as usize * PAGE_SIZE)
+    }
+
+    /// Each node's counters when nothing is under way any more.
+    ///
+    /// # Errors
+    /// Something stays under way, or an engine failed.
+    pub fn at_rest(&self) -> Result<Vec<Totals>> {
+        let deadline = Instant::now() + STUCK;
+        loop {
+            // Each shard answers between two rounds of work, so that what it had received is counted.
+            let under_way: Vec<String> = self.engines.iter().flat_map(|e| e.describe(STUCK)).collect();
+            let totals: Vec<Totals> = self.engines.iter().map(Engine::totals).collect();
+            let sum = |count: fn(&Totals) -> u64| totals.iter().map(count).sum::<u64>();
+            let quiet = sum(|t| t.messages_sent) == sum(|t| t.messages_received);
+            self.check()?;
+            if quiet && under_way.iter().all(|line| line.contains("held")) {
+                return Ok(totals);
+            }
+            if Instant::now() > deadline {
+                bail!("the engines do not come to rest: {}", under_way.join("; "));
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// What is under way, for the message of a failure.
+    pub fn describe(&self) -> String {
+        let lines: Vec<String> =
+            self.engines.iter().flat_map(|engine| engine.describe(Duration::from_secs(1))).collect();
+        lines.join("\n")
+    }
+
+    /// Whether all engines still run.
+    ///
+    /// # Errors
+    /// Why one does not.
+    pub fn check(&self) -> Result<()> {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
+    }
+}
