@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use benches::fault_path::cell::{Kind, Net};
 use benches::fault_path::command::{Polling, Side};
 use benches::fault_path::plan::Plan;
-use benches::fault_path::{peers, phases};
+use benches::fault_path::{home, peers, phases};
 use benches::report::Row;
 use benches::{place, plot, report};
 use coherence::uffd::Uffd;
@@ -23,6 +23,8 @@ struct Report {
     rows: Vec<Row>,
     phases: Vec<phases::Phase>,
     left_out: Vec<String>,
+    /// The host's setting for huge pages in shared memory.
+    shmem_enabled: String,
 }
 
 fn main() -> Result<()> {
@@ -60,7 +62,7 @@ fn main() -> Result<()> {
     }
     let begin = Instant::now();
     let plan = Plan { nets, pollings, rounds, cpus: place::cpus() };
-    let (rows, left_out) =
+    let (mut rows, left_out) =
         plan.run(&mut |what| eprintln!("{:6.1} s  {what}", begin.elapsed().as_secs_f64()))?;
     let mut steps = Vec::new();
     if plan.nets.contains(&Net::Tcp) {
@@ -69,13 +71,17 @@ fn main() -> Result<()> {
         steps = phases::measure(kind, &plan.cpus)?;
         println!("where the time goes, tcp, {}:\n{}", polling.name(), phases::table(&steps));
     }
+    let (local, shmem_enabled) = home::measure(rounds + 2)?;
+    rows.extend(local);
     println!("{}", report::table(&rows));
+    println!("huge pages for shared memory: {shmem_enabled}");
     left_out.iter().for_each(|what| println!("not measured: {what}"));
     let picture = plot::svg("page faults that another node answers: time by the floor's", &rows);
     std::fs::write(report::path("fault_path.svg")?, picture)?;
     let seconds = begin.elapsed().as_secs_f64();
     let cpus = plan.cpus.len();
-    let path = report::write("fault_path", &Report { cpus, rounds, seconds, rows, phases: steps, left_out })?;
+    let report = Report { cpus, rounds, seconds, rows, phases: steps, left_out, shmem_enabled };
+    let path = report::write("fault_path", &report)?;
     println!("{} ({seconds:.0} s)", path.display());
     Ok(())
 }

@@ -43,7 +43,7 @@ pub fn table(rows: &[Row]) -> String {
         let goal = row.goal.map_or(String::new(), |goal| format!("{goal:.2}"));
         let verdict = if row.misses_goal() { "  missed" } else { "" };
         text += &format!(
-            "{:34} {:10} {:9} {:9.2} {:9.2} {:7.2} {goal:>6}{verdict}\n",
+            "{:34} {:10} {:9} {:9.3} {:9.3} {:7.2} {goal:>6}{verdict}\n",
             row.op, row.transport, row.polling, row.ours_us, row.floor_us, row.ratio
         );
     }

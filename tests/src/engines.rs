@@ -1,6 +1,6 @@
 //! Nodes without guests: memory and an engine each, over the in-process transport.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,8 @@ pub struct Engines {
     memories: Vec<Arc<DualMemory>>,
     engines: Vec<Engine>,
     failures: Arc<Mutex<Vec<String>>>,
+    /// Set when the machine ends: each engine's end is then a loss to the others.
+    ending: Arc<AtomicBool>,
 }
 
 impl Engines {
@@ -29,6 +31,7 @@ impl Engines {
     pub fn start(pages: &[u64], shards: u16, hold: Duration) -> Result<Engines> {
         let homes = Homes::new(pages.iter().copied());
         let failures = Arc::new(Mutex::new(Vec::new()));
+        let ending = Arc::new(AtomicBool::new(false));
         let (mut memories, mut engines) = (Vec::new(), Vec::new());
         for transport in fabric::sim::cluster(pages.len(), shards)? {
             let memory = Arc::new(DualMemory::new(homes.pages())?);
@@ -41,15 +44,18 @@ impl Engines {
                 spin: Duration::ZERO,
                 stuck: STUCK,
             };
-            let failures = failures.clone();
+            let (failures, ending) = (failures.clone(), ending.clone());
             let on_failure = Arc::new(move |error: EngineError| {
+                if ending.load(Ordering::SeqCst) {
+                    return;
+                }
                 eprintln!("an engine failed: {error}");
                 failures.lock().unwrap_or_else(PoisonError::into_inner).push(error.to_string());
             });
             engines.push(Engine::start(config, memory.clone(), Arc::new(transport), on_failure)?);
             memories.push(memory);
         }
-        Ok(Engines { memories, engines, failures })
+        Ok(Engines { memories, engines, failures, ending })
     }
 
     /// A node's memory.
@@ -106,5 +112,11 @@ impl Engines {
     pub fn check(&self) -> Result<()> {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
+    }
+}
+
+impl Drop for Engines {
+    fn drop(&mut self) {
+        self.ending.store(true, Ordering::SeqCst);
     }
 }

@@ -18,10 +18,12 @@
 //! - [`cell`]: nodes put together.
 //! - [`plan`]: which operations are measured, and how.
 //! - [`phases`]: where the time of a miss goes, from the nodes' traces.
+//! - [`home`]: memory that never left its home, beside plain memory.
 
 pub mod bare;
 pub mod cell;
 pub mod command;
+pub mod home;
 pub mod ours;
 pub mod peers;
 pub mod phases;

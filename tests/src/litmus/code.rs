@@ -8,7 +8,7 @@
 //! | r12 | iterations left |
 //! | r13, r14 | when the iteration begins, and the time between two, in ticks |
 //! | r15 | random state |
-//! | cl | 64 minus the bits of the random delay before each iteration |
+//! | cl | 64 minus the bits of a random delay, in ticks |
 
 use super::catalogue::{Access, Var, Variant};
 
@@ -39,24 +39,31 @@ macro_rules! code64 {
     }};
 }
 
-/// Waits until the iteration's time, and a random while longer.
-fn begin() -> &'static [u8] {
+/// Draws a random delay of 64 - cl bits into r10.
+fn draw() -> &'static [u8] {
     code64!(
         "mov rax, 6364136223846793005",
         "imul r15, rax",
         "add r15, 1442695041",
         "mov r10, r15",
         "shr r10, cl",
-        "add r10, r13",
-        "20:",
-        "rdtsc",
-        "shl rdx, 32",
-        "or rax, rdx",
-        "cmp rax, r10",
-        "jb 20b",
-        "xor r8d, r8d",
-        "xor r9d, r9d",
     )
+}
+
+/// Spins until the time stamp counter is r10.
+fn wait() -> &'static [u8] {
+    code64!("20:", "rdtsc", "shl rdx, 32", "or rax, rdx", "cmp rax, r10", "jb 20b")
+}
+
+/// Waits until the iteration's time, and a random while longer.
+fn begin() -> Vec<u8> {
+    let clear = code64!("xor r8d, r8d", "xor r9d, r9d");
+    [draw(), code64!("add r10, r13"), wait(), clear].concat()
+}
+
+/// Waits for a random while.
+fn pause() -> Vec<u8> {
+    [draw(), code64!("rdtsc", "shl rdx, 32", "or rax, rdx", "add r10, rax"), wait()].concat()
 }
 
 /// Keeps the results and goes on to the next iteration's variables.
@@ -96,11 +103,16 @@ fn access(access: Access, variant: Variant, loads: &mut usize) -> Vec<u8> {
     }
 }
 
-/// The code of a thread that makes these accesses in every iteration. It runs at any address.
-pub fn thread(accesses: &[Access], variant: Variant) -> Vec<u8> {
-    let mut code = begin().to_vec();
+/// The code of a thread that makes these accesses in every iteration. It runs at any address. With `pauses` it
+/// waits for a random while between two accesses: nodes take so long to pass a page on that they would else
+/// never meet within an iteration.
+pub fn thread(accesses: &[Access], variant: Variant, pauses: bool) -> Vec<u8> {
+    let mut code = begin();
     let mut loads = 0;
     for (i, &a) in accesses.iter().enumerate() {
+        if i > 0 && pauses {
+            code.extend(pause());
+        }
         if i > 0 && variant == Variant::Fenced {
             code.extend_from_slice(code64!("mfence"));
         }
@@ -125,9 +137,10 @@ mod tests {
     fn every_thread_fits_its_place_and_variants_differ() {
         for test in ALL {
             for accesses in test.threads {
-                let plain = thread(accesses, Variant::Plain);
-                assert!(plain.len() < super::super::guest::CODE_SIZE);
-                let fenced = thread(accesses, Variant::Fenced);
+                let slow = thread(accesses, Variant::Fenced, true);
+                assert!(slow.len() < super::super::guest::CODE_SIZE);
+                let plain = thread(accesses, Variant::Plain, false);
+                let fenced = thread(accesses, Variant::Fenced, false);
                 assert_eq!(fenced.len(), plain.len() + 3 * (accesses.len() - 1));
             }
         }

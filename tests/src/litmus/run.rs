@@ -71,10 +71,11 @@ pub fn outcomes(
     let nodes: Vec<usize> = (0..threads).map(|thread| if placement.nodes { thread } else { 0 }).collect();
     // Nothing is kept longer than needed: what is wanted here is that pages change hands.
     let machine = Machine::start(host, &nodes, Duration::ZERO)?;
-    let codes: Vec<Vec<u8>> = test.threads.iter().map(|accesses| code::thread(accesses, variant)).collect();
-    machine.load(&codes);
     let mut counts = Counts::new();
     for batch in 0..iterations.div_ceil(BATCH) {
+        let pauses = placement.nodes && batch % 4 != 0;
+        let code = |accesses: &&[_]| code::thread(accesses, variant, pauses);
+        machine.load(&test.threads.iter().map(code).collect::<Vec<_>>());
         one_batch(host, &machine, placement, threads, batch, &mut counts)?;
     }
     Ok(counts)
