@@ -26,7 +26,8 @@ const CONSOLE_LINES: usize = 25;
 /// What one emulated host has.
 #[derive(Clone, Debug)]
 pub struct Hardware {
-    /// CPUs, at least 1.
+    /// CPUs that programs run on, at least 1. The host has one more, CPU 0, which is kept from them: see
+    /// `files/host-init.sh`.
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
@@ -66,7 +67,7 @@ impl Qemu {
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"])
             // Five-level paging would only make every emulated page walk longer.
             .args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"])
-            .args(["-smp", &hardware.cpus.to_string(), "-m", &hardware.memory_mib.to_string()])
+            .args(["-smp", &(hardware.cpus + 1).to_string(), "-m", &hardware.memory_mib.to_string()])
             .arg("-kernel")
             .arg(&image.vmlinuz)
             .arg("-initrd")
