@@ -4,6 +4,7 @@
 //! - [`page`]: pages, their homes, and the shards that work on them.
 //! - [`protocol`]: the home-based directory protocol, a pure state machine.
 //! - [`cluster`]: several protocols as one value, for the model checker, the tests and the simulator.
+//! - [`simulator`]: hundreds of nodes in virtual time, by seed.
 //! - [`memory`]: guest RAM as one file mapped twice, the guest view and the engine view.
 //! - [`uffd`]: the kernel's userfaultfd.
 //! - [`engine`]: the threads that connect these with the fabric.
@@ -30,5 +31,6 @@ pub mod memory;
 pub mod node_set;
 pub mod page;
 pub mod protocol;
+pub mod simulator;
 pub mod stats;
 pub mod uffd;

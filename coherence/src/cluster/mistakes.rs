@@ -1,12 +1,14 @@
-//! The check can fail: every [`Mistake`], built into all nodes of a small cluster, is found.
+//! The check can fail: every [`Mistake`], built into all nodes, is found, by the model checker and by the
+//! simulator.
 
 use stateright::{Checker, HasDiscoveries, Model};
 
 use super::Cluster;
-use super::model::{Small, one_home};
+use super::model::{Small, one_home, property};
 use crate::protocol::Mistake;
+use crate::simulator::{self, Config};
 
-/// The first property that the model checker finds broken, after how many states and steps.
+/// The first property that the model checker finds broken, after how many states, and in how many steps.
 fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
     let cluster = match mistake {
         Mistake::RunIntoGivenPages | Mistake::ForgetRestOfRun => one_home(3, 2),
@@ -20,15 +22,24 @@ fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
     Some((name, checker.unique_state_count(), path.into_actions().len()))
 }
 
+/// The property that the simulator finds broken, and after how many steps.
+fn simulate(mistake: Mistake) -> Option<(&'static str, u64)> {
+    let failure = simulator::run_with(&Config::new(8, 50_000, 1), mistake).err()?;
+    Some((property(&failure.broken), failure.step))
+}
+
 #[test]
-fn every_mistake_is_found() {
-    println!("{:<22} {:<45} {:>8} {:>6}", "mistake", "model checker: property", "states", "steps");
+fn every_mistake_is_found_by_the_model_checker_and_by_the_simulator() {
+    println!("| mistake | model checker | states | steps | simulator, 8 nodes | steps |");
+    println!("|---|---|---|---|---|---|");
     let mut missed = Vec::new();
     for mistake in Mistake::ALL {
-        let name = format!("{mistake:?}");
-        match model_check(mistake) {
-            Some((property, states, steps)) => println!("{name:<22} {property:<45} {states:>8} {steps:>6}"),
-            None => missed.push(mistake),
+        let (model, simulation) = (model_check(mistake), simulate(mistake));
+        let (broken, states, steps) = model.unwrap_or(("missed", 0, 0));
+        let (also, later) = simulation.unwrap_or(("missed", 0));
+        println!("| {mistake:?} | {broken} | {states} | {steps} | {also} | {later} |");
+        if model.is_none() || simulation.is_none() {
+            missed.push(mistake);
         }
     }
     assert_eq!(missed, []);

@@ -164,6 +164,22 @@ pub enum Broken {
     Directory(Page, Entry),
 }
 
+impl Broken {
+    /// The page that it is about, if it is about one.
+    pub fn page(&self) -> Option<Page> {
+        match self {
+            Broken::TwoWriters(page, ..) | Broken::Directory(page, _) => Some(*page),
+            Broken::StaleRead(_, page)
+            | Broken::LandedUnderMapping(_, page)
+            | Broken::AnsweredTooEarly(_, page, _)
+            | Broken::Freed(_, page)
+            | Broken::Unanswered(_, page) => Some(*page),
+            Broken::Violation(violation) => Some(violation.page),
+            Broken::NotQuiet(..) => None,
+        }
+    }
+}
+
 /// Nodes, what they have mapped, and what is between them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Cluster {
@@ -179,6 +195,8 @@ pub struct Cluster {
     waiting: Vec<Vec<(Page, bool)>>,
     /// Pages that nobody has touched since power-on.
     untouched: Vec<bool>,
+    /// By page: how many of the messages on their way bring its bytes.
+    bodies: Vec<u16>,
 }
 
 impl Cluster {
@@ -208,6 +226,7 @@ impl Cluster {
             held: vec![Vec::new(); nodes],
             waiting: vec![Vec::new(); nodes],
             untouched: vec![true; pages as usize],
+            bodies: vec![0; pages as usize],
             homes,
         }
     }
@@ -252,6 +271,12 @@ impl Cluster {
         self.waiting[node].binary_search(&(page, write)).is_ok()
     }
 
+    /// The message that a delivery brings.
+    pub fn arriving(&self, step: Step) -> Option<Message> {
+        let Step::Deliver { from, to } = step else { return None };
+        self.lanes.get(&(from, to))?.front().map(|flight| flight.message)
+    }
+
     /// Does one step and checks what must hold at every instant. A step that cannot be done does nothing.
     ///
     /// # Errors
@@ -293,6 +318,7 @@ impl Cluster {
                 if lane.is_empty() {
                     self.lanes.remove(&(from, to));
                 }
+                self.bodies[flight.message.page.0 as usize] -= u16::from(flight.message.kind.has_body());
                 let zeroes = self.surrender(to.index(), flight.message);
                 self.nodes[to.index()].message(from, flight.message, zeroes, &mut out)?;
                 (to.index(), flight.current)
@@ -358,6 +384,7 @@ impl Cluster {
                 Effect::Send { to, message } => {
                     self.check_given_up(node, message)?;
                     let current = message.kind.has_body() && self.copies[self.at(node, message.page)].current;
+                    self.bodies[message.page.0 as usize] += u16::from(message.kind.has_body());
                     self.lanes.entry((from, to)).or_default().push_back(Flight { message, current });
                     seen.push(Seen::Sent { from, to, kind: message.kind });
                 }
@@ -476,8 +503,10 @@ impl Cluster {
             for other in 0..self.nodes.len() {
                 self.copy(other, page).current = other == node;
             }
-            for flight in self.lanes.values_mut().flatten() {
-                flight.current &= flight.message.page != page;
+            if self.bodies[page.0 as usize] > 0 {
+                for flight in self.lanes.values_mut().flatten() {
+                    flight.current &= flight.message.page != page;
+                }
             }
         }
         Ok(())

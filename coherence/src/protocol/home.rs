@@ -164,7 +164,7 @@ impl Protocol {
             return Ok(());
         }
         match self.directory.get(page) {
-            Entry::Exclusive(owner) if owner == from => {
+            Entry::Exclusive(owner) if owner == from || self.makes(Mistake::IgnoreEvictionRace) => {
                 if bytes.is_none() {
                     return Err("it gave a page back without its bytes".into());
                 }
@@ -182,11 +182,6 @@ impl Protocol {
                 if home_again {
                     self.set_local(page, Rights::Exclusive, false);
                 }
-            }
-            Entry::Exclusive(owner)
-                if owner == self.me && bytes.is_some() && self.makes(Mistake::IgnoreEvictionRace) =>
-            {
-                out.push(Effect::Land(page));
             }
             // It was invalidated or handed on while the put was on its way.
             _ => {}

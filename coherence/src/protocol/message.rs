@@ -70,6 +70,28 @@ impl Kind {
         matches!(self, Kind::Data { body: true, .. } | Kind::Writeback { body: true } | Kind::PutExclusive)
     }
 
+    /// One more than the highest [`Kind::code`].
+    pub const CODES: usize = 12;
+
+    /// The name of the kind with that [`Kind::code`].
+    pub fn name_of(code: u8) -> &'static str {
+        const NAMES: [&str; Kind::CODES] = [
+            "none",
+            "GetShared",
+            "GetExclusive",
+            "Data",
+            "Invalidate",
+            "Ack",
+            "ForwardShared",
+            "ForwardExclusive",
+            "Writeback",
+            "PutShared",
+            "PutExclusive",
+            "PutAck",
+        ];
+        NAMES.get(usize::from(code)).copied().unwrap_or("unknown")
+    }
+
     /// The number on the wire and in the trace.
     pub fn code(self) -> u8 {
         match self {

@@ -5,6 +5,7 @@
 //! | `quickstart` | [`quickstart`] | one guest over several nodes, with what it says of itself |
 //! | `test` | [`test`] | unit tests, integration tests, guest boots |
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
+//! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
 //!
 //! [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`report`] the
@@ -15,6 +16,7 @@ mod options;
 mod quickstart;
 mod report;
 mod scenarios;
+mod simulate;
 mod soak;
 mod test;
 
@@ -37,6 +39,8 @@ enum Task {
     Test(test::Test),
     /// Boot many times in a row, in other shapes, and kill nodes
     Soak(soak::Soak),
+    /// Run the coherence protocol at many nodes in virtual time, by seed
+    Simulate(simulate::Simulate),
     /// Check formatting, lints and versions
     CiChecks,
 }
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         Task::Quickstart(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::Soak(task) => task.run(),
+        Task::Simulate(task) => task.run(),
         Task::CiChecks => checks::run(),
     };
     match result {

@@ -1,0 +1,102 @@
+//! The production protocol at hundreds of nodes, in virtual time, by seed.
+//!
+//! Every node has a few CPUs that access memory one access at a time; messages take time, in order on a lane
+//! and in any order across lanes; some nodes are slow; pages are evicted and prefetched. One seed gives one
+//! run, to the last step, on every machine: what breaks breaks again.
+//!
+//! After every step the [`Cluster`] checks that there is a single writer or many readers, that each access
+//! finds the last write and that no sound node is called unsound; here is checked that no access waits for
+//! ever. Several times in a run the CPUs pause until nothing is under way, and the directory is compared with
+//! the nodes.
+//!
+//! ```text
+//! CPU ── access ──> Cluster::step ──> Seen::Sent ──> Deliver, after the lane's delay
+//!  ▲                                  Seen::Held ──> Release, after the hold
+//!  └── think ── Seen::Done <───────────────┘
+//! ```
+
+mod random;
+mod report;
+mod workload;
+mod world;
+
+pub use self::random::{Random, Zipf};
+pub use self::report::{Failure, Report, Told};
+use self::world::World;
+
+/// What is simulated. Times are virtual nanoseconds; chances are out of a thousand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Decides everything that the rest leaves open.
+    pub seed: u64,
+    /// Nodes, `1..=512`.
+    pub nodes: usize,
+    /// CPUs of each node; every eighth node has none, memory only.
+    pub cpus: usize,
+    /// Pages of each node.
+    pub pages_per_node: u64,
+    /// Accesses to do.
+    pub ops: u64,
+    /// Accesses that are writes.
+    pub writes: u16,
+    /// Accesses to the node's own memory; the others go where everybody goes.
+    pub locality: u16,
+    /// Accesses after which a node evicts a page.
+    pub evictions: u16,
+    /// Accesses after which a node prefetches a page.
+    pub prefetches: u16,
+    /// Nodes whose messages take twenty times as long.
+    pub slow_nodes: u16,
+    /// How long a message takes, in the mean.
+    pub delay: u64,
+    /// How long a page that was won is kept.
+    pub hold: u64,
+    /// How often the CPUs pause and the directory is compared with the nodes; also at the end.
+    pub rests: u64,
+    /// An access that waits for longer than this is a failure.
+    pub patience: u64,
+}
+
+impl Config {
+    /// Sensible values for the rest.
+    pub fn new(nodes: usize, ops: u64, seed: u64) -> Config {
+        Config {
+            seed,
+            nodes,
+            cpus: 4,
+            pages_per_node: 512,
+            ops,
+            writes: 300,
+            locality: 500,
+            evictions: 30,
+            prefetches: 10,
+            slow_nodes: 30,
+            delay: 8_000,
+            hold: 20_000,
+            rests: 16,
+            patience: 10_000_000_000,
+        }
+    }
+}
+
+/// Runs a simulation to its end.
+///
+/// # Errors
+/// What broke, with the steps that led to it.
+pub fn run(config: &Config) -> Result<Report, Box<Failure>> {
+    World::new(config).run()
+}
+
+/// As [`run`], with a mistake built into every node.
+///
+/// # Errors
+/// Hopefully.
+#[cfg(test)]
+pub(crate) fn run_with(config: &Config, mistake: crate::protocol::Mistake) -> Result<Report, Box<Failure>> {
+    let mut world = World::new(config);
+    world.cluster = world.cluster.with_mistake(mistake);
+    world.run()
+}
+
+#[cfg(test)]
+mod tests;
