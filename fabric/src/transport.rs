@@ -72,6 +72,15 @@ pub trait Transport: Send + Sync {
     /// peer or lane that does not exist.
     fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError>;
 
+    /// Sends several frames of two parts each, of which one may be empty, to one peer on one lane: what
+    /// [`Transport::send`] does with each, in their order, at less cost where the transport can.
+    ///
+    /// # Errors
+    /// As [`Transport::send`]; a part of the frames may have been sent.
+    fn send_all(&self, to: NodeId, lane: LaneId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
+        frames.iter().try_for_each(|frame| self.send(to, lane, frame))
+    }
+
     /// Takes the receiving side of a lane; `None` when the lane does not exist or was taken before.
     fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>>;
 

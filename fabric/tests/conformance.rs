@@ -25,6 +25,7 @@ for_each_transport! {
     the_tiniest_and_the_longest_frame_arrive_whole,
     frames_of_many_parts_and_of_empty_parts_arrive_whole,
     a_slow_receiver_loses_nothing_and_keeps_the_order,
+    frames_sent_together_arrive_one_by_one_in_order_also_behind_a_backlog,
     a_backlog_is_flushed_by_a_receiver_that_sleeps_on_its_descriptor,
     a_receiver_that_never_comes_costs_the_session_and_not_all_memory,
     several_threads_on_one_lane_interleave_whole_frames,
@@ -119,6 +120,27 @@ fn frames_of_many_parts_and_of_empty_parts_arrive_whole(kind: Kind) {
     }
     nodes[0].send(NodeId(1), 0, &[&[], &bytes, &[], &[]]).unwrap();
     assert!(tap.take(9).iter().all(|(_, frame)| *frame == bytes));
+}
+
+fn frames_sent_together_arrive_one_by_one_in_order_also_behind_a_backlog(kind: Kind) {
+    let nodes = kind.cluster(2, 1);
+    let (mut tap, mut flush) = (Tap::new(&*nodes[1], 0), Tap::new(&*nodes[0], 0));
+    // 30 MiB, in batches of more frames than the kernel takes at once; some frames end in nothing.
+    let len = |i: u64| 8 + if i.is_multiple_of(3) { 0 } else { (i * 7919) as usize % 8192 };
+    let (batches, each) = (40, 200);
+    for batch in 0..batches {
+        let frames: Vec<Vec<u8>> = (batch * each..(batch + 1) * each).map(|i| numbered(i, len(i))).collect();
+        let parts: Vec<[&[u8]; 2]> = frames.iter().map(|frame| [&frame[..8], &frame[8..]]).collect();
+        nodes[0].send_all(NodeId(1), 0, &parts).unwrap();
+    }
+    nodes[0].send_all(NodeId(1), 0, &[]).unwrap();
+    let total = batches * each;
+    for (i, (_, frame)) in (0..).zip(tap.take_with(total as usize, || flush.poll())) {
+        assert!(frame == numbered(i, len(i)), "frame {i} is wrong");
+    }
+    assert_eq!(nodes[0].stats().frames_sent, total);
+    tap.expect_silence();
+    assert!(nodes[0].send_all(NodeId(1), 0, &[[&[1], &[]], [&[], &[]]]).is_err(), "an empty frame was taken");
 }
 
 fn a_slow_receiver_loses_nothing_and_keeps_the_order(kind: Kind) {

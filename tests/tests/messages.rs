@@ -107,3 +107,29 @@ fn memory_at_home_that_nobody_else_asked_for_costs_no_message_and_no_event() {
     machine.page(0, 5).store(6, SeqCst);
     assert!(machine.at_rest().unwrap()[0].events > 0);
 }
+
+#[test]
+fn a_reader_that_goes_from_page_to_page_finds_most_of_them_there() {
+    let Some(machine) = machine(2) else { return };
+    let pages = PAGES..PAGES + 400;
+    pages.clone().for_each(|page| machine.page(1, page).store(page, SeqCst));
+    pages.clone().for_each(|page| assert_eq!(machine.page(0, page).load(SeqCst), page));
+    let totals = machine.at_rest().unwrap();
+    // A window is asked for while the one before it is read: its reader may be quicker than it, but for few.
+    let faults = totals[0].remote_read_faults;
+    assert!(faults < 100, "{faults} faults for 400 pages");
+    let sent: u64 = totals.iter().map(|t| t.messages_sent).sum();
+    assert!((800..=800 + 256).contains(&sent), "{sent} messages for 400 pages");
+    // What was read ahead is coherent like any other copy.
+    pages.clone().for_each(|page| machine.page(1, page).store(page + 1, SeqCst));
+    pages.for_each(|page| assert_eq!(machine.page(0, page).load(SeqCst), page + 1));
+}
+
+#[test]
+fn a_reader_without_order_is_sent_what_it_asks_for_and_no_more() {
+    let Some(machine) = machine(2) else { return };
+    let page = |i: u64| PAGES + i * 37 % 400;
+    (0..400).for_each(|i| machine.page(1, page(i)).store(i + 1, SeqCst));
+    let read = || (0..100).for_each(|i| assert_eq!(machine.page(0, page(i)).load(SeqCst), i + 1));
+    assert_eq!(messages(&machine, read), 200);
+}

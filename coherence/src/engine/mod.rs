@@ -3,8 +3,10 @@
 //! One thread a shard. It owns the shard's protocol, userfaultfd and lane, so two faults never share a
 //! lock: faults of different shards meet different threads, faults of one shard are batched. Between
 //! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
-//! won is kept; `recall` asks for pages that were needed together before.
+//! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
+//! need next.
 
+mod ahead;
 pub mod chains;
 mod recall;
 mod shard;

@@ -15,12 +15,13 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
 use zerocopy::IntoBytes;
 
+use super::ahead::{ReadAhead, Window};
 use super::chains::{Chain, Chains};
 use super::recall::Recall;
 use super::{EngineConfig, EngineError, recall};
 use crate::memory::DualMemory;
 use crate::page::{PAGE_SIZE, Page, Shards};
-use crate::protocol::{Body, Effect, Message, PageMap, Protocol, Rights, RunPolicy};
+use crate::protocol::{Body, Effect, Head, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
 use crate::uffd::{Fault, Mode, Uffd};
 
@@ -32,6 +33,9 @@ pub enum Request {
 
 /// Frames whose pages went away, kept this many at most before they are given back to the host.
 const GARBAGE: usize = 4096;
+
+/// Messages that are sent together, at most.
+const OUTBOX: usize = 16;
 
 /// The longest sleep, so that a stuck fault is noticed.
 const TICK: Duration = Duration::from_secs(1);
@@ -66,11 +70,16 @@ struct Core {
     /// The chain for which the last page was mapped.
     winner: Chain,
     recall: Recall,
+    read_ahead: ReadAhead,
     /// What a miss recalled, before it is asked for.
     recalled: Vec<recall::Companion>,
     /// Pages that were recalled and not touched yet, and with which page.
     ahead: PageMap<Page>,
     garbage: Vec<Page>,
+    /// Messages to one node that are sent together, by [`Core::flush`].
+    outbox: Vec<(NodeId, Message)>,
+    /// Whether more messages may follow at once, so that the outbox may wait for them.
+    gathering: bool,
 }
 
 /// A page that was won, and for which chain of faults.
@@ -133,9 +142,12 @@ impl Shard {
             waiters: Vec::with_capacity(64),
             winner: Chain::NONE,
             recall: Recall::new(),
+            read_ahead: ReadAhead::new(config.homes.clone()),
             recalled: Vec::with_capacity(64),
             ahead: PageMap::default(),
             garbage: Vec::with_capacity(GARBAGE),
+            outbox: Vec::with_capacity(OUTBOX),
+            gathering: false,
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
     }
@@ -186,12 +198,15 @@ impl Shard {
         // First: a demand for a page whose hold is over must not wait.
         let released = core.release_due()?;
         let mut result = Ok(());
+        core.gathering = true;
         let frames = self.receiver.poll(&mut |from, frame| {
             if result.is_ok() {
                 result = core.receive(from, frame);
             }
         });
+        core.gathering = false;
         result?;
+        core.flush()?;
         let frames = frames?;
         let faults = core.take_faults()?;
         Ok(frames + faults + released > 0)
@@ -252,6 +267,7 @@ impl Core {
                 self.hold(page, chain);
             }
         }
+        let window = if fault.write { None } else { self.read_ahead.touched(page) };
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
         self.protocol.fault(page, fault.write, &mut self.effects);
@@ -271,11 +287,32 @@ impl Core {
                 self.misses.push(MissClock { page, since: Instant::now() });
                 if fault.write {
                     self.prefetch_companions(page)?;
+                } else if !self.home.contains(&page.0) {
+                    self.read_ahead.missed(page);
                 }
             }
             _ => {}
         }
-        Ok(())
+        self.fetch(window)
+    }
+
+    /// Asks for the pages that a reader will need next.
+    fn fetch(&mut self, window: Option<Window>) -> Result<(), EngineError> {
+        let Some(Window { pages, marker }) = window else { return Ok(()) };
+        for page in pages.map(Page) {
+            if self.protocol.prefetch(page, false, &mut self.effects) {
+                ShardStats::count(&self.stats.prefetches);
+                if page != marker {
+                    // A fault that nobody waits for: the page is mapped when it comes.
+                    self.protocol.fault(page, false, &mut self.effects);
+                }
+            }
+        }
+        let gathering = std::mem::replace(&mut self.gathering, true);
+        let done = self.apply(Body::Absent);
+        self.gathering = gathering;
+        done?;
+        self.flush()
     }
 
     /// Asks for what was needed together with this page before.
@@ -311,6 +348,10 @@ impl Core {
         let zeroes = self.surrender(&message)?;
         self.protocol.message(from, message, zeroes, &mut self.effects)?;
         self.apply(body)?;
+        if let Kind::Data { .. } = message.kind {
+            let window = self.read_ahead.arrived(message.page);
+            self.fetch(window)?;
+        }
         // A write that came while a read was under way goes on as a miss of its own.
         if self.protocol.is_missing(message.page) && !self.misses.iter().any(|m| m.page == message.page) {
             ShardStats::count(&self.stats.remote_write_faults);
@@ -414,6 +455,15 @@ impl Core {
 
     fn carry_out(&mut self, effect: Effect, body: Body<'_>) -> Result<(), EngineError> {
         let failed = |what, page: Page| move |source| EngineError::Page { what, page: page.0, source };
+        if let Effect::Land(_)
+        | Effect::Map(..)
+        | Effect::MapZeroes(..)
+        | Effect::Unprotect(_)
+        | Effect::Free(_) = effect
+        {
+            // The bytes of a page that is to be sent must not change before.
+            self.flush()?;
+        }
         match effect {
             Effect::Send { to, message } => self.send(to, message)?,
             Effect::Land(page) => {
@@ -504,23 +554,58 @@ impl Core {
         }
     }
 
-    fn send(&self, to: NodeId, message: Message) -> Result<(), EngineError> {
+    /// Sends a message, now or, if it is one of those that come in numbers, with those that follow.
+    fn send(&mut self, to: NodeId, message: Message) -> Result<(), EngineError> {
         ShardStats::count(&self.stats.messages_sent);
         trace::event(Event::Send, message.page.0, u64::from(message.kind.code()) << 16 | u64::from(to.0));
-        if !message.kind.has_body() {
-            self.transport.send(to, self.lane, &[message.head(false).as_bytes()])?;
+        let zero = message.kind.has_body() && is_zero(self.frame(message.page));
+        if zero {
+            ShardStats::count(&self.stats.zero_pages_sent);
+        } else if message.kind.has_body() {
+            ShardStats::count(&self.stats.pages_sent);
+        }
+        let many = match message.kind {
+            Kind::GetShared { .. } => true,
+            kind => kind.has_body() && !zero,
+        };
+        let fits = self.outbox.len() < OUTBOX && self.outbox.iter().all(|(peer, _)| *peer == to);
+        if !many || !fits {
+            self.flush()?;
+        }
+        if !many {
+            self.transport.send(to, self.lane, &[message.head(zero).as_bytes()])?;
             return Ok(());
         }
+        self.outbox.push((to, message));
+        if self.gathering { Ok(()) } else { self.flush() }
+    }
+
+    /// The page's bytes, to be sent.
+    fn frame(&self, page: Page) -> &[u8; PAGE_SIZE] {
         // SAFETY: the protocol sends bytes only of pages that it has unmapped or protected here, or that only
-        // this shard's engine view holds.
-        let frame = unsafe { self.memory.frame(message.page) };
-        if is_zero(frame) {
-            ShardStats::count(&self.stats.zero_pages_sent);
-            self.transport.send(to, self.lane, &[message.head(true).as_bytes()])?;
+        // this shard's engine view holds; what would change that sends the outbox first.
+        unsafe { self.memory.frame(page) }
+    }
+
+    /// Sends what waits in the outbox.
+    fn flush(&mut self) -> Result<(), EngineError> {
+        let Some(&(to, first)) = self.outbox.first() else { return Ok(()) };
+        let body = |message: &Message| match message.kind.has_body() {
+            true => &self.frame(message.page)[..],
+            false => &[],
+        };
+        if self.outbox.len() == 1 {
+            self.transport.send(to, self.lane, &[first.head(false).as_bytes(), body(&first)])?;
         } else {
-            ShardStats::count(&self.stats.pages_sent);
-            self.transport.send(to, self.lane, &[message.head(false).as_bytes(), frame])?;
+            let heads: Vec<Head> = self.outbox.iter().map(|(_, message)| message.head(false)).collect();
+            let frames: Vec<[&[u8]; 2]> = heads
+                .iter()
+                .zip(&self.outbox)
+                .map(|(head, (_, message))| [head.as_bytes(), body(message)])
+                .collect();
+            self.transport.send_all(to, self.lane, &frames)?;
         }
+        self.outbox.clear();
         Ok(())
     }
 

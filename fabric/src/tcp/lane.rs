@@ -31,6 +31,9 @@ const DIRECT_PEERS: usize = 1;
 /// Readiness events taken from epoll at once; more wait for the next poll.
 const EVENTS: usize = 64;
 
+/// Frames sent with one system call. Each is three parts to the kernel, which takes 1024.
+pub(super) const MOST_AT_ONCE: usize = 64;
+
 /// What senders and the receiver of a lane share.
 pub(super) struct Lane {
     /// Watches every live link: readable always, writable while the link has a backlog. Level-triggered.
@@ -62,11 +65,21 @@ impl Lane {
 
     /// Sends a frame of `len` bytes, checked by the caller; see [`Link::send`].
     pub(super) fn send(&self, to: NodeId, len: usize, parts: &[&[u8]]) -> Result<(), FabricError> {
-        let link = self.links.get(to.index()).and_then(Option::as_ref);
-        let link = link.ok_or_else(|| FabricError::Refused(format!("{to} is no peer of this node")))?;
-        link.send(&self.epoll, len, parts)?;
+        self.link(to)?.send(&self.epoll, len, parts)?;
         self.counters.sent(1, (HEADER + len) as u64);
         Ok(())
+    }
+
+    /// Sends up to [`MOST_AT_ONCE`] frames, checked by the caller; see [`Link::send_all`].
+    pub(super) fn send_all(&self, to: NodeId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
+        let bytes = self.link(to)?.send_all(&self.epoll, frames)?;
+        self.counters.sent(frames.len() as u64, bytes as u64);
+        Ok(())
+    }
+
+    fn link(&self, to: NodeId) -> Result<&Link, FabricError> {
+        let link = self.links.get(to.index()).and_then(Option::as_ref);
+        link.ok_or_else(|| FabricError::Refused(format!("{to} is no peer of this node")))
     }
 
     /// Adds this lane's totals to `stats`.

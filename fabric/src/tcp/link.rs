@@ -74,6 +74,28 @@ impl Link {
         }
     }
 
+    /// Sends frames with one system call, as [`Link::send`] would one after the other; how many bytes they made.
+    pub(super) fn send_all(&self, epoll: &Epoll, frames: &[[&[u8]; 2]]) -> Result<usize, FabricError> {
+        let headers: Vec<[u8; HEADER]> =
+            frames.iter().map(|[first, second]| header(first.len() + second.len())).collect();
+        let frames = headers.iter().zip(frames);
+        let parts: Vec<&[u8]> =
+            frames.flat_map(|(header, [first, second])| [header, *first, *second]).collect();
+        let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+        let total = parts.iter().map(|part| part.len()).sum();
+        let mut out = self.lock();
+        if let Some(why) = &out.lost {
+            return Err(self.loss(why.clone()));
+        }
+        let sent = if out.backlog.is_empty() { self.try_send(&slices) } else { Ok(0) };
+        match sent {
+            Ok(sent) if sent == total => {}
+            Ok(sent) => self.keep(&mut out, epoll, sent, total, &[], &parts)?,
+            Err(error) => return Err(self.lose(&mut out, broken(error))),
+        }
+        Ok(total)
+    }
+
     fn try_frame(&self, header: &[u8], len: usize, parts: &[&[u8]]) -> Result<usize, Errno> {
         let mut slices = [IoSlice::new(header); MAX_PARTS + 1];
         if parts.len() > MAX_PARTS {

@@ -84,6 +84,15 @@ impl Transport for TcpTransport {
         self.lanes[usize::from(lane)].send(to, len, parts)
     }
 
+    fn send_all(&self, to: NodeId, lane: LaneId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
+        for frame in frames {
+            check_frame(self.node, to, lane, self.nodes, self.lanes.len(), frame)?;
+        }
+        frames
+            .chunks(lane::MOST_AT_ONCE)
+            .try_for_each(|some| self.lanes[usize::from(lane)].send_all(to, some))
+    }
+
     fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
         let mut receivers = self.receivers.lock().unwrap_or_else(PoisonError::into_inner);
         let receiver = receivers.get_mut(usize::from(lane))?.take()?;
