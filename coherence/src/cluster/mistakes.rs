@@ -4,14 +4,17 @@
 use stateright::{Checker, HasDiscoveries, Model};
 
 use super::Cluster;
-use super::model::{Small, one_home, property};
-use crate::protocol::Mistake;
+use super::model::{RUNS, Small, one_home, property};
+use crate::protocol::{Eviction, Mistake, RunPolicy};
 use crate::simulator::{self, Config};
 
 /// The first property that the model checker finds broken, after how many states, and in how many steps.
 fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
     let cluster = match mistake {
-        Mistake::RunIntoGivenPages | Mistake::ForgetRestOfRun => one_home(3, 2),
+        Mistake::RunIntoGivenPages | Mistake::ForgetRestOfRun => one_home(3, 2, RUNS),
+        Mistake::IgnoreBudget | Mistake::ForgetParked => {
+            one_home(2, 2, RunPolicy::NONE).with_budget(1, Eviction::Clock)
+        }
         _ => Cluster::new(3, 1),
     };
     let cluster = cluster.with_mistake(mistake);

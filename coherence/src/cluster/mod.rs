@@ -5,6 +5,8 @@
 //! the page, in frames and in flight, stale; a read must find a current one. That keeps the state finite, so
 //! that the model checker can exhaust it.
 //!
+//! [`checks`] says what must hold.
+//!
 //! | who drives it | where | how |
 //! |---|---|---|
 //! | model checker | `model.rs`, tests only | every step that can happen, in every state of small clusters |
@@ -12,6 +14,7 @@
 //! | property tests | `protocol/tests.rs` | random schedules |
 //! | simulator | [`crate::simulator`] | hundreds of nodes in virtual time, by seed |
 
+mod checks;
 #[cfg(test)]
 mod mistakes;
 #[cfg(test)]
@@ -22,9 +25,9 @@ use std::sync::Arc;
 
 use fabric::NodeId;
 
-use crate::node_set::NodeSet;
+pub use self::checks::Broken;
 use crate::page::{Homes, Page};
-use crate::protocol::{Effect, Entry, Kind, Message, Protocol, Rights, RunPolicy, Violation};
+use crate::protocol::{Effect, Eviction, Kind, Message, Protocol, Rights, RunPolicy};
 
 /// One node's copy of a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
@@ -33,6 +36,8 @@ pub struct Copy {
     pub mapped: Rights,
     /// Whether the frame holds the last write.
     pub current: bool,
+    /// Whether there is a frame; always at home.
+    pub frame: bool,
 }
 
 /// A message under way, and whether its bytes are the last write.
@@ -116,8 +121,8 @@ pub enum Seen {
         /// How.
         write: bool,
     },
-    /// A page left a node's guest view.
-    Unmapped {
+    /// A node unmapped a page to see whether it is used.
+    Probed {
         /// Where.
         node: usize,
         /// What.
@@ -130,54 +135,6 @@ pub enum Seen {
         /// What.
         page: Page,
     },
-}
-
-/// What must never be.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-pub enum Broken {
-    /// Two nodes may access a page that one may write.
-    #[error("page {0:?} has {1} writers among {2} readers")]
-    TwoWriters(Page, usize, usize),
-    /// A read found an old page.
-    #[error("node {0} read an old copy of page {1:?}")]
-    StaleRead(usize, Page),
-    /// Bytes landed under a mapping.
-    #[error("bytes landed in page {1:?} of node {0} while it was mapped")]
-    LandedUnderMapping(usize, Page),
-    /// A node answered for a page that its CPUs can still use.
-    #[error("node {0} sent {2:?} of page {1:?} while its CPUs could still use it")]
-    AnsweredTooEarly(usize, Page, Kind),
-    /// A frame was freed that is needed.
-    #[error("the frame of page {1:?} of node {0} was freed")]
-    Freed(usize, Page),
-    /// A sound node was called unsound.
-    #[error(transparent)]
-    Violation(#[from] Violation),
-    /// Nothing is under way and an access still waits.
-    #[error("node {0}'s access to page {1:?} was never answered")]
-    Unanswered(usize, Page),
-    /// Nothing is under way and a node thinks that something is.
-    #[error("node {0} still waits: {1}")]
-    NotQuiet(usize, String),
-    /// Nothing is under way and the directory disagrees with the nodes.
-    #[error("the directory says {1:?} of page {0:?}, which the nodes do not")]
-    Directory(Page, Entry),
-}
-
-impl Broken {
-    /// The page that it is about, if it is about one.
-    pub fn page(&self) -> Option<Page> {
-        match self {
-            Broken::TwoWriters(page, ..) | Broken::Directory(page, _) => Some(*page),
-            Broken::StaleRead(_, page)
-            | Broken::LandedUnderMapping(_, page)
-            | Broken::AnsweredTooEarly(_, page, _)
-            | Broken::Freed(_, page)
-            | Broken::Unanswered(_, page) => Some(*page),
-            Broken::Violation(violation) => Some(violation.page),
-            Broken::NotQuiet(..) => None,
-        }
-    }
 }
 
 /// Nodes, what they have mapped, and what is between them.
@@ -197,6 +154,10 @@ pub struct Cluster {
     untouched: Vec<bool>,
     /// By page: how many of the messages on their way bring its bytes.
     bodies: Vec<u16>,
+    /// By node: frames of pages of other homes.
+    frames: Vec<usize>,
+    /// How many of these a node may have.
+    budget: usize,
 }
 
 impl Cluster {
@@ -211,8 +172,8 @@ impl Cluster {
         let (nodes, pages) = (homes.nodes(), homes.pages());
         let homes = Arc::new(homes);
         let copy = |n, p| match homes.home(Page(p)) == NodeId(n as u16) {
-            true => Copy { mapped: Rights::Exclusive, current: true },
-            false => Copy { mapped: Rights::None, current: false },
+            true => Copy { mapped: Rights::Exclusive, current: true, frame: true },
+            false => Copy { mapped: Rights::None, current: false, frame: false },
         };
         Cluster {
             nodes: (0..nodes)
@@ -227,8 +188,25 @@ impl Cluster {
             waiting: vec![Vec::new(); nodes],
             untouched: vec![true; pages as usize],
             bodies: vec![0; pages as usize],
+            frames: vec![0; nodes],
+            budget: usize::MAX,
             homes,
         }
+    }
+
+    /// The same cluster, whose nodes may each have so many copies.
+    pub fn with_budget(mut self, frames: usize, eviction: Eviction) -> Cluster {
+        for (n, node) in (0..).zip(&mut self.nodes) {
+            node.set_budget(
+                frames,
+                match eviction {
+                    Eviction::Random(seed) => Eviction::Random(seed ^ n),
+                    Eviction::Clock => eviction,
+                },
+            );
+        }
+        self.budget = frames;
+        self
     }
 
     /// The same cluster, all of whose nodes make a mistake.
@@ -394,6 +372,7 @@ impl Cluster {
                         return Err(Broken::LandedUnderMapping(node, page));
                     }
                     copy.current = body;
+                    self.take_frame(node, page)?;
                 }
                 Effect::Map(page, rights) => {
                     self.copy(node, page).mapped = rights;
@@ -402,7 +381,8 @@ impl Cluster {
                 Effect::MapZeroes(first, count) => {
                     for page in (first.0..first.0 + u64::from(count)).map(Page) {
                         let current = self.untouched[page.0 as usize];
-                        *self.copy(node, page) = Copy { mapped: Rights::Exclusive, current };
+                        self.take_frame(node, page)?;
+                        *self.copy(node, page) = Copy { mapped: Rights::Exclusive, current, frame: true };
                         self.woken(node, page, seen, &mut again)?;
                     }
                 }
@@ -420,7 +400,10 @@ impl Cluster {
                 }
                 Effect::Unmap(page, _) => {
                     self.copy(node, page).mapped = Rights::None;
-                    seen.push(Seen::Unmapped { node, page });
+                }
+                Effect::Probe(page) => {
+                    self.copy(node, page).mapped = Rights::None;
+                    seen.push(Seen::Probed { node, page });
                 }
                 Effect::Free(page) => {
                     let at_home = self.homes.home(page).index() == node;
@@ -429,6 +412,7 @@ impl Cluster {
                         return Err(Broken::Freed(node, page));
                     }
                     copy.current = false;
+                    self.frames[node] -= usize::from(std::mem::take(&mut self.copy(node, page).frame));
                 }
                 Effect::Hold(page) => self.hold(node, page, seen),
                 Effect::Deferred(page) => seen.push(Seen::Deferred { node, page }),
@@ -440,6 +424,16 @@ impl Cluster {
             self.apply(node, out, false, seen)?;
         }
         Ok(())
+    }
+
+    fn take_frame(&mut self, node: usize, page: Page) -> Result<(), Broken> {
+        if !std::mem::replace(&mut self.copy(node, page).frame, true) {
+            self.frames[node] += 1;
+        }
+        match self.frames[node] > self.budget {
+            true => Err(Broken::OverBudget(node, page)),
+            false => Ok(()),
+        }
     }
 
     /// A mapping changed and who waits for the page is woken: each does its access, or faults again.
@@ -462,34 +456,6 @@ impl Cluster {
             }
         }
         Ok(())
-    }
-
-    /// What a node says of its copy must be true when it says it, or a CPU there could still see or change
-    /// what others think it cannot.
-    fn check_given_up(&self, node: usize, Message { page, kind }: Message) -> Result<(), Broken> {
-        let left = match kind {
-            Kind::Ack | Kind::PutShared | Kind::PutExclusive => Rights::None,
-            Kind::Data { rights: Rights::Exclusive, acks: 0, body: true, .. } => Rights::None,
-            Kind::Data { body: true, .. } | Kind::Writeback { .. } => Rights::Shared,
-            _ => return Ok(()),
-        };
-        match self.mapped(node, page) > left {
-            true => Err(Broken::AnsweredTooEarly(node, page, kind)),
-            false => Ok(()),
-        }
-    }
-
-    fn check_single_writer(&self, page: Page) -> Result<(), Broken> {
-        let (mut writers, mut readers) = (0, 0);
-        for copy in self.of_page(page) {
-            writers += usize::from(copy.mapped == Rights::Exclusive);
-            readers += usize::from(copy.mapped != Rights::None);
-        }
-        match writers {
-            0 => Ok(()),
-            1 if readers == 1 => Ok(()),
-            _ => Err(Broken::TwoWriters(page, writers, readers)),
-        }
     }
 
     /// The access itself, with its rights.
@@ -521,51 +487,6 @@ impl Cluster {
             self.step(step)?;
         }
         self.check_rest()
-    }
-
-    /// If nothing is under way: every access was answered, and the directory is what the nodes have.
-    ///
-    /// # Errors
-    /// What broke.
-    pub fn check_rest(&self) -> Result<(), Broken> {
-        if self.pending().next().is_some() {
-            return Ok(());
-        }
-        for (node, waiting) in self.waiting.iter().enumerate() {
-            if let Some(&(page, _)) = waiting.first() {
-                return Err(Broken::Unanswered(node, page));
-            }
-        }
-        for (n, node) in self.nodes.iter().enumerate() {
-            if !node.is_quiet() {
-                return Err(Broken::NotQuiet(n, node.describe().join("; ")));
-            }
-        }
-        (0..self.pages()).map(Page).try_for_each(|page| self.check_directory(page))
-    }
-
-    fn check_directory(&self, page: Page) -> Result<(), Broken> {
-        let (mut readers, mut writers) = (NodeSet::default(), NodeSet::default());
-        let mut mapped_as_known = true;
-        for (n, copy) in self.of_page(page).iter().enumerate() {
-            let rights = self.nodes[n].rights(page);
-            match rights {
-                Rights::None => {}
-                Rights::Shared => readers.insert(NodeId(n as u16)),
-                Rights::Exclusive => writers.insert(NodeId(n as u16)),
-            }
-            // What came home or was prefetched is mapped without asking anybody.
-            mapped_as_known &= copy.mapped == rights || copy.mapped == Rights::None;
-        }
-        let entry = self.nodes[self.homes.home(page).index()].entry(page);
-        let agrees = match entry {
-            Entry::Exclusive(owner) => writers == [owner].into_iter().collect() && readers.is_empty(),
-            Entry::Shared(set) => readers == set && writers.is_empty(),
-        };
-        match agrees && mapped_as_known {
-            true => Ok(()),
-            false => Err(Broken::Directory(page, entry)),
-        }
     }
 }
 

@@ -525,6 +525,9 @@ impl Core {
                 self.pin_down(page);
                 self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
             }
+            Effect::Probe(page) => {
+                self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
+            }
             Effect::Free(page) => {
                 self.garbage.push(page);
                 if self.garbage.len() >= GARBAGE {

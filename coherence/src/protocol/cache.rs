@@ -9,6 +9,17 @@ use crate::page::Page;
 
 impl Protocol {
     pub(super) fn cache_fault(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+        if !self.is_parked(page, want) {
+            self.fault_now(page, want, false, out);
+        }
+    }
+
+    /// A fault that waited for a frame has one.
+    pub(super) fn admitted_fault(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+        self.fault_now(page, want, true, out);
+    }
+
+    fn fault_now(&mut self, page: Page, want: Rights, admitted: bool, out: &mut Vec<Effect>) {
         if self.transient.get(page).is_none() && self.wait_for_run(page, want) {
             return;
         }
@@ -20,17 +31,23 @@ impl Protocol {
             }
             Some(Transient::Evict { refault }) => *refault = want.max(*refault),
             // A late or spurious event: the right answer is the mapping that should be there.
-            None if rights >= want => out.push(Effect::Map(page, rights)),
+            None if rights >= want => {
+                self.set_idle(page, false);
+                out.push(Effect::Map(page, rights));
+            }
             None => {
                 self.yield_deferred(page, out);
-                self.start_miss(page, want, false, out);
+                if !self.parks(page, want, admitted) {
+                    self.start_miss(page, want, false, out);
+                }
             }
         }
     }
 
     pub(super) fn cache_prefetch(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) -> bool {
         let under_way = self.transient.get(page).is_some() || self.covering_miss(page).is_some();
-        if under_way || self.rights(page) != Rights::None {
+        let crowded = !self.is_home(page) && self.room() <= self.spare();
+        if under_way || crowded || self.rights(page) != Rights::None {
             return false;
         }
         self.start_miss(page, want, true, out);
@@ -41,7 +58,8 @@ impl Protocol {
     fn start_miss(&mut self, page: Page, want: Rights, prefetch: bool, out: &mut Vec<Effect>) {
         let home = self.homes.home(page);
         let run = if self.rights(page) == Rights::None && home != self.me && !prefetch {
-            self.run_to_ask(page, home)
+            let room = self.room().saturating_sub(1);
+            self.run_to_ask(page, home).min(room.min(usize::from(MAX_RUN)) as u8)
         } else {
             0
         };
@@ -123,11 +141,12 @@ impl Protocol {
         let (run_faults, run_writes, prefetch) = (miss.run_faults, miss.run_writes, miss.prefetch);
         self.transient.remove(page);
         match self.rights(page) {
-            Rights::Shared => out.push(Effect::Unprotect(page)),
+            Rights::Shared if !self.is_idle(page) => out.push(Effect::Unprotect(page)),
             _ if prefetch => {}
             _ => out.push(Effect::Map(page, want)),
         }
         self.set_local(page, want, true);
+        self.set_idle(page, prefetch);
         out.push(Effect::Hold(page));
         if let Some(demand) = deferred {
             self.deferred.insert(page, demand);
@@ -192,7 +211,9 @@ impl Protocol {
             if !self.makes(Mistake::KeepWriting) {
                 out.push(Effect::Protect(page));
             }
+            let idle = self.is_idle(page);
             self.set_local(page, Rights::Shared, false);
+            self.set_idle(page, idle);
         } else if self.makes(Mistake::AckBeforeUnmap) {
             self.answer(page, demand, true, out);
             out.push(Effect::Unmap(page, self.rights(page)));
@@ -240,8 +261,7 @@ impl Protocol {
     }
 
     pub(super) fn cache_release(&mut self, page: Page, out: &mut Vec<Effect>) {
-        let local = self.local.get(page);
-        self.local.set(page, Local(local.0 & !Local::HELD));
+        self.set_bits(page, self.bits(page) & !Local::HELD);
         if self.makes(Mistake::ForgetDeferred) {
             self.deferred.remove(page);
         }
@@ -268,9 +288,11 @@ impl Protocol {
             return Err("it acknowledged an eviction that nobody asked for".into());
         };
         self.transient.remove(page);
-        out.push(Effect::Free(page));
+        if !self.makes(Mistake::KeepFrame) {
+            out.push(Effect::Free(page));
+        }
         if refault != Rights::None && !self.makes(Mistake::ForgetRefault) {
-            self.start_miss(page, refault, false, out);
+            self.cache_fault(page, refault, out);
         }
         Ok(())
     }

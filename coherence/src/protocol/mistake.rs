@@ -43,12 +43,18 @@ pub enum Mistake {
     RunIntoGivenPages,
     /// A page of a run that the answer did not bring is not asked for, though a fault waits for it.
     ForgetRestOfRun,
+    /// A page that was given back keeps its frame.
+    KeepFrame,
+    /// A fault does not wait for a frame.
+    IgnoreBudget,
+    /// A fault that waited for a frame is forgotten.
+    ForgetParked,
 }
 
 impl Mistake {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Mistake; 19] = [
+    pub const ALL: [Mistake; 22] = [
         Mistake::DropAck,
         Mistake::AckBeforeUnmap,
         Mistake::AckTheHome,
@@ -68,6 +74,9 @@ impl Mistake {
         Mistake::FreeSharedFrame,
         Mistake::RunIntoGivenPages,
         Mistake::ForgetRestOfRun,
+        Mistake::KeepFrame,
+        Mistake::IgnoreBudget,
+        Mistake::ForgetParked,
     ];
 }
 

@@ -39,14 +39,21 @@
 //! wait for the answer, and ask for themselves if it does not bring their page. Only the home grants a run,
 //! in its own answer, so that whatever it says of these pages later comes after the grant.
 //!
+//! # Memory
+//! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home.
+//!
 //! A page that was just won is *held*: Invalidate and Forward wait until the caller [`release`]s it, so
 //! that the instruction that needed it can retire.
 //!
 //! [`release`]: Protocol::release
 
+mod budget;
 mod cache;
+mod copies;
 mod home;
 mod message;
+#[cfg(test)]
+mod metadata;
 mod mistake;
 mod runs;
 mod state;
@@ -54,10 +61,14 @@ mod state;
 mod tests;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use fabric::NodeId;
 
+use self::budget::Budget;
+pub use self::budget::Eviction;
+use self::copies::Copies;
 pub use self::message::{Body, Head, Kind, MAX_RUN, Message};
 #[cfg(test)]
 pub(crate) use self::mistake::Mistake;
@@ -106,6 +117,9 @@ pub enum Effect {
     /// Unmap the page, which had these rights, from the guest view; its frame stays. Nobody can access it
     /// when this is done.
     Unmap(Page, Rights),
+    /// Unmap the page from the guest view to see whether it is used: its copy stays, and the next touch is a
+    /// fault.
+    Probe(Page),
     /// The frame's content is of no use any more; give its memory back (never at the home).
     Free(Page),
     /// A page was won: call [`Protocol::release`] after it could be used.
@@ -204,13 +218,17 @@ struct Busy {
 }
 
 /// The cache's side of a page, packed: rights, and whether the page is held.
+///
+/// Of pages at home and of others, the fourth bit says different things, since only others need a frame.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Local(u8);
 
 impl Local {
     const HELD: u8 = 4;
-    /// Set once the page's rights differ from what they were at power-on.
+    /// At home: set once the page's rights differ from what they were at power-on.
     const KNOWN: u8 = 8;
+    /// Of others: here but not mapped, to see whether it is used.
+    const IDLE: u8 = 8;
 }
 
 /// The protocol of one shard at one node.
@@ -218,7 +236,13 @@ impl Local {
 pub struct Protocol {
     me: NodeId,
     homes: Arc<Homes>,
+    /// Pages of which this node is the home.
+    own: Range<u64>,
+    /// The cache's side of these.
     local: Table<Local>,
+    /// The cache's side of all others.
+    copies: Copies,
+    budget: Budget,
     transient: PageMap<Transient>,
     deferred: PageMap<Demand>,
     directory: Directory,
@@ -237,8 +261,11 @@ impl Protocol {
     pub fn new(me: NodeId, homes: Arc<Homes>, chunk_pages: u64, runs: RunPolicy) -> Protocol {
         Protocol {
             me,
+            own: homes.range(me),
             homes,
             local: Table::new(chunk_pages),
+            copies: Copies::default(),
+            budget: Budget::NONE,
             transient: PageMap::default(),
             deferred: PageMap::default(),
             directory: Directory::new(me, chunk_pages),
@@ -257,7 +284,7 @@ impl Protocol {
     pub fn fault(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) {
         self.cache_fault(page, if write { Rights::Exclusive } else { Rights::Shared }, out);
         // What this node says to itself is never malformed.
-        let own = self.run_loopback(out);
+        let own = self.finish(out);
         debug_assert_eq!(own, Ok(()));
     }
 
@@ -267,7 +294,7 @@ impl Protocol {
     pub fn prefetch(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) -> bool {
         let want = if write { Rights::Exclusive } else { Rights::Shared };
         let asked = self.cache_prefetch(page, want, out);
-        let own = self.run_loopback(out);
+        let own = self.finish(out);
         debug_assert_eq!(own, Ok(()));
         asked
     }
@@ -288,7 +315,7 @@ impl Protocol {
         out: &mut Vec<Effect>,
     ) -> Result<(), Violation> {
         self.dispatch(from, message, zeroes, out)?;
-        self.run_loopback(out)
+        self.finish(out)
     }
 
     /// For a Get from a peer: how many pages, from the message's page on, never left this home and could go
@@ -301,16 +328,15 @@ impl Protocol {
     /// Holds a page that is here once more, as if it had just been won: it was asked for ahead of its need, and
     /// is needed now. [`Protocol::release`] must follow.
     pub fn hold(&mut self, page: Page) {
-        let local = self.local.get(page);
         if self.rights(page) != Rights::None {
-            self.local.set(page, Local(local.0 | Local::HELD));
+            self.set_bits(page, self.bits(page) | Local::HELD);
         }
     }
 
     /// The time for which a won page is held is over.
     pub fn release(&mut self, page: Page, out: &mut Vec<Effect>) {
         self.cache_release(page, out);
-        let own = self.run_loopback(out);
+        let own = self.finish(out);
         debug_assert_eq!(own, Ok(()));
     }
 
@@ -318,19 +344,16 @@ impl Protocol {
     /// home, not here, held, or already under way.
     pub fn evict(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {
         let evicted = self.cache_evict(page, out);
-        let own = self.run_loopback(out);
+        let own = self.finish(out);
         debug_assert_eq!(own, Ok(()));
         evicted
     }
 
     /// What this node's guest view may do with a page now.
     pub fn rights(&self, page: Page) -> Rights {
-        let local = self.local.get(page);
-        match local.0 & 3 {
-            _ if local.0 & Local::KNOWN == 0 => match self.homes.home(page) == self.me {
-                true => Rights::Exclusive,
-                false => Rights::None,
-            },
+        let bits = self.bits(page);
+        match bits & 3 {
+            _ if self.is_home(page) && bits & Local::KNOWN == 0 => Rights::Exclusive,
             0 => Rights::None,
             1 => Rights::Shared,
             _ => Rights::Exclusive,
@@ -339,7 +362,7 @@ impl Protocol {
 
     /// Whether the page is held.
     pub fn held(&self, page: Page) -> bool {
-        self.local.get(page).0 & Local::HELD != 0
+        self.bits(page) & Local::HELD != 0
     }
 
     /// The home's knowledge of a page; only at its home.
@@ -349,7 +372,10 @@ impl Protocol {
 
     /// Whether nothing is under way here.
     pub fn is_quiet(&self) -> bool {
-        self.transient.is_empty() && self.busy.is_empty() && self.deferred.is_empty()
+        self.transient.is_empty()
+            && self.busy.is_empty()
+            && self.deferred.is_empty()
+            && self.parked().next().is_none()
     }
 
     /// Whether something is under way on the page here.
@@ -362,7 +388,7 @@ impl Protocol {
         match self.transient.get(page) {
             Some(Transient::Miss(_)) => true,
             Some(Transient::Evict { refault }) => *refault != Rights::None,
-            None => self.covering_miss(page).is_some(),
+            None => self.covering_miss(page).is_some() || self.parked().any(|parked| parked == page),
         }
     }
 
@@ -373,7 +399,7 @@ impl Protocol {
 
     /// Bytes of state: directory and rights.
     pub fn metadata_bytes(&self) -> usize {
-        self.local.bytes() + self.directory.bytes()
+        self.local.bytes() + self.copies.bytes() + self.directory.bytes()
     }
 
     /// One line for every page on which something is under way, for the failure dump.
@@ -385,6 +411,7 @@ impl Protocol {
         for (page, d) in self.deferred.iter() {
             lines.push(format!("page {:#x}: held, deferred {:?}", page.0, d));
         }
+        lines.extend(self.parked().map(|page| format!("page {:#x}: waits for a frame", page.0)));
         for (page, b) in self.busy.iter() {
             lines.push(format!("page {:#x}: home busy, {:?}, {:?}", page.0, self.entry(page), b));
         }
@@ -393,7 +420,37 @@ impl Protocol {
 
     fn set_local(&mut self, page: Page, rights: Rights, held: bool) {
         let held = if held { Local::HELD } else { 0 };
-        self.local.set(page, Local(rights as u8 | held | Local::KNOWN));
+        let known = if self.is_home(page) { Local::KNOWN } else { 0 };
+        self.set_bits(page, rights as u8 | held | known);
+    }
+
+    /// Whether this node is the page's home.
+    fn is_home(&self, page: Page) -> bool {
+        self.own.contains(&page.0)
+    }
+
+    fn bits(&self, page: Page) -> u8 {
+        if self.is_home(page) { self.local.get(page).0 } else { self.copies.get(page) }
+    }
+
+    fn set_bits(&mut self, page: Page, bits: u8) {
+        if self.is_home(page) {
+            self.local.set(page, Local(bits));
+        } else {
+            self.copies.set(page, bits);
+        }
+    }
+
+    /// Whether the page, of another home, is here and not mapped.
+    fn is_idle(&self, page: Page) -> bool {
+        !self.is_home(page) && self.bits(page) & Local::IDLE != 0
+    }
+
+    fn set_idle(&mut self, page: Page, idle: bool) {
+        if !self.is_home(page) {
+            let bits = self.bits(page) & !Local::IDLE;
+            self.set_bits(page, if idle { bits | Local::IDLE } else { bits });
+        }
     }
 
     fn send(&mut self, to: NodeId, page: Page, kind: Kind, out: &mut Vec<Effect>) {
@@ -405,10 +462,13 @@ impl Protocol {
         }
     }
 
-    fn run_loopback(&mut self, out: &mut Vec<Effect>) -> Result<(), Violation> {
+    /// Ends an input: messages to this node itself, and the budget.
+    fn finish(&mut self, out: &mut Vec<Effect>) -> Result<(), Violation> {
         while let Some(message) = self.loopback.pop_front() {
             self.dispatch(self.me, message, 0, out)?;
         }
+        // Pages at home need no frame, so this sends nothing to this node itself.
+        self.balance(out);
         Ok(())
     }
 

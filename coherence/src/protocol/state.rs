@@ -6,7 +6,8 @@ use std::hash::Hash;
 
 use fabric::NodeId;
 
-use crate::node_set::NodeSet;
+use super::copies::tree_bytes;
+use crate::node_set::{MAX_NODES, NodeSet};
 use crate::page::Page;
 
 /// One value a page, in chunks that exist only where a value was ever set.
@@ -132,8 +133,9 @@ pub enum Entry {
 
 /// The home's side of all pages: an [`Entry`] each, packed in eight bytes.
 ///
-/// `0` is a page that never left its home. Else the two lowest bits say what the rest is: `1` the owner's
-/// id, `2` a bit for each sharer below 62, `3` a set with larger ids, kept aside.
+/// `0` is a page that is at its home only. Else the two lowest bits say what the rest is: `1` the owner's
+/// id, `2` a bit for each sharer below 62, `3` up to six sharers by id, and
+/// whether the home is one too, or, with a count of seven, more than that, kept aside.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Directory {
     home: NodeId,
@@ -154,7 +156,8 @@ impl Directory {
             0 => Entry::Exclusive(self.home),
             1 => Entry::Exclusive(NodeId((word >> 2) as u16)),
             2 => Entry::Shared(NodeSet::from(word >> 2)),
-            _ => Entry::Shared(NodeSet::from_words(self.large[&page])),
+            _ if word >> 2 & COUNT == ASIDE => Entry::Shared(NodeSet::from_words(self.large[&page])),
+            _ => Entry::Shared(ids(word).chain((word & HOME_TOO != 0).then_some(self.home)).collect()),
         }
     }
 
@@ -165,7 +168,7 @@ impl Directory {
 
     /// Notes what is now known of a page.
     pub fn set(&mut self, page: Page, entry: Entry) {
-        if self.packed.get(page) & 3 == 3 {
+        if self.packed.get(page) & 31 == ASIDE << 2 | 3 {
             self.large.remove(&page);
         }
         let word = match entry {
@@ -173,24 +176,87 @@ impl Directory {
             Entry::Exclusive(owner) => u64::from(owner.0) << 2 | 1,
             Entry::Shared(set) => match set.small().filter(|word| word >> 62 == 0) {
                 Some(word) => word << 2 | 2,
+                None if set.len() - usize::from(set.contains(self.home)) <= MOST_IDS => self.list(set),
                 None => {
                     self.large.insert(page, set.words());
-                    3
+                    ASIDE << 2 | 3
                 }
             },
         };
         self.packed.set(page, word);
     }
 
+    fn list(&self, mut set: NodeSet) -> u64 {
+        let home = if set.remove(self.home) { HOME_TOO } else { 0 };
+        let ids = set.iter().enumerate();
+        ids.fold(3 | (set.len() as u64) << 2 | home, |word, (i, id)| {
+            word | u64::from(id.0) << (FIRST_ID + ID_BITS * i)
+        })
+    }
+
     /// Bytes that the directory takes.
     pub fn bytes(&self) -> usize {
-        self.packed.bytes() + self.large.len() * size_of::<(Page, [u64; 8])>()
+        self.packed.bytes() + tree_bytes(self.large.len(), size_of::<(Page, [u64; 8])>())
     }
+}
+
+/// Bits of a sharer's id in an entry; enough for [`crate::node_set::MAX_NODES`].
+const ID_BITS: usize = 9;
+
+/// Sharers whose ids fit in an entry.
+const MOST_IDS: usize = 6;
+
+/// The bits that count them.
+const COUNT: u64 = 7;
+
+/// The count that says that there are more.
+const ASIDE: u64 = 7;
+
+/// Set if the home has a copy as well.
+const HOME_TOO: u64 = 1 << 5;
+
+/// Where the ids begin.
+const FIRST_ID: usize = 6;
+
+const _: () =
+    assert!(FIRST_ID + ID_BITS * MOST_IDS <= 64 && MAX_NODES <= 1 << ID_BITS && MOST_IDS < ASIDE as usize);
+
+/// The sharers of an entry that lists them.
+fn ids(word: u64) -> impl Iterator<Item = NodeId> {
+    let id = move |i| word >> (FIRST_ID as u64 + ID_BITS as u64 * i) & ((1 << ID_BITS) - 1);
+    (0..word >> 2 & COUNT).map(move |i| NodeId(id(i) as u16))
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn entries_read_back_and_leave_their_neighbours_alone(
+            sets in proptest::collection::vec(
+                (0u64..4, proptest::collection::vec(0u16..MAX_NODES as u16, 0..12), any::<bool>()), 1..40)
+        ) {
+            let mut dir = Directory::new(NodeId(1), 4);
+            let mut plain = [Entry::Exclusive(NodeId(1)); 4];
+            for (page, ids, low) in sets {
+                let entry = match ids[..] {
+                    [owner] => Entry::Exclusive(NodeId(owner)),
+                    _ => Entry::Shared(ids.iter().map(|id| NodeId(if low { id % 62 } else { *id })).collect()),
+                };
+                dir.set(Page(page), entry);
+                plain[page as usize] = entry;
+                for (page, entry) in (0..).zip(plain) {
+                    prop_assert_eq!(dir.get(Page(page)), entry);
+                }
+            }
+            let aside = |entry: &&Entry| matches!(entry, Entry::Shared(set) if set.iter().filter(|id| id.0 != 1).count() > MOST_IDS
+                && set.iter().any(|id| id.0 >= 62));
+            prop_assert_eq!(dir.large.len(), plain.iter().filter(aside).count());
+        }
+    }
 
     #[test]
     fn an_entry_reads_back_whatever_its_sharers() {

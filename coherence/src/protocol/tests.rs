@@ -31,11 +31,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
     fn any_schedule_keeps_single_writer_last_write_and_an_exact_directory(
-        nodes in 1usize..6, pages in 1u64..8, first in 0u8..4, most in 0u8..6, ops in ops()
+        nodes in 1usize..6, pages in 1u64..8, first in 0u8..4, most in 0u8..6, frames in 1usize..9,
+        random: bool, ops in ops()
     ) {
         let share = |n| pages / nodes as u64 + u64::from((n as u64) < pages % nodes as u64);
         let homes = Homes::new((0..nodes).map(share));
-        let mut cluster = Cluster::with_homes(homes, RunPolicy { first, most });
+        let eviction = if random { Eviction::Random(1) } else { Eviction::Clock };
+        let mut cluster = Cluster::with_homes(homes, RunPolicy { first, most }).with_budget(frames, eviction);
         for op in ops {
             let step = match op {
                 Op::Access(n, p, write) => Step::Access { node: n % nodes, page: Page(p % pages), write },

@@ -20,6 +20,8 @@ mod report;
 mod workload;
 mod world;
 
+use crate::protocol::Eviction;
+
 pub use self::random::{Random, Zipf};
 pub use self::report::{Failure, Report, Told};
 use self::world::World;
@@ -41,7 +43,11 @@ pub struct Config {
     pub writes: u16,
     /// Accesses to the node's own memory; the others go where everybody goes.
     pub locality: u16,
-    /// Accesses after which a node evicts a page.
+    /// Copies of other nodes' pages for which a node has memory.
+    pub copies: usize,
+    /// Which of them go when there are too many.
+    pub eviction: Eviction,
+    /// Accesses after which a node evicts one more.
     pub evictions: u16,
     /// Accesses after which a node prefetches a page.
     pub prefetches: u16,
@@ -68,7 +74,9 @@ impl Config {
             ops,
             writes: 300,
             locality: 500,
-            evictions: 30,
+            copies: 64,
+            eviction: Eviction::Clock,
+            evictions: 3,
             prefetches: 10,
             slow_nodes: 30,
             delay: 8_000,

@@ -35,3 +35,33 @@ fn a_failure_names_its_seed_and_its_seed_fails_the_same_way_again() {
 fn five_hundred_and_twelve_nodes_keep_their_promises() {
     run(&Config { pages_per_node: 16, cpus: 1, ..Config::new(512, 20_000, 3) }).unwrap();
 }
+
+/// Accesses that find no copy, and those that find one that was only unmapped, out of a thousand.
+fn misses(copies: usize, eviction: Eviction) -> (u64, u64) {
+    let config = Config {
+        copies,
+        eviction,
+        evictions: 0,
+        prefetches: 0,
+        writes: 5,
+        locality: 0,
+        slow_nodes: 0,
+        ..Config::new(8, 100_000, 11)
+    };
+    let report = run(&config).unwrap();
+    let of = |n| n * 1000 / report.ops;
+    (of(report.ops - report.hits - report.soft), of(report.soft))
+}
+
+#[test]
+fn the_clock_keeps_what_is_used_better_than_chance_does() {
+    println!("8 nodes x 512 pages, Zipf; out of 1000 accesses");
+    println!("| copies | random: misses | clock: misses | clock: remapped |");
+    println!("|---|---|---|---|");
+    for copies in [64, 128, 256, 512, 1024, 2048] {
+        let ((random, _), (clock, remapped)) =
+            (misses(copies, Eviction::Random(1)), misses(copies, Eviction::Clock));
+        println!("| {copies} | {random} | {clock} | {remapped} |");
+        assert!(clock < random, "with memory for {copies} copies");
+    }
+}

@@ -11,7 +11,7 @@ use super::report::{Failure, Report, Told};
 use super::workload::{Access, Workload};
 use crate::cluster::{Broken, Cluster, Seen, Step};
 use crate::page::{Homes, Page};
-use crate::protocol::{Rights, RunPolicy};
+use crate::protocol::{Kind, Rights, RunPolicy};
 
 /// Steps that are remembered, to say how a failure came about.
 const HISTORY: usize = 1 << 16;
@@ -76,7 +76,8 @@ impl World {
         let idle = Access { page: Page(0), write: false, think: 0 };
         World {
             config: config.clone(),
-            cluster: Cluster::with_homes(homes, RunPolicy::default()),
+            cluster: Cluster::with_homes(homes, RunPolicy::default())
+                .with_budget(config.copies, config.eviction),
             workload,
             now: 0,
             planned: BinaryHeap::new(),
@@ -191,9 +192,6 @@ impl World {
         for &what in &seen {
             self.note(what)?;
         }
-        if let Step::Evict { .. } = step {
-            self.report.evictions += u64::from(!seen.is_empty());
-        }
         seen.clear();
         self.seen = seen;
         Ok(())
@@ -204,6 +202,7 @@ impl World {
         match seen {
             Seen::Sent { from, to, kind } => {
                 self.report.messages[usize::from(kind.code())] += 1;
+                self.report.evictions += u64::from(matches!(kind, Kind::PutShared | Kind::PutExclusive));
                 let lane = from.index() * self.config.nodes + to.index();
                 let time = (self.now + self.delay(from.index(), to.index())).max(self.lanes[lane] + 1);
                 self.lanes[lane] = time;
@@ -226,7 +225,7 @@ impl World {
                 }
             }
             Seen::Deferred { .. } => self.report.deferred += 1,
-            Seen::Unmapped { .. } => {}
+            Seen::Probed { .. } => self.report.probes += 1,
         }
         Ok(())
     }
