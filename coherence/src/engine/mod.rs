@@ -4,10 +4,11 @@
 //! lock: faults of different shards meet different threads, faults of one shard are batched. Between
 //! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
-//! need next.
+//! need next; messages that can leave together do (`outbox`).
 
 mod ahead;
 pub mod chains;
+mod outbox;
 mod recall;
 mod shard;
 

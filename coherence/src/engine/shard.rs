@@ -13,15 +13,15 @@ use fabric::{LaneId, NodeId, Receiver, Transport};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
-use zerocopy::IntoBytes;
 
 use super::ahead::{ReadAhead, Window};
 use super::chains::{Chain, Chains};
+use super::outbox::Outbox;
 use super::recall::Recall;
 use super::{EngineConfig, EngineError, recall};
 use crate::memory::DualMemory;
 use crate::page::{PAGE_SIZE, Page, Shards};
-use crate::protocol::{Body, Effect, Head, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
+use crate::protocol::{Body, Effect, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
 use crate::uffd::{Fault, Mode, Uffd};
 
@@ -33,9 +33,6 @@ pub enum Request {
 
 /// Frames whose pages went away, kept this many at most before they are given back to the host.
 const GARBAGE: usize = 4096;
-
-/// Messages that are sent together, at most.
-const OUTBOX: usize = 16;
 
 /// The longest sleep, so that a stuck fault is noticed.
 const TICK: Duration = Duration::from_secs(1);
@@ -76,10 +73,7 @@ struct Core {
     /// Pages that were recalled and not touched yet, and with which page.
     ahead: PageMap<Page>,
     garbage: Vec<Page>,
-    /// Messages to one node that are sent together, by [`Core::flush`].
-    outbox: Vec<(NodeId, Message)>,
-    /// Whether more messages may follow at once, so that the outbox may wait for them.
-    gathering: bool,
+    outbox: Outbox,
 }
 
 /// A page that was won, and for which chain of faults.
@@ -146,8 +140,7 @@ impl Shard {
             recalled: Vec::with_capacity(64),
             ahead: PageMap::default(),
             garbage: Vec::with_capacity(GARBAGE),
-            outbox: Vec::with_capacity(OUTBOX),
-            gathering: false,
+            outbox: Outbox::default(),
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
     }
@@ -198,13 +191,13 @@ impl Shard {
         // First: a demand for a page whose hold is over must not wait.
         let released = core.release_due()?;
         let mut result = Ok(());
-        core.gathering = true;
+        core.outbox.gathering = true;
         let frames = self.receiver.poll(&mut |from, frame| {
             if result.is_ok() {
                 result = core.receive(from, frame);
             }
         });
-        core.gathering = false;
+        core.outbox.gathering = false;
         result?;
         core.flush()?;
         let frames = frames?;
@@ -308,9 +301,9 @@ impl Core {
                 }
             }
         }
-        let gathering = std::mem::replace(&mut self.gathering, true);
+        let gathering = std::mem::replace(&mut self.outbox.gathering, true);
         let done = self.apply(Body::Absent);
-        self.gathering = gathering;
+        self.outbox.gathering = gathering;
         done?;
         self.flush()
     }
@@ -557,59 +550,27 @@ impl Core {
         }
     }
 
-    /// Sends a message, now or, if it is one of those that come in numbers, with those that follow.
     fn send(&mut self, to: NodeId, message: Message) -> Result<(), EngineError> {
         ShardStats::count(&self.stats.messages_sent);
         trace::event(Event::Send, message.page.0, u64::from(message.kind.code()) << 16 | u64::from(to.0));
-        let zero = message.kind.has_body() && is_zero(self.frame(message.page));
-        if zero {
-            ShardStats::count(&self.stats.zero_pages_sent);
-        } else if message.kind.has_body() {
-            ShardStats::count(&self.stats.pages_sent);
+        let mut zero = false;
+        if message.kind.has_body() {
+            // SAFETY: the protocol sends bytes only of pages that it has unmapped or protected here, or that only
+            // this shard's engine view holds.
+            zero = is_zero(unsafe { self.memory.frame(message.page) });
+            ShardStats::count(if zero { &self.stats.zero_pages_sent } else { &self.stats.pages_sent });
         }
-        let many = match message.kind {
-            Kind::GetShared { .. } => true,
-            kind => kind.has_body() && !zero,
-        };
-        let fits = self.outbox.len() < OUTBOX && self.outbox.iter().all(|(peer, _)| *peer == to);
-        if !many || !fits {
-            self.flush()?;
-        }
-        if !many {
-            self.transport.send(to, self.lane, &[message.head(zero).as_bytes()])?;
+        // SAFETY: as above, and what could change a page's bytes flushes before.
+        Ok(unsafe { self.outbox.send(to, message, zero, &self.memory, &*self.transport, self.lane) }?)
+    }
+
+    /// Sends what waits for more to follow.
+    fn flush(&mut self) -> Result<(), EngineError> {
+        if self.outbox.is_empty() {
             return Ok(());
         }
-        self.outbox.push((to, message));
-        if self.gathering { Ok(()) } else { self.flush() }
-    }
-
-    /// The page's bytes, to be sent.
-    fn frame(&self, page: Page) -> &[u8; PAGE_SIZE] {
-        // SAFETY: the protocol sends bytes only of pages that it has unmapped or protected here, or that only
-        // this shard's engine view holds; what would change that sends the outbox first.
-        unsafe { self.memory.frame(page) }
-    }
-
-    /// Sends what waits in the outbox.
-    fn flush(&mut self) -> Result<(), EngineError> {
-        let Some(&(to, first)) = self.outbox.first() else { return Ok(()) };
-        let body = |message: &Message| match message.kind.has_body() {
-            true => &self.frame(message.page)[..],
-            false => &[],
-        };
-        if self.outbox.len() == 1 {
-            self.transport.send(to, self.lane, &[first.head(false).as_bytes(), body(&first)])?;
-        } else {
-            let heads: Vec<Head> = self.outbox.iter().map(|(_, message)| message.head(false)).collect();
-            let frames: Vec<[&[u8]; 2]> = heads
-                .iter()
-                .zip(&self.outbox)
-                .map(|(head, (_, message))| [head.as_bytes(), body(message)])
-                .collect();
-            self.transport.send_all(to, self.lane, &frames)?;
-        }
-        self.outbox.clear();
-        Ok(())
+        // SAFETY: as in `send`.
+        Ok(unsafe { self.outbox.flush(&self.memory, &*self.transport, self.lane) }?)
     }
 
     fn finish_miss(&mut self, page: Page) {

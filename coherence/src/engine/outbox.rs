@@ -1,0 +1,199 @@
+//! Messages that leave together.
+//!
+//! While a shard works through what has arrived, its answers wait here, and those for one node then take one
+//! system call, and wake its shard once: the pages of a reader's window, the grant of an upgrade and the home's
+//! own acknowledgement. Demands on third nodes do not wait: these have work to do before the requester can go on.
+//!
+//! Messages to one node leave in the order in which they were sent; the shard's lane promises that.
+
+use fabric::{FabricError, LaneId, NodeId, Transport};
+use zerocopy::IntoBytes;
+
+use crate::memory::DualMemory;
+use crate::protocol::{Head, Kind, Message};
+
+/// Messages that wait, at most.
+const MOST: usize = 16;
+
+#[derive(Copy, Clone)]
+struct Waiting {
+    to: NodeId,
+    message: Message,
+    /// The body is all zeroes and is left out.
+    zero: bool,
+}
+
+/// The messages that wait. What is sent of a page is what is in its frame at the flush: until then nobody may
+/// change it.
+#[derive(Default)]
+pub struct Outbox {
+    waiting: Vec<Waiting>,
+    /// Whether more messages may follow at once.
+    pub gathering: bool,
+}
+
+impl Outbox {
+    /// Sends the message, or keeps it for the next [`Outbox::flush`].
+    ///
+    /// # Safety
+    /// The frames of messages with bytes must satisfy [`DualMemory::frame`] until the flush.
+    pub unsafe fn send(
+        &mut self,
+        to: NodeId,
+        message: Message,
+        zero: bool,
+        memory: &DualMemory,
+        transport: &dyn Transport,
+        lane: LaneId,
+    ) -> Result<(), FabricError> {
+        let demand = matches!(
+            message.kind,
+            Kind::Invalidate { .. } | Kind::ForwardShared { .. } | Kind::ForwardExclusive { .. }
+        );
+        let may_wait = self.gathering && !demand;
+        let follows = self.waiting.iter().any(|waiting| waiting.to == to);
+        if self.waiting.len() >= MOST || (follows && !may_wait) {
+            // SAFETY: the caller's promise, for the messages that wait.
+            unsafe { self.flush(memory, transport, lane) }?;
+        }
+        let waiting = Waiting { to, message, zero };
+        if may_wait {
+            self.waiting.push(waiting);
+            return Ok(());
+        }
+        // SAFETY: the caller's promise, for this message.
+        let body = unsafe { waiting.body(memory) };
+        transport.send(to, lane, &[message.head(zero).as_bytes(), body])
+    }
+
+    /// Sends what waits.
+    ///
+    /// # Safety
+    /// As [`Outbox::send`].
+    pub unsafe fn flush(
+        &mut self,
+        memory: &DualMemory,
+        transport: &dyn Transport,
+        lane: LaneId,
+    ) -> Result<(), FabricError> {
+        while let Some(&Waiting { to, .. }) = self.waiting.first() {
+            let together = self.waiting.iter().filter(|waiting| waiting.to == to);
+            let heads: Vec<Head> = together.clone().map(|w| w.message.head(w.zero)).collect();
+            let frames: Vec<[&[u8]; 2]> = heads
+                .iter()
+                .zip(together)
+                // SAFETY: the caller's promise.
+                .map(|(head, waiting)| [head.as_bytes(), unsafe { waiting.body(memory) }])
+                .collect();
+            match frames.as_slice() {
+                [frame] => transport.send(to, lane, frame)?,
+                frames => transport.send_all(to, lane, frames)?,
+            }
+            self.waiting.retain(|waiting| waiting.to != to);
+        }
+        Ok(())
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+}
+
+impl Waiting {
+    /// # Safety
+    /// As [`DualMemory::frame`], if the message has bytes.
+    unsafe fn body<'a>(&self, memory: &'a DualMemory) -> &'a [u8] {
+        match self.message.kind.has_body() && !self.zero {
+            // SAFETY: the caller's promise.
+            true => unsafe { memory.frame(self.message.page) },
+            false => &[],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use fabric::{Receiver, TransportStats};
+
+    use super::*;
+    use crate::page::{PAGE_SIZE, Page};
+    use crate::protocol::Rights;
+
+    /// Notes each call: to whom, and how long its frames are.
+    #[derive(Default)]
+    struct Notes(Mutex<Vec<(u16, Vec<usize>)>>);
+
+    impl Transport for Notes {
+        fn node(&self) -> NodeId {
+            NodeId(0)
+        }
+        fn nodes(&self) -> usize {
+            9
+        }
+        fn lanes(&self) -> usize {
+            1
+        }
+        fn send(&self, to: NodeId, _: LaneId, parts: &[&[u8]]) -> Result<(), FabricError> {
+            self.0.lock().unwrap().push((to.0, vec![parts.iter().map(|part| part.len()).sum()]));
+            Ok(())
+        }
+        fn send_all(&self, to: NodeId, _: LaneId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
+            let lengths = frames.iter().map(|frame| frame[0].len() + frame[1].len()).collect();
+            self.0.lock().unwrap().push((to.0, lengths));
+            Ok(())
+        }
+        fn take_receiver(&self, _: LaneId) -> Option<Box<dyn Receiver>> {
+            None
+        }
+        fn stats(&self) -> TransportStats {
+            TransportStats::default()
+        }
+    }
+
+    const DATA: Kind = Kind::Data { rights: Rights::Shared, acks: 0, body: true, run: 0 };
+
+    fn sent(gathering: bool, messages: &[(u16, Kind)]) -> Vec<(u16, Vec<usize>)> {
+        let (notes, memory) = (Notes::default(), DualMemory::new(4).unwrap());
+        let mut outbox = Outbox { gathering, ..Outbox::default() };
+        for &(to, kind) in messages {
+            let message = Message { page: Page(1), kind };
+            // SAFETY: nobody else uses the memory.
+            unsafe { outbox.send(NodeId(to), message, false, &memory, &notes, 0) }.unwrap();
+        }
+        // SAFETY: as above.
+        unsafe { outbox.flush(&memory, &notes, 0) }.unwrap();
+        assert!(outbox.is_empty());
+        notes.0.into_inner().unwrap()
+    }
+
+    #[test]
+    fn answers_to_one_node_leave_together_and_demands_before_them() {
+        let invalidate = Kind::Invalidate { requester: NodeId(1) };
+        let messages = [(1, DATA), (2, invalidate), (3, invalidate), (1, Kind::Ack)];
+        assert_eq!(sent(true, &messages), [(2, vec![16]), (3, vec![16]), (1, vec![16 + PAGE_SIZE, 16])]);
+    }
+
+    #[test]
+    fn a_demand_does_not_pass_what_was_sent_to_the_same_node_before() {
+        let demand = Kind::ForwardShared { requester: NodeId(2) };
+        let messages = [(1, Kind::Ack), (2, DATA), (1, demand), (1, DATA)];
+        assert_eq!(
+            sent(true, &messages),
+            [(1, vec![16]), (2, vec![16 + PAGE_SIZE]), (1, vec![16]), (1, vec![16 + PAGE_SIZE])]
+        );
+    }
+
+    #[test]
+    fn nothing_waits_where_nothing_follows() {
+        assert_eq!(sent(false, &[(1, Kind::Ack), (1, Kind::Ack)]), [(1, vec![16]), (1, vec![16])]);
+    }
+
+    #[test]
+    fn only_so_many_wait() {
+        let calls = sent(true, &[(1, Kind::Ack); MOST + 3]);
+        assert_eq!(calls, [(1, vec![16; MOST]), (1, vec![16; 3])]);
+    }
+}
