@@ -74,6 +74,8 @@ struct Core {
     ahead: PageMap<Page>,
     garbage: Vec<Page>,
     outbox: Outbox,
+    /// Pages in a row that are to be mapped read-only, and how many they are.
+    to_map: Option<(Page, u64)>,
 }
 
 /// A page that was won, and for which chain of faults.
@@ -141,6 +143,7 @@ impl Shard {
             ahead: PageMap::default(),
             garbage: Vec::with_capacity(GARBAGE),
             outbox: Outbox::default(),
+            to_map: None,
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
     }
@@ -199,7 +202,7 @@ impl Shard {
         });
         core.outbox.gathering = false;
         result?;
-        core.flush()?;
+        core.settle()?;
         let frames = frames?;
         let faults = core.take_faults()?;
         Ok(frames + faults + released > 0)
@@ -305,7 +308,7 @@ impl Core {
         let done = self.apply(Body::Absent);
         self.outbox.gathering = gathering;
         done?;
-        self.flush()
+        self.settle()
     }
 
     /// Asks for what was needed together with this page before.
@@ -448,14 +451,13 @@ impl Core {
 
     fn carry_out(&mut self, effect: Effect, body: Body<'_>) -> Result<(), EngineError> {
         let failed = |what, page: Page| move |source| EngineError::Page { what, page: page.0, source };
-        if let Effect::Land(_)
-        | Effect::Map(..)
-        | Effect::MapZeroes(..)
-        | Effect::Unprotect(_)
-        | Effect::Free(_) = effect
-        {
+        match effect {
+            Effect::Send { .. } | Effect::Hold(_) | Effect::Deferred(_) | Effect::Map(_, Rights::Shared) => {}
             // The bytes of a page that is to be sent must not change before.
-            self.flush()?;
+            Effect::Land(_) => self.flush()?,
+            // Nor may a page be mapped after it was to lose rights.
+            Effect::Protect(_) | Effect::Unmap(..) | Effect::Probe(_) => self.map_gathered()?,
+            _ => self.settle()?,
         }
         match effect {
             Effect::Send { to, message } => self.send(to, message)?,
@@ -467,6 +469,17 @@ impl Core {
                 // SAFETY: the protocol lands bytes only in pages that are not mapped, and only this shard
                 // writes its pages.
                 unsafe { self.memory.fill(page, bytes) };
+            }
+            Effect::Map(page, Rights::Shared) if self.outbox.gathering => {
+                trace::event(Event::Install, page.0, Rights::Shared as u64);
+                self.finish_miss(page);
+                match &mut self.to_map {
+                    Some((first, count)) if first.0 + *count == page.0 => *count += 1,
+                    _ => {
+                        self.map_gathered()?;
+                        self.to_map = Some((page, 1));
+                    }
+                }
             }
             Effect::Map(page, rights) => {
                 trace::event(Event::Install, page.0, rights as u64);
@@ -562,6 +575,32 @@ impl Core {
         }
         // SAFETY: as above, and what could change a page's bytes flushes before.
         Ok(unsafe { self.outbox.send(to, message, zero, &self.memory, &*self.transport, self.lane) }?)
+    }
+
+    /// Maps and sends what waits for more to follow.
+    fn settle(&mut self) -> Result<(), EngineError> {
+        self.map_gathered()?;
+        self.flush()
+    }
+
+    /// Maps the pages that were to be mapped together: a reader of one of them then finds the others.
+    fn map_gathered(&mut self) -> Result<(), EngineError> {
+        let Some((mut page, mut count)) = self.to_map.take() else { return Ok(()) };
+        let failed = |page: Page| move |source| EngineError::Page { what: "mapping", page: page.0, source };
+        const LEN: u64 = PAGE_SIZE as u64;
+        while count > 0 {
+            let address = self.memory.guest_address(page);
+            let mapped = self.uffd.map(address, count * LEN, true).map_err(failed(page))? / LEN;
+            if mapped < count {
+                // The next was mapped already: only who waited is to be woken.
+                let address = address + mapped * LEN;
+                self.uffd.protect(address, LEN, true).map_err(failed(page))?;
+                self.uffd.wake(address, LEN).map_err(failed(page))?;
+            }
+            let done = (mapped + 1).min(count);
+            (page, count) = (Page(page.0 + done), count - done);
+        }
+        Ok(())
     }
 
     /// Sends what waits for more to follow.
