@@ -55,12 +55,27 @@ static void *watch(void *argument)
 	return NULL;
 }
 
+/* The one test to run; all if NULL. */
+static const char *only;
+
 static int usage(void)
 {
-	fprintf(stderr, "usage: smp-check [--scale X] [--loop SECONDS]\n"
+	fprintf(stderr, "usage: smp-check [--scale X] [--loop SECONDS] [--only TEST]\n"
 			"  --scale X       sizes and times of the tests, above 0; 1 when not given\n"
-			"  --loop SECONDS  repeat all tests until so much time has passed\n");
+			"  --loop SECONDS  repeat all tests until so much time has passed\n"
+			"  --only TEST     run this one:");
+	for (int i = 0; i < TESTS; i++)
+		fprintf(stderr, " %s", tests[i].name);
+	fprintf(stderr, "\n");
 	return 2;
+}
+
+static bool known(const char *name)
+{
+	for (int i = 0; i < TESTS; i++)
+		if (strcmp(tests[i].name, name) == 0)
+			return true;
+	return false;
 }
 
 /* Runs all tests once. Returns how many failed. */
@@ -68,6 +83,8 @@ static int round_of_tests(bool quiet)
 {
 	int failed = 0;
 	for (int i = 0; i < TESTS; i++) {
+		if (only && strcmp(only, tests[i].name) != 0)
+			continue;
 		failure_clear();
 		atomic_store(&running_for, 0);
 		atomic_store(&running, tests[i].name);
@@ -89,6 +106,12 @@ int main(int argc, char **argv)
 	for (int i = 1; i < argc; i++) {
 		char *end = NULL;
 		double *option = NULL;
+		if (strcmp(argv[i], "--only") == 0) {
+			if (++i == argc || !known(argv[i]))
+				return usage();
+			only = argv[i];
+			continue;
+		}
 		if (strcmp(argv[i], "--scale") == 0)
 			option = &scale;
 		else if (strcmp(argv[i], "--loop") == 0)
@@ -126,8 +149,8 @@ int main(int argc, char **argv)
 		rounds++;
 	} while (!failed && now() < end);
 	if (failed)
-		printf("smp-check: FAILED (%d of %d tests, round %d)\n", failed, TESTS, rounds);
+		printf("smp-check: FAILED (%d of %d tests, round %d)\n", failed, only ? 1 : TESTS, rounds);
 	else
-		printf("smp-check: all ok (%d tests, %d rounds)\n", TESTS, rounds);
+		printf("smp-check: all ok (%d tests, %d rounds)\n", only ? 1 : TESTS, rounds);
 	return failed ? 1 : 0;
 }

@@ -7,21 +7,25 @@
 //! *chain*, and what a chain won is kept together:
 //!
 //! ```text
-//!  fault ── map ── fault ── map ── fault ── map │ the thread runs              │ released
-//!  ├──────────── gathering, time g ────────────┤├── at least max(hold, g) ─────┤
+//!  fault ── map ── fault ── map ── fault ── map │ the thread runs               │ released
+//!  ├───────── gathering, n faults ─────────────┤├── max(hold, n round trips) ───┤
 //! ```
 //!
-//! Keeping as long as the gathering took makes a node run at least half of its time, whatever a fault costs
-//! on its hardware; a vCPU that halts keeps nothing. When one page of a chain goes, the others may go as well: the thread has to begin anew, and
-//! keeping them would only keep the other node from getting on. A thread that has waited for one page longer than [`PATIENCE`] keeps nothing for it: two
-//! chains may wait for each other.
+//! Keeping for as long as the gathering takes when nobody is in its way makes a node run about half of its
+//! time, whatever a fault costs on its hardware. (Not for as long as it *took*: that holds the time for which
+//! the other node kept the pages, and the two would drive each other up.) A vCPU that halts keeps nothing. When
+//! one page of a chain goes, the others may go as well: the thread has to begin anew, and keeping them would
+//! only keep the other node from getting on. Two chains may wait for each other: so a thread that has waited for
+//! one page for some round trips keeps nothing for it. For how many is drawn anew for each chain, from
+//! [`PATIENCE`]: one of the two gives up long before the other, and not always the same.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// The longest that a chain in waiting keeps what it won.
-const PATIENCE: Duration = Duration::from_millis(100);
-/// The longest that anything is kept after the last page of its chain came.
+/// For how many round trips a chain in waiting keeps what it won.
+const PATIENCE: [u64; 8] = [2, 4, 4, 8, 8, 16, 32, 64];
+/// The longest that anything is kept after the last page of its chain came, and that a chain is patient.
 const LONGEST: Duration = Duration::from_millis(200);
 /// No instruction needs more pages than this: after so many faults a chain has made progress, and begins anew.
 const MOST: u32 = 24;
@@ -31,9 +35,14 @@ const SLOTS: usize = 4096;
 /// The chains of all threads of a node, shared by its shards.
 pub struct Chains {
     start: Instant,
+    /// Differs from node to node.
+    salt: u64,
     hold: u64,
     /// Demands that wait for pages that are kept.
     deferred: AtomicI32,
+    /// What a page costs that nobody keeps, in nanoseconds: the lower quartile of all misses, followed step by
+    /// step.
+    round_trip: AtomicU64,
     slots: Box<[Slot]>,
 }
 
@@ -77,7 +86,24 @@ impl Chains {
     /// `hold` is the shortest time for which anything is kept.
     pub fn new(hold: Duration) -> Chains {
         let slots = (0..SLOTS).map(|_| Slot::default()).collect();
-        Chains { start: Instant::now(), hold: hold.as_nanos() as u64, deferred: AtomicI32::new(0), slots }
+        Chains {
+            start: Instant::now(),
+            salt: RandomState::new().hash_one(0),
+            hold: hold.as_nanos() as u64,
+            deferred: AtomicI32::new(0),
+            round_trip: AtomicU64::new(hold.as_nanos() as u64),
+            slots,
+        }
+    }
+
+    /// A miss took so long.
+    pub fn took(&self, miss: Duration) {
+        let old = self.round_trip.load(Relaxed);
+        let step = (old / 64).max(1);
+        let below = (miss.as_nanos() as u64) < old;
+        // Three steps down for each up: in balance where three times as many misses take longer.
+        let new = if below { old.saturating_sub(3 * step) } else { old + step };
+        self.round_trip.store(new.clamp(1000, LONGEST.as_nanos() as u64), Relaxed);
     }
 
     /// Nanoseconds since the engine's start.
@@ -90,10 +116,10 @@ impl Chains {
         let Some(index) = self.find(thread) else { return Chain::NONE };
         let slot = &self.slots[index];
         let last = slot.last.swap(now, Relaxed);
-        let gathering = last.saturating_sub(slot.since.load(Relaxed));
+        let faults = slot.faults.load(Relaxed);
         let waiting = slot.waiting.load(Relaxed) > 0;
-        let paused = now.saturating_sub(last) > self.keep(gathering);
-        if !waiting && (paused || slot.faults.load(Relaxed) >= MOST) {
+        let paused = now.saturating_sub(last) > self.keep(faults);
+        if !waiting && (paused || faults >= MOST) {
             slot.number.fetch_add(1, Relaxed);
             slot.since.store(now, Relaxed);
             slot.faults.store(0, Relaxed);
@@ -151,16 +177,24 @@ impl Chains {
             return won + self.hold;
         }
         if slot.waiting.load(Relaxed) > 0 {
-            let patient = now.saturating_sub(last) < PATIENCE.as_nanos() as u64;
+            let patient = now.saturating_sub(last) < self.patience(chain);
             // Looking costs time as well: seldom, compared to how long this has been going on.
-            let pause = (now.saturating_sub(since) / 4).max(self.hold);
+            let pause = (now.saturating_sub(since) / 4).clamp(self.hold, self.patience(chain).max(self.hold));
             return if patient { now + pause } else { now };
         }
-        last + self.keep(last.saturating_sub(since))
+        last + self.keep(slot.faults.load(Relaxed))
     }
 
-    fn keep(&self, gathering: u64) -> u64 {
-        gathering.min(LONGEST.as_nanos() as u64).max(self.hold)
+    /// How long after its last page a chain of so many faults keeps its pages.
+    fn keep(&self, faults: u32) -> u64 {
+        (u64::from(faults) * self.round_trip.load(Relaxed)).min(LONGEST.as_nanos() as u64).max(self.hold)
+    }
+
+    fn patience(&self, chain: Chain) -> u64 {
+        // Nodes count their chains differently, and start theirs at different times.
+        let draw = u64::from(chain.number).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ self.salt;
+        let round_trips = PATIENCE[(draw >> 40) as usize % PATIENCE.len()];
+        (round_trips * self.round_trip.load(Relaxed)).min(LONGEST.as_nanos() as u64)
     }
 
     fn find(&self, thread: u32) -> Option<usize> {
@@ -191,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_a_chain_are_kept_until_the_last_came_and_as_long_as_gathering_took() {
+    fn pages_of_a_chain_are_kept_until_the_last_came_and_a_round_trip_for_each() {
         let chains = chains();
         let first = chains.fault(7, 0);
         for i in 1..=10 {
@@ -200,7 +234,7 @@ mod tests {
             assert!(chains.release_at(first, 90 * US, i * 90 * US + 20 * US) > i * 90 * US + 20 * US);
         }
         chains.answered(first, 1000 * US);
-        assert_eq!(chains.release_at(first, 90 * US, 1100 * US), 2000 * US);
+        assert_eq!(chains.release_at(first, 90 * US, 1100 * US), 2100 * US);
     }
 
     #[test]
@@ -261,12 +295,24 @@ mod tests {
     }
 
     #[test]
+    fn the_round_trip_is_what_a_page_costs_that_nobody_keeps() {
+        let chains = chains();
+        for _ in 0..1000 {
+            chains.took(Duration::from_micros(500));
+            chains.took(Duration::from_micros(530));
+            chains.took(Duration::from_millis(130));
+        }
+        let found = chains.round_trip.load(Relaxed) / US;
+        assert!((450..=560).contains(&found), "{found}");
+    }
+
+    #[test]
     fn a_chain_that_waits_too_long_keeps_nothing() {
         let chains = chains();
         let chain = chains.fault(7, 0);
         chains.answered(chain, 10 * US);
         assert_eq!(chains.fault(7, 20 * US), chain);
-        let late = 20 * US + PATIENCE.as_nanos() as u64;
+        let late = 20 * US + PATIENCE[PATIENCE.len() - 1] * 100 * US;
         assert_eq!(chains.release_at(chain, 10 * US, late), late);
     }
 }

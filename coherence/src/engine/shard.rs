@@ -616,7 +616,9 @@ impl Core {
         self.winner = self.answer_waiters(page, self.chains.now());
         if let Some(i) = self.misses.iter().position(|m| m.page == page) {
             let miss = self.misses.swap_remove(i);
-            self.stats.record(miss.since.elapsed());
+            let took = miss.since.elapsed();
+            self.chains.took(took);
+            self.stats.record(took);
         }
     }
 
