@@ -85,9 +85,8 @@ impl Test {
         let binaries = artifacts::build()?;
         let with_memory_node = scenarios::with_memory_node;
         let kill = |node, after_ms| Plan::Kill { node, after_ms };
-        // Machines of several nodes with CPUs take minutes on emulated hosts: `cargo xtask quickstart` and
-        // `cargo xtask soak` boot those.
         let mut quick = vec![
+            Scenario::new("two nodes boot", Machine::equal(2, 2, 512), Plan::Whole),
             Scenario::new("one node boots", Machine::equal(1, 2, 512), Plan::Whole),
             Scenario::new("a memory-only node serves", with_memory_node(), Plan::Whole),
             Scenario::new("a guest reboots and then powers off", with_memory_node(), Plan::Reboot),
