@@ -304,11 +304,7 @@ impl Core {
                 }
             }
         }
-        let gathering = std::mem::replace(&mut self.outbox.gathering, true);
-        let done = self.apply(Body::Absent);
-        self.outbox.gathering = gathering;
-        done?;
-        self.settle()
+        self.apply_together()
     }
 
     /// Asks for what was needed together with this page before.
@@ -326,10 +322,18 @@ impl Core {
                     self.ahead.insert(companion.page, page);
                 }
             }
-            self.apply(Body::Absent)?;
         }
         self.recalled = recalled;
-        Ok(())
+        self.apply_together()
+    }
+
+    /// Carries out what the protocol asked for; messages for one node leave together.
+    fn apply_together(&mut self) -> Result<(), EngineError> {
+        let gathering = std::mem::replace(&mut self.outbox.gathering, true);
+        let done = self.apply(Body::Absent);
+        self.outbox.gathering = gathering;
+        done?;
+        self.settle()
     }
 
     fn receive(&mut self, from: NodeId, frame: &[u8]) -> Result<(), EngineError> {
