@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use testbed::cache::Cache;
 use testbed::host::Event;
@@ -131,7 +131,7 @@ fn run_command(args: &Run) -> Result<ExitCode> {
         Some(why) => eprintln!("testbed: emulated host ({why})"),
         None => eprintln!("testbed: this machine is the host"),
     }
-    let result = run_job(args, &rig);
+    let result = run_job(args, &rig).map_err(|error| anyhow!("{error:#}\n{}", rig.diagnosis()));
     if args.consoles {
         for index in 0..rig.rack().map_or(0, |rack| rack.hosts().len()) {
             let path = rig.rack().expect("counted above").console(index);

@@ -76,6 +76,11 @@ impl Rack {
         console(&self.dir, index)
     }
 
+    /// What host `index`'s kernel, and its QEMU, said last.
+    pub fn console_tail(&self, index: usize) -> String {
+        self.machines[index].console_tail()
+    }
+
     /// Process id of the QEMU that is host `index`.
     pub fn pid(&self, index: usize) -> u32 {
         self.machines[index].pid()

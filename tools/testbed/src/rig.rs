@@ -106,6 +106,17 @@ impl Rig {
         self.emulated.as_deref()
     }
 
+    /// What the hosts are doing, for who has to find out why something failed: threads, kernel stacks and kernel
+    /// log, and the ends of emulated hosts' consoles, which also tell of a host that is gone.
+    pub fn diagnosis(&self) -> String {
+        let mut said: Vec<String> = self.hosts().iter().map(Host::diagnosis).collect();
+        if let Some(rack) = self.rack() {
+            let count = rack.hosts().len();
+            said.extend((0..count).map(|i| format!("--- console of h{i} ends\n{}", rack.console_tail(i))));
+        }
+        said.join("\n")
+    }
+
     /// The stage, as this machine sees it.
     pub fn stage(&self) -> &Path {
         self.stage.path()

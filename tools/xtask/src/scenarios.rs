@@ -79,8 +79,7 @@ impl Scenario {
         let mut boot = Boot::start(rig, &self.machine, None)?;
         let times = self.follow(rig, &mut boot).map_err(|error| {
             // While the machine, hanging perhaps, is still there.
-            let hosts = rig.hosts().iter().map(|host| host.diagnosis()).collect::<Vec<_>>();
-            anyhow!("{error:#}\n{}", hosts.join("\n"))
+            anyhow!("{error:#}\n{}", rig.diagnosis())
         })?;
         let left = boot.left_behind(&rig.hosts()[0])?;
         ensure!(left.trim().is_empty(), "processes were left behind:\n{left}");
