@@ -312,6 +312,9 @@ impl Cluster {
                 (node, false)
             }
         };
+        if let Some(violation) = self.nodes[node].violation() {
+            return Err(violation.into());
+        }
         self.apply(node, out, body, seen)
     }
 

@@ -105,12 +105,15 @@ impl Protocol {
                 "it sent the page's bytes where a current copy is, or left them out where none is".into()
             );
         }
+        if miss.acks + i32::from(acks) < 0 {
+            return Err("it granted a page with fewer sharers than have answered".into());
+        }
         miss.granted = true;
         miss.want = rights;
         miss.then_write &= rights == Rights::Shared;
         miss.acks += i32::from(acks);
         if body {
-            out.push(Effect::Land(page));
+            self.land(page, out)?;
         }
         // As home, the owner's bytes are also what a reader's forward was waiting for.
         if self.busy.get(page).is_some_and(|busy| busy.requester == self.me) {
@@ -124,9 +127,14 @@ impl Protocol {
     }
 
     pub(super) fn cache_ack(&mut self, page: Page, out: &mut Vec<Effect>) -> Outcome {
+        // Acks may come before the grant that says how many there are.
+        let awaited = |miss: &Miss| miss.want == Rights::Exclusive && (!miss.granted || miss.acks > 0);
         let Some(Transient::Miss(miss)) = self.transient.get_mut(page) else {
             return Err("it acknowledged an invalidation that nobody waits for".into());
         };
+        if !awaited(miss) {
+            return Err("it acknowledged an invalidation that nobody waits for".into());
+        }
         miss.acks -= 1;
         self.complete_if_answered(page, out);
         Ok(())
@@ -170,6 +178,12 @@ impl Protocol {
     pub(super) fn cache_demand(&mut self, page: Page, demand: Demand, out: &mut Vec<Effect>) -> Outcome {
         let rights = self.rights(page);
         let invalidate = matches!(demand, Demand::Invalidate { .. });
+        let (Demand::Invalidate { requester }
+        | Demand::ForwardShared { requester }
+        | Demand::ForwardExclusive { requester }) = demand;
+        if requester == self.me {
+            return Err("it demanded a copy for the node that has it".into());
+        }
         let too_early = invalidate && self.makes(Mistake::AnswerForComingCopy);
         match self.transient.get_mut(page) {
             Some(Transient::Miss(miss)) => {

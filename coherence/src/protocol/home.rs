@@ -55,7 +55,9 @@ impl Protocol {
     ) -> Outcome {
         let ignores = self.makes(Mistake::GrantWhileBusy);
         if let Some(busy) = self.busy.get_mut(page).filter(|_| !ignores) {
-            if busy.queue.iter().any(|(node, request)| *node == from && *request != Request::Put) {
+            // Who is about to read may ask to write already.
+            let reads = busy.requester == from && want == Rights::Shared;
+            if reads || busy.queue.iter().any(|(node, request)| *node == from && *request != Request::Put) {
                 return Err("it asked twice for one page".into());
             }
             busy.queue.push_back((from, Request::Get(want)));
@@ -117,7 +119,7 @@ impl Protocol {
             return Err("it wrote a page back without its bytes".into());
         }
         if body {
-            out.push(Effect::Land(page));
+            self.land(page, out)?;
         }
         self.home_writeback_done(page, from, out)
     }
@@ -168,7 +170,7 @@ impl Protocol {
                 if bytes.is_none() {
                     return Err("it gave a page back without its bytes".into());
                 }
-                out.push(Effect::Land(page));
+                self.land(page, out)?;
                 if !self.makes(Mistake::ForgetPut) {
                     self.directory.set(page, Entry::Exclusive(self.me));
                 }

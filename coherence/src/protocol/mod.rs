@@ -51,6 +51,8 @@ mod budget;
 mod cache;
 mod copies;
 mod home;
+#[cfg(test)]
+mod hostile;
 mod message;
 #[cfg(test)]
 mod metadata;
@@ -250,6 +252,8 @@ pub struct Protocol {
     streams: Streams,
     /// Messages from one part of this node to the other.
     loopback: VecDeque<Message>,
+    /// What is wrong with a message that had to wait.
+    violation: Option<Violation>,
     /// What tests make it do wrongly.
     #[cfg(test)]
     mistake: Option<Mistake>,
@@ -272,6 +276,7 @@ impl Protocol {
             busy: PageMap::default(),
             streams: Streams::new(runs),
             loopback: VecDeque::new(),
+            violation: None,
             #[cfg(test)]
             mistake: None,
         }
@@ -283,9 +288,7 @@ impl Protocol {
     /// mapping it again.
     pub fn fault(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) {
         self.cache_fault(page, if write { Rights::Exclusive } else { Rights::Shared }, out);
-        // What this node says to itself is never malformed.
-        let own = self.finish(out);
-        debug_assert_eq!(own, Ok(()));
+        self.finish_own(out);
     }
 
     /// Asks for a page that is likely to be needed, if it is not here and nothing is under way on it; whether it
@@ -294,8 +297,7 @@ impl Protocol {
     pub fn prefetch(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) -> bool {
         let want = if write { Rights::Exclusive } else { Rights::Shared };
         let asked = self.cache_prefetch(page, want, out);
-        let own = self.finish(out);
-        debug_assert_eq!(own, Ok(()));
+        self.finish_own(out);
         asked
     }
 
@@ -306,7 +308,8 @@ impl Protocol {
     /// worth finding out; 0 is always right.
     ///
     /// # Errors
-    /// [`Violation`] when it makes no sense; the state and `out` are then not to be used any more.
+    /// [`Violation`] when it, or one that had to wait until now, makes no sense; the state and `out` are then
+    /// not to be used any more.
     pub fn message(
         &mut self,
         from: NodeId,
@@ -314,6 +317,9 @@ impl Protocol {
         zeroes: u8,
         out: &mut Vec<Effect>,
     ) -> Result<(), Violation> {
+        if let Some(earlier) = self.violation {
+            return Err(earlier);
+        }
         self.dispatch(from, message, zeroes, out)?;
         self.finish(out)
     }
@@ -336,16 +342,14 @@ impl Protocol {
     /// The time for which a won page is held is over.
     pub fn release(&mut self, page: Page, out: &mut Vec<Effect>) {
         self.cache_release(page, out);
-        let own = self.finish(out);
-        debug_assert_eq!(own, Ok(()));
+        self.finish_own(out);
     }
 
     /// Gives a copy back to its home, to make room. Does nothing, and says so by `false`, if the page is at
     /// home, not here, held, or already under way.
     pub fn evict(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {
         let evicted = self.cache_evict(page, out);
-        let own = self.finish(out);
-        debug_assert_eq!(own, Ok(()));
+        self.finish_own(out);
         evicted
     }
 
@@ -368,6 +372,12 @@ impl Protocol {
     /// The home's knowledge of a page; only at its home.
     pub fn entry(&self, page: Page) -> Entry {
         self.directory.get(page)
+    }
+
+    /// What was found wrong with a peer's message when its turn came, by another input than a message; the next
+    /// [`Protocol::message`] says so as well.
+    pub fn violation(&self) -> Option<Violation> {
+        self.violation
     }
 
     /// Whether nothing is under way here.
@@ -459,6 +469,24 @@ impl Protocol {
             self.loopback.push_back(message);
         } else {
             out.push(Effect::Send { to, message });
+        }
+    }
+
+    /// Takes the bytes that came with a message. Nothing lands under a mapping, whatever peers send: who owns a
+    /// page that is still here cannot have its bytes.
+    fn land(&self, page: Page, out: &mut Vec<Effect>) -> Outcome {
+        if self.rights(page) != Rights::None {
+            return Err("it sent bytes of a page that it has not got yet".into());
+        }
+        out.push(Effect::Land(page));
+        Ok(())
+    }
+
+    /// Ends an input that is no message. What this node says to itself is never malformed, but it may be the turn
+    /// of a peer's request that is.
+    fn finish_own(&mut self, out: &mut Vec<Effect>) {
+        if let Err(violation) = self.finish(out) {
+            self.violation = Some(violation);
         }
     }
 

@@ -258,6 +258,39 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn the_small_map_is_what_a_tree_says(ops in proptest::collection::vec((0u64..20, any::<bool>()), 0..80)) {
+            let (mut map, mut tree) = (PageMap::default(), BTreeMap::new());
+            for (i, (page, insert)) in ops.into_iter().enumerate() {
+                let page = Page(page);
+                if insert {
+                    prop_assert_eq!(map.insert(page, i), tree.insert(page, i));
+                } else {
+                    prop_assert_eq!(map.remove(page), tree.remove(&page));
+                }
+                prop_assert_eq!(map.iter().collect::<Vec<_>>(), tree.iter().map(|(p, v)| (*p, v)).collect::<Vec<_>>());
+                prop_assert_eq!(map.at_or_before(page), tree.range(..=page).next_back().map(|(p, v)| (*p, v)));
+                prop_assert_eq!(map.after(page), tree.range(page..).find(|(p, _)| **p > page).map(|(p, _)| *p));
+            }
+        }
+
+        #[test]
+        fn a_table_is_what_a_tree_says(
+            sets in proptest::collection::vec((0u64..200, 0u8..3), 0..80), chunk in 1u64..40, from in 0u64..220
+        ) {
+            let (mut table, mut tree) = (Table::new(chunk), BTreeMap::new());
+            for (page, value) in sets {
+                table.set(Page(page), value);
+                tree.insert(page, value);
+            }
+            let value = |page| tree.get(&page).copied().unwrap_or(0);
+            prop_assert!((0..220).all(|page| table.get(Page(page)) == value(page)));
+            let run = (from..from + 30).take_while(|&page| value(page) == 0).count() as u64;
+            prop_assert_eq!(table.run_of(Page(from), 30, |value| value == 0), run);
+        }
+    }
+
     #[test]
     fn an_entry_reads_back_whatever_its_sharers() {
         let mut dir = Directory::new(NodeId(3), 512);

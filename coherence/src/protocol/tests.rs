@@ -157,3 +157,68 @@ fn what_no_sound_peer_sends_is_a_violation_and_never_a_panic() {
     }
     assert!(violations > 200, "only {violations} of 432 pairs were refused");
 }
+
+/// A home that still holds the page which it has promised to another node.
+fn a_home_that_promised_its_page() -> (Protocol, Vec<Effect>) {
+    let mut home = Protocol::new(NodeId(0), Arc::new(Homes::new([1, 1, 1])), 4, RunPolicy::NONE);
+    let mut out = Vec::new();
+    home.hold(Page(0));
+    let get = Message { page: Page(0), kind: Kind::GetExclusive { run: 0 } };
+    home.message(NodeId(1), get, 0, &mut out).unwrap();
+    assert_eq!(out, [Effect::Deferred(Page(0))]);
+    (home, Vec::new())
+}
+
+#[test]
+fn nobody_gives_back_a_page_that_the_home_still_has() {
+    let (mut home, mut out) = a_home_that_promised_its_page();
+    let put = Message { page: Page(0), kind: Kind::PutExclusive };
+    assert!(home.message(NodeId(1), put, 0, &mut out).is_err());
+
+    let (mut home, mut out) = a_home_that_promised_its_page();
+    let read = Message { page: Page(0), kind: Kind::GetShared { run: 0 } };
+    home.message(NodeId(2), read, 0, &mut out).unwrap();
+    let writeback = Message { page: Page(0), kind: Kind::Writeback { body: true } };
+    assert!(home.message(NodeId(1), writeback, 0, &mut out).is_err());
+    assert!(!out.contains(&Effect::Land(Page(0))));
+}
+
+#[test]
+fn no_copy_is_demanded_for_the_node_that_has_it() {
+    let mut node = Protocol::new(NodeId(1), Arc::new(Homes::new([1, 1, 1])), 4, RunPolicy::NONE);
+    let mut out = Vec::new();
+    node.fault(Page(0), true, &mut out);
+    let forward = Message { page: Page(0), kind: Kind::ForwardShared { requester: NodeId(1) } };
+    assert!(node.message(NodeId(0), forward, 0, &mut out).is_err());
+}
+
+#[test]
+fn a_page_that_is_on_its_way_is_not_asked_for_again() {
+    let (mut home, mut out) = a_home_that_promised_its_page();
+    let mut get = |node, kind| home.message(NodeId(node), Message { page: Page(0), kind }, 0, &mut out);
+    get(2, Kind::GetShared { run: 0 }).unwrap();
+    assert!(get(2, Kind::GetShared { run: 0 }).is_err());
+    get(2, Kind::GetExclusive { run: 0 }).unwrap();
+    assert!(get(2, Kind::GetExclusive { run: 0 }).is_err());
+}
+
+#[test]
+fn acks_that_nobody_waits_for_are_refused() {
+    let node = |write| {
+        let mut node = Protocol::new(NodeId(1), Arc::new(Homes::new([1, 1, 1])), 4, RunPolicy::NONE);
+        node.fault(Page(0), write, &mut Vec::new());
+        node
+    };
+    let ack = Message { page: Page(0), kind: Kind::Ack };
+    let grant = |acks| {
+        let kind = Kind::Data { rights: Rights::Exclusive, acks, body: true, run: 0 };
+        Message { page: Page(0), kind }
+    };
+    let mut out = Vec::new();
+    assert!(node(false).message(NodeId(2), ack, 0, &mut out).is_err());
+    let mut writer = node(true);
+    writer.message(NodeId(2), ack, 0, &mut out).unwrap();
+    assert!(writer.clone().message(NodeId(0), grant(0), 0, &mut out).is_err());
+    writer.message(NodeId(0), grant(1), 0, &mut out).unwrap();
+    assert!(writer.message(NodeId(2), ack, 0, &mut out).is_err());
+}

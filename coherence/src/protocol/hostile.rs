@@ -1,0 +1,161 @@
+//! Peers that send whatever fits the wire form: the protocol refuses what makes no sense, and whatever it
+//! accepts, it asks for nothing that the engine's unsafe code relies on never being asked for.
+
+use std::sync::Arc;
+
+use fabric::NodeId;
+use proptest::prelude::*;
+
+use super::message::tests::kinds;
+use super::*;
+
+/// Pages of each node; the node under test is the second of three.
+const PAGES: u64 = 4;
+const ME: NodeId = NodeId(1);
+
+#[derive(Clone, Debug)]
+enum Input {
+    Fault(u64, bool),
+    Prefetch(u64, bool),
+    Evict(u64),
+    Release(u64),
+    Hold(u64),
+    Message(u16, u64, Kind),
+    /// What a sound peer would answer to the last question.
+    Answer,
+}
+
+fn inputs() -> impl Strategy<Value = Vec<Input>> {
+    let page = 0..3 * PAGES;
+    let input = prop_oneof![
+        3 => (page.clone(), any::<bool>()).prop_map(|(page, write)| Input::Fault(page, write)),
+        1 => (page.clone(), any::<bool>()).prop_map(|(page, write)| Input::Prefetch(page, write)),
+        1 => page.clone().prop_map(Input::Evict),
+        2 => page.clone().prop_map(Input::Release),
+        1 => page.clone().prop_map(Input::Hold),
+        3 => (0u16..2, page, kinds(3)).prop_map(|(from, page, kind)| Input::Message(from * 2, page, kind)),
+        5 => Just(Input::Answer),
+    ];
+    proptest::collection::vec(input, 1..120)
+}
+
+/// What the guest view maps, as the effects say.
+struct View {
+    mapped: Vec<Rights>,
+    asked: Vec<(NodeId, Message)>,
+}
+
+impl View {
+    fn home(page: Page) -> bool {
+        page.0 / PAGES == u64::from(ME.0)
+    }
+
+    fn carry_out(&mut self, effects: &[Effect], body: bool) {
+        for &effect in effects {
+            match effect {
+                Effect::Send { to, message } => {
+                    assert!(to != ME);
+                    if message.kind.has_body() {
+                        assert!(
+                            self.mapped[message.page.0 as usize] < Rights::Exclusive,
+                            "sent while written"
+                        );
+                    }
+                    self.asked.push((to, message));
+                }
+                Effect::Land(page) => {
+                    assert!(body, "there are no bytes to land");
+                    assert_eq!(self.mapped[page.0 as usize], Rights::None, "landed under a mapping");
+                }
+                Effect::Map(page, rights) => self.mapped[page.0 as usize] = rights,
+                Effect::MapZeroes(first, count) => {
+                    for page in first.0..first.0 + u64::from(count) {
+                        assert_eq!(self.mapped[page as usize], Rights::None, "zeroed under a mapping");
+                        self.mapped[page as usize] = Rights::Exclusive;
+                    }
+                }
+                Effect::Unprotect(page) => {
+                    let mapped = &mut self.mapped[page.0 as usize];
+                    *mapped = if *mapped == Rights::None { Rights::None } else { Rights::Exclusive };
+                }
+                Effect::Protect(page) => {
+                    let mapped = &mut self.mapped[page.0 as usize];
+                    *mapped = Rights::Shared.min(*mapped);
+                }
+                Effect::Unmap(page, _) | Effect::Probe(page) => self.mapped[page.0 as usize] = Rights::None,
+                Effect::Free(page) => {
+                    assert!(!View::home(page), "the home's frame was freed");
+                    assert_eq!(self.mapped[page.0 as usize], Rights::None, "freed under a mapping");
+                }
+                Effect::Hold(_) | Effect::Deferred(_) => {}
+            }
+        }
+    }
+}
+
+/// An answer to what was asked.
+fn answer(kind: Kind) -> Option<Kind> {
+    let data = |rights, run| Some(Kind::Data { rights, acks: 0, body: true, run });
+    match kind {
+        Kind::GetShared { run: 0 } => data(Rights::Shared, 0),
+        Kind::GetShared { run } | Kind::GetExclusive { run } => data(Rights::Exclusive, run),
+        Kind::PutShared | Kind::PutExclusive => Some(Kind::PutAck),
+        Kind::Data { rights: Rights::Exclusive, .. } => Some(Kind::GetShared { run: 0 }),
+        Kind::ForwardShared { .. } => data(Rights::Shared, 0),
+        Kind::ForwardExclusive { .. } => data(Rights::Exclusive, 0),
+        Kind::Invalidate { .. } => Some(Kind::Ack),
+        _ => None,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #[test]
+    fn whatever_peers_send_nothing_unsound_is_asked_of_the_engine(
+        inputs in inputs(), first in 0u8..3, frames in 1usize..10
+    ) {
+        let homes = Arc::new(Homes::new([PAGES; 3]));
+        let mut node = Protocol::new(ME, homes, 4, RunPolicy { first, most: 3 });
+        node.set_budget(frames, Eviction::Clock);
+        let mapped = |page| if View::home(Page(page)) { Rights::Exclusive } else { Rights::None };
+        let mut view = View { mapped: (0..3 * PAGES).map(mapped).collect(), asked: Vec::new() };
+        for input in inputs {
+            let mut out = Vec::new();
+            let mut body = false;
+            match input {
+                Input::Fault(page, write) => node.fault(Page(page), write, &mut out),
+                Input::Prefetch(page, write) => drop(node.prefetch(Page(page), write, &mut out)),
+                Input::Evict(page) => drop(node.evict(Page(page), &mut out)),
+                Input::Release(page) => node.release(Page(page), &mut out),
+                Input::Hold(page) => node.hold(Page(page)),
+                Input::Answer | Input::Message(..) => {
+                    let (from, message) = match input {
+                        Input::Message(from, page, kind) => (NodeId(from), Message { page: Page(page), kind }),
+                        _ => match view.asked.pop().map(|(to, m)| (to, m.page, answer(m.kind))) {
+                            Some((to, page, Some(kind))) => (to, Message { page, kind }),
+                            _ => continue,
+                        },
+                    };
+                    body = message.kind.has_body();
+                    let zeroes = node.untouched(&message);
+                    // What is refused ends the session; go on as if it had not been sent, to get further.
+                    let before = node.clone();
+                    if node.message(from, message, zeroes, &mut out).is_err() {
+                        node = before;
+                        continue;
+                    }
+                    // The engine did this before, which shows only now.
+                    for page in message.page.0..message.page.0 + u64::from(zeroes) {
+                        view.mapped[page as usize] = Rights::None;
+                    }
+                }
+            }
+            if node.violation().is_some() {
+                break;
+            }
+            view.carry_out(&out, body);
+            prop_assert!(node.frames() <= frames, "{} frames", node.frames());
+        }
+        node.describe();
+    }
+}
