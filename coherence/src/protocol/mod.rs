@@ -61,6 +61,7 @@ mod runs;
 mod state;
 #[cfg(test)]
 mod tests;
+mod under_way;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -81,6 +82,7 @@ use self::runs::Streams;
 pub use self::state::Entry;
 pub(crate) use self::state::PageMap;
 use self::state::{Directory, Table};
+use self::under_way::{Busy, Demand, Local, Miss, Request, Transient};
 use crate::page::{Homes, Page};
 
 /// What a node may do with a page through its guest view.
@@ -163,75 +165,6 @@ impl From<&'static str> for Wrong {
 }
 
 type Outcome = Result<(), Wrong>;
-
-/// What another node wants of a copy that is here.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
-enum Demand {
-    Invalidate { requester: NodeId },
-    ForwardShared { requester: NodeId },
-    ForwardExclusive { requester: NodeId },
-}
-
-/// A page that this node asked for and does not have yet, or gave back and may not forget yet.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Transient {
-    Miss(Miss),
-    Evict {
-        /// What a fault asked for in the meantime.
-        refault: Rights,
-    },
-}
-
-/// A request under way.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Miss {
-    want: Rights,
-    /// Set once the Data message came.
-    granted: bool,
-    /// Acks announced minus acks received; below zero while acks overtake Data.
-    acks: i32,
-    /// A write fault came while waiting for Shared.
-    then_write: bool,
-    /// No fault waits (yet): the page is not mapped when it comes.
-    prefetch: bool,
-    /// What was asked of the page that is on its way.
-    deferred: Option<Demand>,
-    /// How many pages that follow were asked for as well; no request of their own is made for them.
-    run: u8,
-    /// Bit `i - 1`: a fault waits for page `+ i`.
-    run_faults: u64,
-    /// Of these, which were writes.
-    run_writes: u64,
-}
-
-/// A request that waits at the home.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
-enum Request {
-    Get(Rights),
-    Put,
-}
-
-/// The home waits for the owner's bytes before it can go on with the page.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Busy {
-    owner: NodeId,
-    requester: NodeId,
-    queue: VecDeque<(NodeId, Request)>,
-}
-
-/// The cache's side of a page, packed: rights, and whether the page is held.
-///
-/// Of pages at home and of others, the fourth bit says different things, since only others need a frame.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Local(u8);
-
-impl Local {
-    const HELD: u8 = 4;
-    /// At home: set once the page's rights differ from what they were at power-on.
-    const KNOWN: u8 = 8;
-    /// Of others: here but not mapped, to see whether it is used.
-    const IDLE: u8 = 8;
-}
 
 /// The protocol of one shard at one node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

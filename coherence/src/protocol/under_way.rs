@@ -1,0 +1,76 @@
+//! What is under way on a page: at the node that asked, at the node that is asked for its copy, and at the home.
+
+use std::collections::VecDeque;
+
+use fabric::NodeId;
+
+use super::Rights;
+
+/// What another node wants of a copy that is here.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Demand {
+    Invalidate { requester: NodeId },
+    ForwardShared { requester: NodeId },
+    ForwardExclusive { requester: NodeId },
+}
+
+/// A page that this node asked for and does not have yet, or gave back and may not forget yet.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Transient {
+    Miss(Miss),
+    Evict {
+        /// What a fault asked for in the meantime.
+        refault: Rights,
+    },
+}
+
+/// A request under way.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Miss {
+    pub(super) want: Rights,
+    /// Set once the Data message came.
+    pub(super) granted: bool,
+    /// Acks announced minus acks received; below zero while acks overtake Data.
+    pub(super) acks: i32,
+    /// A write fault came while waiting for Shared.
+    pub(super) then_write: bool,
+    /// No fault waits (yet): the page is not mapped when it comes.
+    pub(super) prefetch: bool,
+    /// What was asked of the page that is on its way.
+    pub(super) deferred: Option<Demand>,
+    /// How many pages that follow were asked for as well; no request of their own is made for them.
+    pub(super) run: u8,
+    /// Bit `i - 1`: a fault waits for page `+ i`.
+    pub(super) run_faults: u64,
+    /// Of these, which were writes.
+    pub(super) run_writes: u64,
+}
+
+/// A request that waits at the home.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Request {
+    Get(Rights),
+    Put,
+}
+
+/// The home waits for the owner's bytes before it can go on with the page.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Busy {
+    pub(super) owner: NodeId,
+    pub(super) requester: NodeId,
+    pub(super) queue: VecDeque<(NodeId, Request)>,
+}
+
+/// The cache's side of a page, packed: rights, and whether the page is held.
+///
+/// Of pages at home and of others, the fourth bit says different things, since only others need a frame.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Local(pub(super) u8);
+
+impl Local {
+    pub(super) const HELD: u8 = 4;
+    /// At home: set once the page's rights differ from what they were at power-on.
+    pub(super) const KNOWN: u8 = 8;
+    /// Of others: here but not mapped, to see whether it is used.
+    pub(super) const IDLE: u8 = 8;
+}
