@@ -82,6 +82,18 @@ fn check(rows: &[Row]) {
 }
 
 #[test]
+#[should_panic(expected = "SB+mfences (a node each, two pages)")]
+fn one_forbidden_outcome_among_many_fails() {
+    let sb = &ALL[0];
+    let placement = Placement { nodes: true, pages: true };
+    let fine = Outcome { loads: [[1, 0]; 4], last: [1, 1] };
+    let counts = Counts::from([(fine, 99_999), (Outcome::default(), 1)]);
+    // Plain, the store buffers may make it.
+    check(&[row(sb, Variant::Plain, placement, &counts)]);
+    check(&[row(sb, Variant::Fenced, placement, &counts)]);
+}
+
+#[test]
 fn what_tso_forbids_is_never_seen() {
     let Some(host) = host() else { return };
     check(&all(&host, [8192, 2048], |_| ()));
