@@ -112,6 +112,40 @@ fn what_one_node_writes_every_other_reads() {
     machine.end();
 }
 
+/// A busy shard gives frames back late: what was to be given back may be of use again by then. Bytes that two
+/// other nodes read are in their home's frame though the home itself has no rights to them.
+#[test]
+fn a_home_keeps_the_bytes_that_others_share() {
+    if !can_run() {
+        return;
+    }
+    const WORKERS: u64 = 8;
+    const EACH: u64 = 300;
+    let machine = Machine::new(&[WORKERS * EACH, 8, 8], 1);
+    let wrong = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        // Several at a time: between two quiet moments of the home's shard pages go, and come to be shared.
+        for worker in 0..WORKERS {
+            let (machine, wrong) = (&machine, &wrong);
+            scope.spawn(move || {
+                let pages = worker * EACH..(worker + 1) * EACH;
+                let check = |node: usize, page: u64| {
+                    let read = machine.word(node, page, 7).load(SeqCst);
+                    wrong.fetch_add(u64::from(read != page + 1), SeqCst);
+                };
+                for page in pages.clone() {
+                    machine.word(0, page, 7).store(page, SeqCst);
+                    machine.word(1, page, 7).store(page + 1, SeqCst);
+                    check(2, page);
+                }
+                pages.for_each(|page| check(0, page));
+            });
+        }
+    });
+    assert_eq!(wrong.into_inner(), 0, "reads of something else than what was written last");
+    machine.end();
+}
+
 #[test]
 fn home_memory_that_is_never_shared_raises_no_event() {
     if !can_run() {

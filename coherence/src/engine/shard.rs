@@ -352,10 +352,13 @@ impl Core {
             let window = self.read_ahead.arrived(message.page);
             self.fetch(window)?;
         }
-        // A write that came while a read was under way goes on as a miss of its own.
-        if self.protocol.is_missing(message.page) && !self.misses.iter().any(|m| m.page == message.page) {
+        // A write that came while a read was under way goes on as a miss of its own. (What was asked for ahead
+        // of its need is no miss: nobody waits for it, and when it comes it may not even be mapped.)
+        let page = message.page;
+        let waited_for = self.waiters.iter().any(|(waiting, _)| *waiting == page);
+        if waited_for && self.protocol.is_missing(page) && !self.misses.iter().any(|m| m.page == page) {
             ShardStats::count(&self.stats.remote_write_faults);
-            self.misses.push(MissClock { page: message.page, since: Instant::now() });
+            self.misses.push(MissClock { page, since: Instant::now() });
         }
         Ok(())
     }
@@ -629,7 +632,7 @@ impl Core {
     /// Gives back the frames of pages that went away and did not come back.
     fn collect_garbage(&mut self) -> Result<(), EngineError> {
         while let Some(page) = self.garbage.pop() {
-            if self.protocol.rights(page) == Rights::None && !self.protocol.is_transient(page) {
+            if self.protocol.is_garbage(page) {
                 self.memory.free(page).map_err(|source| EngineError::Page {
                     what: "freeing the frame",
                     page: page.0,

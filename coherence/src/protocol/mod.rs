@@ -326,7 +326,15 @@ impl Protocol {
         self.transient.get(page).is_some() || self.busy.get(page).is_some()
     }
 
-    /// Whether a fault waits for the page here.
+    /// Whether nobody needs what the page's frame here holds. A home without rights to a page still keeps the
+    /// bytes for who asks next, unless one other node has the page for itself.
+    pub fn is_garbage(&self, page: Page) -> bool {
+        let kept =
+            self.is_home(page) && !matches!(self.entry(page), Entry::Exclusive(owner) if owner != self.me);
+        self.rights(page) == Rights::None && !self.is_transient(page) && !kept
+    }
+
+    /// Whether the page is being asked for here, by a fault or ahead of one.
     pub fn is_missing(&self, page: Page) -> bool {
         match self.transient.get(page) {
             Some(Transient::Miss(_)) => true,
