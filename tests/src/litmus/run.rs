@@ -116,7 +116,7 @@ fn one_batch(
             r12: BATCH as u64,
             r13: begin,
             r14: period,
-            r15: (batch * 8 + thread) as u64 * 0x9e37_79b9_7f4a_7c15,
+            r15: ((batch * 8 + thread) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15),
             ..Default::default()
         })
         .collect();
