@@ -65,6 +65,12 @@ struct member {
 };
 typedef void (*work)(struct member *);
 
+/*
+ * Whether pair `i` of `*count` is to be tried. Where pairs take long, as on emulated hosts, those after the second
+ * are left out when the time is up; `*count` says then how many were tried.
+ */
+bool pairs_left(int *count, int i, double begin);
+
 /* Runs `body` once per CPU, pinned, tells them to stop after `seconds`, and joins them. */
 void team_run(struct member *members, const int *cpus, int count, work body, void *shared, double seconds);
 /* True when the time is over or something has failed: every loop asks. */

@@ -59,7 +59,7 @@ void test_message_passing(void)
 	int count = topology_pairs(pairs, MAX_PAIRS);
 	uint64_t values = 0;
 	double begin = now();
-	for (int i = 0; i < count && !team_failed(); i++) {
+	for (int i = 0; pairs_left(&count, i, begin); i++) {
 		struct member members[2];
 		struct mp *mp = pages(sizeof *mp);
 		team_run(members, pairs[i], 2, pass_messages, mp, 0.5 * scale / count);
@@ -134,7 +134,7 @@ void test_store_buffering(void)
 	int count = topology_pairs(pairs, MAX_PAIRS);
 	uint64_t rounds = 0;
 	double begin = now();
-	for (int i = 0; i < count && !team_failed(); i++) {
+	for (int i = 0; pairs_left(&count, i, begin); i++) {
 		struct member members[2];
 		struct sb *sb = pages(sizeof *sb);
 		last_round = 0;

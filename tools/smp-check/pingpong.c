@@ -144,7 +144,7 @@ static void play(work body)
 	int count = topology_pairs(pairs, MAX_PAIRS);
 	uint64_t trips = 0;
 	double begin = now();
-	for (int i = 0; i < count && !team_failed(); i++) {
+	for (int i = 0; pairs_left(&count, i, begin); i++) {
 		struct member members[2];
 		struct table *table = pages(sizeof *table);
 		if (body == play_pipe && (pipe(table->pipes[0]) != 0 || pipe(table->pipes[1]) != 0)) {

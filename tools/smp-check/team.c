@@ -118,6 +118,13 @@ static void *begin(void *argument)
 	return NULL;
 }
 
+bool pairs_left(int *count, int i, double begin)
+{
+	if (i >= 2 && now() - begin > 10 * scale && i < *count)
+		*count = i;
+	return i < *count && !team_failed();
+}
+
 void team_run(struct member *members, const int *cpus, int count, work body, void *shared, double seconds)
 {
 	pthread_t threads[MAX_TEAM];
