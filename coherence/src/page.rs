@@ -7,6 +7,9 @@ use fabric::NodeId;
 /// Bytes in a page: the grain of coherence.
 pub const PAGE_SIZE: usize = 4096;
 
+/// Pages in a block: runs, windows and shards' regions have their borders at multiples of it, as huge pages have.
+pub const BLOCK: u64 = 512;
+
 /// A page of guest RAM: its index among the RAM pages, holes of the physical address space left out.
 #[derive(Copy, Clone, Default, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
 pub struct Page(pub u64);
@@ -76,7 +79,7 @@ pub struct Shards {
 impl Shards {
     /// `count` shards over `pages` pages.
     pub fn new(count: u16, pages: u64) -> Shards {
-        let region = (pages.div_ceil(1024)).next_power_of_two().max(512);
+        let region = (pages.div_ceil(1024)).next_power_of_two().max(BLOCK);
         Shards { count: count.max(1), region_shift: region.trailing_zeros() }
     }
 

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use crate::page::{Homes, Page};
+use crate::page::{BLOCK, Homes, Page};
 
 /// Pages of a stream's first window.
 const FIRST: u64 = 4;
@@ -16,8 +16,6 @@ const FIRST: u64 = 4;
 const MOST: u64 = 64;
 /// Streams that are followed at a time, in each shard.
 const STREAMS: usize = 8;
-/// Windows do not cross a multiple of this: a shard's pages have their borders there.
-const BLOCK: u64 = 512;
 
 /// Pages to be asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]

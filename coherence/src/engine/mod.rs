@@ -12,6 +12,7 @@ mod outbox;
 mod recall;
 mod shard;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
@@ -27,6 +28,7 @@ use crate::memory::DualMemory;
 use crate::page::{Homes, Shards};
 use crate::protocol::Violation;
 use crate::stats::{ShardStats, Totals};
+use crate::uffd::Uffd;
 
 /// How an engine runs.
 #[derive(Clone, Debug)]
@@ -77,6 +79,9 @@ pub enum EngineError {
         /// Why it failed.
         source: std::io::Error,
     },
+    /// A shard's thread panicked; standard error says where.
+    #[error("a thread of the coherence engine panicked, which is a mistake in this program")]
+    Panic,
     /// A fault got no answer.
     #[error("a page fault got no answer for {seconds} s: {state}")]
     Stuck {
@@ -98,6 +103,8 @@ pub struct Engine {
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
     chains: Arc<Chains>,
+    /// Kept open even when a shard has failed: a guest that cannot be served must stand still.
+    uffds: Vec<Arc<Uffd>>,
 }
 
 /// The way into a shard's thread.
@@ -125,6 +132,7 @@ impl Engine {
             threads: Vec::new(),
             stop,
             chains: Arc::new(Chains::new(config.hold)),
+            uffds: Vec::new(),
         };
         for id in 0..shards.count() {
             let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
@@ -141,15 +149,18 @@ impl Engine {
                 stats.clone(),
                 engine.chains.clone(),
             )?;
+            let uffd = shard.uffd();
             let (bell2, stop, on_failure) = (bell.clone(), engine.stop.clone(), on_failure.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("shard{id}"))
                 .spawn(move || {
-                    if let Err(error) = shard.run(&inbox, &bell2, &stop) {
+                    let run = AssertUnwindSafe(|| shard.run(&inbox, &bell2, &stop));
+                    if let Err(error) = catch_unwind(run).unwrap_or(Err(EngineError::Panic)) {
                         on_failure(error);
                     }
                 })
                 .map_err(|e| EngineError::Setup(format!("cannot start a shard's thread: {e}")))?;
+            engine.uffds.push(uffd);
             engine.stats.push(stats);
             engine.doors.push(Door { requests, bell });
             engine.threads.push(thread);

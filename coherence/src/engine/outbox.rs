@@ -78,14 +78,16 @@ impl Outbox {
     ) -> Result<(), FabricError> {
         while let Some(&Waiting { to, .. }) = self.waiting.first() {
             let together = self.waiting.iter().filter(|waiting| waiting.to == to);
-            let heads: Vec<Head> = together.clone().map(|w| w.message.head(w.zero)).collect();
-            let frames: Vec<[&[u8]; 2]> = heads
-                .iter()
-                .zip(together)
+            let (mut heads, mut frames, mut count) = ([Head::default(); MOST], [[&[][..]; 2]; MOST], 0);
+            for (head, waiting) in heads.iter_mut().zip(together.clone()) {
+                *head = waiting.message.head(waiting.zero);
+                count += 1;
+            }
+            for ((frame, head), waiting) in frames.iter_mut().zip(&heads).zip(together) {
                 // SAFETY: the caller's promise.
-                .map(|(head, waiting)| [head.as_bytes(), unsafe { waiting.body(memory) }])
-                .collect();
-            match frames.as_slice() {
+                *frame = [head.as_bytes(), unsafe { waiting.body(memory) }];
+            }
+            match &frames[..count] {
                 [frame] => transport.send(to, lane, frame)?,
                 frames => transport.send_all(to, lane, frames)?,
             }

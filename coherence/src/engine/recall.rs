@@ -63,8 +63,8 @@ impl Recall {
         group
     }
 
-    /// Notes that a thread wants to write the page, as part of that chain; the chain's first page.
-    pub fn wanted(&mut self, page: Page, chain: Chain) -> Page {
+    /// Notes that a thread wants to write the page, as part of that chain.
+    pub fn wanted(&mut self, page: Page, chain: Chain) {
         let same_thread = |other: &&mut (Chain, Page)| other.0.same_thread(chain);
         let first = match self.chains.iter_mut().find(same_thread) {
             Some((last, first)) if *last == chain => *first,
@@ -80,7 +80,6 @@ impl Recall {
         if first != page {
             self.of_use(first, page);
         }
-        first
     }
 
     fn of_use(&mut self, first: Page, page: Page) {

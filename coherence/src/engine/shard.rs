@@ -20,7 +20,7 @@ use super::outbox::Outbox;
 use super::recall::Recall;
 use super::{EngineConfig, EngineError, recall};
 use crate::memory::DualMemory;
-use crate::page::{PAGE_SIZE, Page, Shards};
+use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
 use crate::protocol::{Body, Effect, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
 use crate::uffd::{Fault, Mode, Uffd};
@@ -48,11 +48,12 @@ pub struct Shard {
 struct Core {
     nodes: usize,
     pages: u64,
+    homes: Homes,
     home: std::ops::Range<u64>,
     lane: LaneId,
     protocol: Protocol,
     memory: Arc<DualMemory>,
-    uffd: Uffd,
+    uffd: Arc<Uffd>,
     transport: Arc<dyn Transport>,
     stats: Arc<ShardStats>,
     effects: Vec<Effect>,
@@ -71,7 +72,7 @@ struct Core {
     /// What a miss recalled, before it is asked for.
     recalled: Vec<recall::Companion>,
     /// Pages that were recalled and not touched yet, and with which page.
-    ahead: PageMap<Page>,
+    untouched: PageMap<Page>,
     garbage: Vec<Page>,
     outbox: Outbox,
     /// Pages in a row that are to be mapped read-only, and how many they are.
@@ -103,7 +104,7 @@ impl Shard {
         stats: Arc<ShardStats>,
         chains: Arc<Chains>,
     ) -> Result<Shard, EngineError> {
-        let uffd = Uffd::open().map_err(EngineError::Setup)?;
+        let uffd = Arc::new(Uffd::open().map_err(EngineError::Setup)?);
         let home = config.homes.range(config.node);
         for node in 0..config.homes.nodes() {
             let node = NodeId(node as u16);
@@ -123,6 +124,7 @@ impl Shard {
         let core = Core {
             nodes: config.homes.nodes(),
             pages: config.homes.pages(),
+            homes: config.homes.clone(),
             home,
             lane,
             protocol: Protocol::new(config.node, Arc::new(config.homes.clone()), 512, RunPolicy::default()),
@@ -140,12 +142,18 @@ impl Shard {
             recall: Recall::new(),
             read_ahead: ReadAhead::new(config.homes.clone()),
             recalled: Vec::with_capacity(64),
-            ahead: PageMap::default(),
+            untouched: PageMap::default(),
             garbage: Vec::with_capacity(GARBAGE),
             outbox: Outbox::default(),
             to_map: None,
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
+    }
+
+    /// What watches this shard's pages. When it is closed, the kernel lets who touches a page that is not here go
+    /// on with zeroes.
+    pub fn uffd(&self) -> Arc<Uffd> {
+        self.core.uffd.clone()
     }
 
     /// Works until told to stop.
@@ -255,7 +263,7 @@ impl Core {
         if fault.write {
             self.recall.wanted(page, chain);
         }
-        if let Some(first) = self.ahead.remove(page) {
+        if let Some(first) = self.untouched.remove(page) {
             ShardStats::count(&self.stats.prefetches_used);
             self.recall.touched(first, page);
             if self.protocol.rights(page) >= want {
@@ -319,7 +327,7 @@ impl Core {
                     // A fault that nobody waits for: the page is mapped when it comes.
                     self.protocol.fault(companion.page, true, &mut self.effects);
                 } else {
-                    self.ahead.insert(companion.page, page);
+                    self.untouched.insert(companion.page, page);
                 }
             }
         }
@@ -480,8 +488,9 @@ impl Core {
             Effect::Map(page, Rights::Shared) if self.outbox.gathering => {
                 trace::event(Event::Install, page.0, Rights::Shared as u64);
                 self.finish_miss(page);
+                let begins_range = self.begins_range(page);
                 match &mut self.to_map {
-                    Some((first, count)) if first.0 + *count == page.0 => *count += 1,
+                    Some((first, count)) if first.0 + *count == page.0 && !begins_range => *count += 1,
                     _ => {
                         self.map_gathered()?;
                         self.to_map = Some((page, 1));
@@ -532,7 +541,7 @@ impl Core {
                     Rights::Exclusive => &self.stats.handovers,
                     _ => &self.stats.invalidations,
                 });
-                if let Some(first) = self.ahead.remove(page) {
+                if let Some(first) = self.untouched.remove(page) {
                     self.recall.strike(first, page);
                 }
                 self.pin_down(page);
@@ -549,7 +558,7 @@ impl Core {
             }
             Effect::Hold(page) => {
                 // The page was mapped just before for who waited, unless it came ahead of its need.
-                let mapped = self.ahead.get(page).is_none();
+                let mapped = self.untouched.get(page).is_none();
                 let chain =
                     if mapped { std::mem::replace(&mut self.winner, Chain::NONE) } else { Chain::NONE };
                 self.hold(page, chain);
@@ -588,6 +597,12 @@ impl Core {
     fn settle(&mut self) -> Result<(), EngineError> {
         self.map_gathered()?;
         self.flush()
+    }
+
+    /// Whether the page begins a range of its own for userfaultfd, which maps no two ranges at once: another
+    /// home's pages, or another region's.
+    fn begins_range(&self, page: Page) -> bool {
+        page.0.is_multiple_of(BLOCK) || self.homes.range(self.homes.home(page)).start == page.0
     }
 
     /// Maps the pages that were to be mapped together: a reader of one of them then finds the others.

@@ -4,10 +4,9 @@ use std::collections::VecDeque;
 
 use fabric::NodeId;
 
-use super::runs::BLOCK;
 use super::{Busy, Effect, Entry, Kind, Local, Mistake, Outcome, Protocol, Request, Rights, Wrong};
 use crate::node_set::NodeSet;
-use crate::page::Page;
+use crate::page::{BLOCK, Page};
 
 impl Protocol {
     /// How many pages, from `page` on, never left this home, `most` at most.

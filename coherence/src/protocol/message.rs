@@ -131,7 +131,7 @@ pub enum Body<'a> {
 }
 
 /// The head of every frame on a coherence lane; the page's bytes follow if `body` is 2.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Copy, Clone, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Head {
     code: u8,

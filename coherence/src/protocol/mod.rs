@@ -40,7 +40,8 @@
 //! in its own answer, so that whatever it says of these pages later comes after the grant.
 //!
 //! # Memory
-//! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home.
+//! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home. The engine
+//! sets no limit yet; the model checker and the simulator do.
 //!
 //! A page that was just won is *held*: Invalidate and Forward wait until the caller [`release`]s it, so
 //! that the instruction that needed it can retire.
@@ -326,12 +327,9 @@ impl Protocol {
         self.transient.get(page).is_some() || self.busy.get(page).is_some()
     }
 
-    /// Whether nobody needs what the page's frame here holds. A home without rights to a page still keeps the
-    /// bytes for who asks next, unless one other node has the page for itself.
+    /// Whether nobody needs what the frame of a page of another home holds here.
     pub fn is_garbage(&self, page: Page) -> bool {
-        let kept =
-            self.is_home(page) && !matches!(self.entry(page), Entry::Exclusive(owner) if owner != self.me);
-        self.rights(page) == Rights::None && !self.is_transient(page) && !kept
+        self.rights(page) == Rights::None && !self.is_transient(page)
     }
 
     /// Whether the page is being asked for here, by a fault or ahead of one.

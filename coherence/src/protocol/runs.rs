@@ -4,10 +4,7 @@
 use fabric::NodeId;
 
 use super::{Effect, MAX_RUN, Miss, Protocol, Rights, Transient};
-use crate::page::Page;
-
-/// Runs do not cross a multiple of this: shards and huge pages have their borders there.
-pub(super) const BLOCK: u64 = 512;
+use crate::page::{BLOCK, Page};
 
 /// How many streams of misses are followed at a time.
 const STREAMS: usize = 8;

@@ -68,20 +68,6 @@ fn access(cluster: &mut Cluster, node: usize, write: bool) -> u64 {
 }
 
 #[test]
-fn a_home_needs_its_frame_while_others_share_the_page() {
-    let mut cluster = Cluster::new(3, 3);
-    let garbage = |cluster: &Cluster, node: usize| cluster.node(node).is_garbage(Page(0));
-    assert!(!garbage(&cluster, 0));
-    access(&mut cluster, 1, true);
-    assert!(garbage(&cluster, 0) && !garbage(&cluster, 1));
-    access(&mut cluster, 2, false);
-    assert_eq!(cluster.node(0).rights(Page(0)), Rights::None);
-    assert!((0..3).all(|node| !garbage(&cluster, node)));
-    access(&mut cluster, 2, true);
-    assert!(garbage(&cluster, 0) && garbage(&cluster, 1));
-}
-
-#[test]
 fn a_clean_miss_is_one_round_trip() {
     let mut cluster = Cluster::new(3, 3);
     access(&mut cluster, 0, true);
