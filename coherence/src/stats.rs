@@ -68,6 +68,10 @@ counters! {
     handovers,
     /// Pages made read-only because another node reads.
     downgrades,
+    /// Copies given back to their homes to make room.
+    evictions,
+    /// Copies unmapped to see whether they are used.
+    probes,
     /// Demands that waited until a page had been held long enough.
     deferred,
     /// Pages sent with their 4096 bytes.

@@ -30,11 +30,17 @@ fn can_run() -> bool {
 
 impl Machine {
     fn new(pages: &[u64], shards: u16) -> Machine {
+        Machine::with_budgets(pages, shards, |_| None)
+    }
+
+    /// Node 0 to last may hold so many bytes.
+    fn with_budgets(pages: &[u64], shards: u16, budget: impl Fn(usize) -> Option<u64>) -> Machine {
         let homes = Homes::new(pages.iter().copied());
         let ends = Arc::new(AtomicBool::new(false));
         let (mut memories, mut engines) = (Vec::new(), Vec::new());
         for transport in fabric::sim::cluster(pages.len(), shards + 1).unwrap() {
             let memory = Arc::new(DualMemory::new(homes.pages()).unwrap());
+            let budget = budget(transport.node().index());
             let config = EngineConfig {
                 node: transport.node(),
                 homes: homes.clone(),
@@ -43,6 +49,7 @@ impl Machine {
                 hold: Duration::from_micros(50),
                 spin: Duration::ZERO,
                 stuck: Duration::from_secs(20),
+                budget,
             };
             let ends = ends.clone();
             let on_failure = Arc::new(move |e: coherence::engine::EngineError| {
@@ -276,7 +283,22 @@ const STORM_THREADS: usize = 8;
 /// Threads on every node that want the same pages in bursts, so that everything the engine does ahead of a need
 /// is done: no write may be lost and no reader may see an older one than before.
 fn storm(homes: &[u64], shards: u16, bursts: u32, seed: u64) {
-    let (machine, pages) = (Machine::new(homes, shards), homes.iter().sum::<u64>());
+    let machine = Machine::new(homes, shards);
+    blow(&machine, homes, bursts, seed);
+    let totals = machine
+        .engines
+        .iter()
+        .map(Engine::totals)
+        .fold((0, 0, 0), |sum, t| (sum.0 + t.prefetches, sum.1 + t.run_pages, sum.2 + t.invalidations));
+    assert!(
+        totals.0 > 0 && totals.1 > 0 && totals.2 > 0,
+        "prefetches, pages in runs, invalidations: {totals:?}"
+    );
+    machine.end();
+}
+
+fn blow(machine: &Machine, homes: &[u64], bursts: u32, seed: u64) {
+    let pages = homes.iter().sum::<u64>();
     let counts: Vec<Vec<u64>> = std::thread::scope(|scope| {
         let sailors: Vec<_> = (0..STORM_THREADS)
             .map(|id| {
@@ -284,7 +306,7 @@ fn storm(homes: &[u64], shards: u16, bursts: u32, seed: u64) {
                 let mine = vec![0; pages as usize];
                 let seen = vec![0; pages as usize * STORM_THREADS];
                 let node = id % homes.len();
-                let mut sailor = Sailor { machine: &machine, id, node, random, mine, seen };
+                let mut sailor = Sailor { machine, id, node, random, mine, seen };
                 scope.spawn(move || {
                     (0..bursts).for_each(|_| sailor.burst(pages));
                     sailor.mine
@@ -304,15 +326,39 @@ fn storm(homes: &[u64], shards: u16, bursts: u32, seed: u64) {
             }
         }
     }
-    let totals = machine
-        .engines
-        .iter()
-        .map(Engine::totals)
-        .fold((0, 0, 0), |sum, t| (sum.0 + t.prefetches, sum.1 + t.run_pages, sum.2 + t.invalidations));
-    assert!(
-        totals.0 > 0 && totals.1 > 0 && totals.2 > 0,
-        "prefetches, pages in runs, invalidations: {totals:?}"
-    );
+}
+
+/// A storm over memory of which each node may hold all of its own and a few pages more; they hold no more at any
+/// time, as their files say.
+#[test]
+fn nodes_stay_within_their_budgets_in_a_storm() {
+    if !can_run() {
+        return;
+    }
+    const HOMES: [u64; 3] = [500, 700, 400];
+    const COPIES: u64 = 150;
+    let budget = |node: usize| HOMES[node] * 4096 + (HOMES[node] + COPIES) * 200 + COPIES * 4096;
+    let machine = Machine::with_budgets(&HOMES, 2, |node| Some(budget(node)));
+    let most: Vec<AtomicU64> = HOMES.iter().map(|_| AtomicU64::new(0)).collect();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(SeqCst) {
+                for (memory, most) in machine.memories.iter().zip(&most) {
+                    most.fetch_max(memory.resident_bytes().unwrap(), SeqCst);
+                }
+            }
+        });
+        blow(&machine, &HOMES, 200, 1);
+        over.store(true, SeqCst);
+    });
+    for (node, most) in most.into_iter().enumerate() {
+        let (most, limit) = (most.into_inner(), (HOMES[node] + COPIES) * 4096);
+        assert!(most <= limit, "node {node} held {most} bytes, of {limit}");
+        assert!(most > (HOMES[node] + COPIES / 2) * 4096, "node {node} held {most} bytes only: no storm");
+        let totals = machine.engines[node].totals();
+        assert!(totals.evictions > 0 && totals.probes > 0, "{totals:?}");
+    }
     machine.end();
 }
 
@@ -335,6 +381,10 @@ fn long_storms_lose_no_write() {
             storm(&[1500, 1100, 1600], 2, 300, seed);
             storm(&[300, 200, 400, 100], 1, 300, seed);
             storm(&[40, 40, 40], 1, 300, seed);
+            let homes = [900, 500, 700];
+            let machine = Machine::with_budgets(&homes, 2, |_| Some(5 << 20));
+            blow(&machine, &homes, 300, seed);
+            machine.end();
         }
     }
 }
@@ -375,6 +425,7 @@ fn a_stranger_on_the_lane_ends_the_engine_with_a_sentence() {
         hold: Duration::ZERO,
         spin: Duration::ZERO,
         stuck: Duration::from_secs(20),
+        budget: None,
     };
     let on_failure = Arc::new(move |e: coherence::engine::EngineError| {
         tell.lock().unwrap().send(e.to_string()).unwrap();

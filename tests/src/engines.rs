@@ -43,6 +43,7 @@ impl Engines {
                 hold,
                 spin: Duration::ZERO,
                 stuck: STUCK,
+                budget: None,
             };
             let (failures, ending) = (failures.clone(), ending.clone());
             let on_failure = Arc::new(move |error: EngineError| {

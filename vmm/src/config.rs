@@ -7,6 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use coherence::engine;
+use coherence::page::{Homes, PAGE_SIZE};
+use fabric::NodeId;
 use firmware::{MachineSpec, NodeSpec};
 
 use crate::node_api::Machine;
@@ -50,6 +53,9 @@ pub enum Place {
 pub struct NodeConfig {
     /// Name, CPUs and memory.
     pub spec: NodeSpec,
+    /// What it may hold for the guest at most, in bytes: its own memory and copies of the others'. `None`: as much
+    /// as comes.
+    pub budget: Option<u64>,
     /// Who starts it.
     pub place: Place,
     /// Where its fabric listens. Without one it is the address that its control connection comes from, which
@@ -137,7 +143,19 @@ impl MachineConfig {
                 self.hold
             ));
         }
+        self.check_budgets()?;
         self.check_addresses()
+    }
+
+    fn check_budgets(&self) -> Result<(), ConfigError> {
+        let pages = self.nodes.iter().map(|node| node.spec.memory / PAGE_SIZE as u64);
+        let homes = Homes::new(pages);
+        for (id, node) in (0..).map(NodeId).zip(&self.nodes) {
+            let Some(budget) = node.budget else { continue };
+            engine::check_budget(budget, &homes, id, self.shards)
+                .map_err(|why| ConfigError(format!("node \"{}\": {why}", node.spec.name)))?;
+        }
+        Ok(())
     }
 
     fn check_addresses(&self) -> Result<(), ConfigError> {
@@ -180,6 +198,7 @@ impl MachineConfig {
             name: self.name.clone(),
             id,
             spec: self.spec(),
+            budgets: self.nodes.iter().map(|node| node.budget).collect(),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
@@ -303,6 +322,7 @@ mod tests {
     fn node(name: &str, place: Place) -> NodeConfig {
         NodeConfig {
             spec: NodeSpec { name: name.into(), cpus: 1, memory: 256 << 20 },
+            budget: None,
             place,
             fabric_listen: None,
         }
@@ -352,6 +372,10 @@ mod tests {
             (MachineConfig { shards: 0, ..good.clone() }, "0 shards"),
             (MachineConfig { silence: Duration::from_millis(100), ..good.clone() }, "too short"),
             (MachineConfig { hold: Duration::from_secs(1), ..good.clone() }, "stall every other node"),
+            (
+                machine(vec![NodeConfig { budget: Some(256 << 20), ..node("b", Place::Local) }]),
+                "256 MiB, is too small",
+            ),
             (machine(vec![node("a b", Place::Local)]), "cannot be a node's name"),
             (machine(vec![node("n0", Place::Local), node("n0", Place::Local)]), "n0"),
             (machine(vec![]), "no node"),

@@ -16,6 +16,7 @@
 //! name = "n0"
 //! cpus = 2
 //! memory = "512M"
+//! budget = "576M"                     # what the server may spend on the guest; default: no limit
 //!
 //! [[node]]
 //! name = "n1"
@@ -58,6 +59,7 @@ struct NodeForm {
     name: String,
     cpus: u32,
     memory: SizeForm,
+    budget: Option<SizeForm>,
     #[serde(default, rename = "where")]
     place: PlaceForm,
     fabric: Option<String>,
@@ -135,16 +137,19 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
 
 fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
     let at = |error: ConfigError| ConfigError(format!("node {:?}: {error}", form.name));
-    let memory = match &form.memory {
-        SizeForm::Bytes(bytes) => *bytes,
-        SizeForm::Text(text) => parse_size(text).map_err(at)?,
+    let size = |form: &SizeForm| match form {
+        SizeForm::Bytes(bytes) => Ok(*bytes),
+        SizeForm::Text(text) => parse_size(text).map_err(at),
     };
+    let memory = size(&form.memory)?;
+    let budget = form.budget.as_ref().map(size).transpose()?;
     let fabric_listen = form.fabric.as_deref().map(parse_fabric).transpose().map_err(at)?;
     let place = match form.place {
         PlaceForm::Local => Place::Local,
         PlaceForm::Remote => Place::Remote,
     };
-    Ok(NodeConfig { spec: NodeSpec { name: form.name, cpus: form.cpus, memory }, place, fabric_listen })
+    let spec = NodeSpec { name: form.name, cpus: form.cpus, memory };
+    Ok(NodeConfig { spec, budget, place, fabric_listen })
 }
 
 /// A fabric address: with a port, or without one (the kernel chooses).
@@ -189,6 +194,7 @@ mod tests {
         name = "n1"
         cpus = 0
         memory = 134217728
+        budget = "150M"
         where = "remote"
         fabric = "192.0.2.2"
     "#;
@@ -207,6 +213,7 @@ mod tests {
         assert_eq!(config.nodes[0].spec, NodeSpec { name: "n0".into(), cpus: 2, memory: 512 << 20 });
         assert_eq!(config.nodes[0].place, Place::Local);
         assert_eq!(config.nodes[1].spec.memory, 128 << 20);
+        assert_eq!([0, 1].map(|node| config.nodes[node].budget), [None, Some(150 << 20)]);
         assert_eq!(config.nodes[1].place, Place::Remote);
         assert_eq!(config.nodes[1].fabric_listen, Some("192.0.2.2:0".parse().unwrap()));
         assert_eq!(config.check(), Ok(()));

@@ -41,6 +41,8 @@ pub struct Machine {
     pub id: [u8; 16],
     /// Nodes with CPUs and memory. A node's position is its index; names are `spec.nodes[i].name`.
     pub spec: MachineSpec,
+    /// What each node may hold for the guest, in bytes, by node index; see `NodeConfig::budget`.
+    pub budgets: Vec<Option<u64>>,
     /// The guest kernel (bzImage or ELF), a path on node 0's host.
     pub kernel: PathBuf,
     /// The initial ramdisk, a path on node 0's host.

@@ -96,6 +96,7 @@ fn guest_memory() -> Result<Times> {
             hold: Duration::from_micros(100),
             spin: Duration::ZERO,
             stuck: Duration::from_secs(10),
+            budget: None,
         };
         // The other engine's end is no failure here.
         let engine = Engine::start(config, memory.clone(), Arc::new(transport), Arc::new(|_| ()))?;

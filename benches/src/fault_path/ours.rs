@@ -35,6 +35,7 @@ impl Ours {
                 Polling::Blocking => Duration::ZERO,
             },
             stuck: Duration::from_secs(10),
+            budget: None,
         };
         let failure = Arc::new(Mutex::new(None));
         let tell = failure.clone();

@@ -4,9 +4,10 @@
 //! lock: faults of different shards meet different threads, faults of one shard are batched. Between
 //! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
-//! need next; messages that can leave together do (`outbox`).
+//! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back.
 
 mod ahead;
+mod budget;
 pub mod chains;
 mod outbox;
 mod recall;
@@ -22,6 +23,7 @@ use crossbeam::channel::{Sender, bounded, unbounded};
 use fabric::{FabricError, LaneId, NodeId, Transport};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+pub use self::budget::check_budget;
 use self::chains::Chains;
 use self::shard::{Request, Shard};
 use crate::memory::DualMemory;
@@ -47,6 +49,9 @@ pub struct EngineConfig {
     pub spin: Duration,
     /// A fault that is not answered for this long ends the machine.
     pub stuck: Duration,
+    /// What this node may hold for the guest at most, in bytes: its own memory, copies of the others', and what
+    /// it takes to keep them. No limit if there is none. See `engine/budget.rs`.
+    pub budget: Option<u64>,
 }
 
 /// What ends an engine.

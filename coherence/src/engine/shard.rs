@@ -1,5 +1,7 @@
 //! One shard's thread: faults and messages in, the protocol's effects out.
 
+mod effects;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -14,14 +16,16 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
 
+use self::effects::is_zero;
 use super::ahead::{ReadAhead, Window};
+use super::budget::copies_of_shard;
 use super::chains::{Chain, Chains};
 use super::outbox::Outbox;
 use super::recall::Recall;
 use super::{EngineConfig, EngineError, recall};
 use crate::memory::DualMemory;
 use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
-use crate::protocol::{Body, Effect, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
+use crate::protocol::{Body, Effect, Eviction, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
 use crate::uffd::{Fault, Mode, Uffd};
 
@@ -31,7 +35,8 @@ pub enum Request {
     Describe(Sender<Vec<String>>),
 }
 
-/// Frames whose pages went away, kept this many at most before they are given back to the host.
+/// Frames whose pages went away, kept this many at most before they are given back to the host; fewer where the
+/// node has a budget, in which they count.
 const GARBAGE: usize = 4096;
 
 /// The longest sleep, so that a stuck fault is noticed.
@@ -74,6 +79,7 @@ struct Core {
     /// Pages that were recalled and not touched yet, and with which page.
     untouched: PageMap<Page>,
     garbage: Vec<Page>,
+    most_garbage: usize,
     outbox: Outbox,
     /// Pages in a row that are to be mapped read-only, and how many they are.
     to_map: Option<(Page, u64)>,
@@ -121,13 +127,21 @@ impl Shard {
         let receiver = transport
             .take_receiver(lane)
             .ok_or_else(|| EngineError::Setup(format!("the transport has no lane {lane} for shard {id}")))?;
+        let mut protocol =
+            Protocol::new(config.node, Arc::new(config.homes.clone()), BLOCK, RunPolicy::default());
+        let mut most_garbage = GARBAGE;
+        if let Some(budget) = config.budget {
+            let copies = copies_of_shard(budget, &config.homes, config.node, shards.count())?;
+            most_garbage = (copies / 16).min(GARBAGE);
+            protocol.set_budget(copies - most_garbage, Eviction::Clock);
+        }
         let core = Core {
             nodes: config.homes.nodes(),
             pages: config.homes.pages(),
             homes: config.homes.clone(),
             home,
             lane,
-            protocol: Protocol::new(config.node, Arc::new(config.homes.clone()), 512, RunPolicy::default()),
+            protocol,
             memory,
             uffd,
             transport,
@@ -143,7 +157,8 @@ impl Shard {
             read_ahead: ReadAhead::new(config.homes.clone()),
             recalled: Vec::with_capacity(64),
             untouched: PageMap::default(),
-            garbage: Vec::with_capacity(GARBAGE),
+            garbage: Vec::with_capacity(most_garbage),
+            most_garbage,
             outbox: Outbox::default(),
             to_map: None,
         };
@@ -448,216 +463,6 @@ impl Core {
         Ok(zeroes as u8)
     }
 
-    /// Carries out what the protocol asked for, in its order.
-    fn apply(&mut self, body: Body<'_>) -> Result<(), EngineError> {
-        let effects = std::mem::take(&mut self.effects);
-        for &effect in &effects {
-            self.carry_out(effect, body)?;
-        }
-        self.effects = effects;
-        self.effects.clear();
-        let deferred = self.protocol.deferred() as i32;
-        if deferred != self.deferred {
-            self.chains.count_deferred(deferred - self.deferred);
-            self.deferred = deferred;
-        }
-        Ok(())
-    }
-
-    fn carry_out(&mut self, effect: Effect, body: Body<'_>) -> Result<(), EngineError> {
-        let failed = |what, page: Page| move |source| EngineError::Page { what, page: page.0, source };
-        match effect {
-            Effect::Send { .. } | Effect::Hold(_) | Effect::Deferred(_) | Effect::Map(_, Rights::Shared) => {}
-            // The bytes of a page that is to be sent must not change before.
-            Effect::Land(_) => self.flush()?,
-            // Nor may a page be mapped after it was to lose rights.
-            Effect::Protect(_) | Effect::Unmap(..) | Effect::Probe(_) => self.map_gathered()?,
-            _ => self.settle()?,
-        }
-        match effect {
-            Effect::Send { to, message } => self.send(to, message)?,
-            Effect::Land(page) => {
-                let bytes = match body {
-                    Body::Bytes(bytes) => Some(bytes),
-                    Body::Zero | Body::Absent => None,
-                };
-                // SAFETY: the protocol lands bytes only in pages that are not mapped, and only this shard
-                // writes its pages.
-                unsafe { self.memory.fill(page, bytes) };
-            }
-            Effect::Map(page, Rights::Shared) if self.outbox.gathering => {
-                trace::event(Event::Install, page.0, Rights::Shared as u64);
-                self.finish_miss(page);
-                let begins_range = self.begins_range(page);
-                match &mut self.to_map {
-                    Some((first, count)) if first.0 + *count == page.0 && !begins_range => *count += 1,
-                    _ => {
-                        self.map_gathered()?;
-                        self.to_map = Some((page, 1));
-                    }
-                }
-            }
-            Effect::Map(page, rights) => {
-                trace::event(Event::Install, page.0, rights as u64);
-                let address = self.memory.guest_address(page);
-                let len = PAGE_SIZE as u64;
-                let shared = rights == Rights::Shared;
-                if self.uffd.map(address, len, shared).map_err(failed("mapping", page))? == 0 {
-                    // Mapped already: set its rights and wake who waited.
-                    self.uffd.protect(address, len, shared).map_err(failed("protecting", page))?;
-                    self.uffd.wake(address, len).map_err(failed("waking the waiters", page))?;
-                }
-                self.finish_miss(page);
-            }
-            Effect::MapZeroes(first, count) => {
-                trace::event(Event::Install, first.0, u64::from(count) << 8 | Rights::Exclusive as u64);
-                for page in (first.0..first.0 + u64::from(count)).map(Page) {
-                    // SAFETY: pages that were not here until now, so that they are not mapped.
-                    unsafe { self.memory.fill(page, None) };
-                    self.finish_miss(page);
-                }
-                let len = u64::from(count) * PAGE_SIZE as u64;
-                self.uffd
-                    .map(self.memory.guest_address(first), len, false)
-                    .map_err(failed("mapping a run", first))?;
-                ShardStats::add(&self.stats.run_pages, u64::from(count));
-            }
-            Effect::Unprotect(page) => {
-                trace::event(Event::Install, page.0, Rights::Exclusive as u64);
-                let address = self.memory.guest_address(page);
-                self.uffd.protect(address, PAGE_SIZE as u64, false).map_err(failed("unprotecting", page))?;
-                self.finish_miss(page);
-            }
-            Effect::Protect(page) => {
-                trace::event(Event::Downgrade, page.0, 0);
-                ShardStats::count(&self.stats.downgrades);
-                self.pin_down(page);
-                let address = self.memory.guest_address(page);
-                self.uffd.protect(address, PAGE_SIZE as u64, true).map_err(failed("protecting", page))?;
-            }
-            Effect::Unmap(page, rights) => {
-                trace::event(Event::Unmap, page.0, 0);
-                ShardStats::count(match rights {
-                    Rights::Exclusive => &self.stats.handovers,
-                    _ => &self.stats.invalidations,
-                });
-                if let Some(first) = self.untouched.remove(page) {
-                    self.recall.strike(first, page);
-                }
-                self.pin_down(page);
-                self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
-            }
-            Effect::Probe(page) => {
-                self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
-            }
-            Effect::Free(page) => {
-                self.garbage.push(page);
-                if self.garbage.len() >= GARBAGE {
-                    self.collect_garbage()?;
-                }
-            }
-            Effect::Hold(page) => {
-                // The page was mapped just before for who waited, unless it came ahead of its need.
-                let mapped = self.untouched.get(page).is_none();
-                let chain =
-                    if mapped { std::mem::replace(&mut self.winner, Chain::NONE) } else { Chain::NONE };
-                self.hold(page, chain);
-            }
-            Effect::Deferred(page) => {
-                trace::event(Event::Defer, page.0, 0);
-                ShardStats::count(&self.stats.deferred);
-            }
-        }
-        Ok(())
-    }
-
-    /// Before a home page loses rights its frame must be in the file: else the next touch would be filled by
-    /// the kernel on its own, without an event.
-    fn pin_down(&self, page: Page) {
-        if self.home.contains(&page.0) {
-            self.memory.ensure_frame(page);
-        }
-    }
-
-    fn send(&mut self, to: NodeId, message: Message) -> Result<(), EngineError> {
-        ShardStats::count(&self.stats.messages_sent);
-        trace::event(Event::Send, message.page.0, u64::from(message.kind.code()) << 16 | u64::from(to.0));
-        let mut zero = false;
-        if message.kind.has_body() {
-            // SAFETY: the protocol sends bytes only of pages that it has unmapped or protected here, or that only
-            // this shard's engine view holds.
-            zero = is_zero(unsafe { self.memory.frame(message.page) });
-            ShardStats::count(if zero { &self.stats.zero_pages_sent } else { &self.stats.pages_sent });
-        }
-        // SAFETY: as above, and what could change a page's bytes flushes before.
-        Ok(unsafe { self.outbox.send(to, message, zero, &self.memory, &*self.transport, self.lane) }?)
-    }
-
-    /// Maps and sends what waits for more to follow.
-    fn settle(&mut self) -> Result<(), EngineError> {
-        self.map_gathered()?;
-        self.flush()
-    }
-
-    /// Whether the page begins a range of its own for userfaultfd, which maps no two ranges at once: another
-    /// home's pages, or another region's.
-    fn begins_range(&self, page: Page) -> bool {
-        page.0.is_multiple_of(BLOCK) || self.homes.range(self.homes.home(page)).start == page.0
-    }
-
-    /// Maps the pages that were to be mapped together: a reader of one of them then finds the others.
-    fn map_gathered(&mut self) -> Result<(), EngineError> {
-        let Some((mut page, mut count)) = self.to_map.take() else { return Ok(()) };
-        let failed = |page: Page| move |source| EngineError::Page { what: "mapping", page: page.0, source };
-        const LEN: u64 = PAGE_SIZE as u64;
-        while count > 0 {
-            let address = self.memory.guest_address(page);
-            let mapped = self.uffd.map(address, count * LEN, true).map_err(failed(page))? / LEN;
-            if mapped < count {
-                // The next was mapped already: only who waited is to be woken.
-                let address = address + mapped * LEN;
-                self.uffd.protect(address, LEN, true).map_err(failed(page))?;
-                self.uffd.wake(address, LEN).map_err(failed(page))?;
-            }
-            let done = (mapped + 1).min(count);
-            (page, count) = (Page(page.0 + done), count - done);
-        }
-        Ok(())
-    }
-
-    /// Sends what waits for more to follow.
-    fn flush(&mut self) -> Result<(), EngineError> {
-        if self.outbox.is_empty() {
-            return Ok(());
-        }
-        // SAFETY: as in `send`.
-        Ok(unsafe { self.outbox.flush(&self.memory, &*self.transport, self.lane) }?)
-    }
-
-    fn finish_miss(&mut self, page: Page) {
-        self.winner = self.answer_waiters(page, self.chains.now());
-        if let Some(i) = self.misses.iter().position(|m| m.page == page) {
-            let miss = self.misses.swap_remove(i);
-            let took = miss.since.elapsed();
-            self.chains.took(took);
-            self.stats.record(took);
-        }
-    }
-
-    /// Gives back the frames of pages that went away and did not come back.
-    fn collect_garbage(&mut self) -> Result<(), EngineError> {
-        while let Some(page) = self.garbage.pop() {
-            if self.protocol.is_garbage(page) {
-                self.memory.free(page).map_err(|source| EngineError::Page {
-                    what: "freeing the frame",
-                    page: page.0,
-                    source,
-                })?;
-            }
-        }
-        Ok(())
-    }
-
     fn check_stuck(&self, now: Instant, limit: Duration) -> Result<(), EngineError> {
         match self.misses.iter().find(|m| now.saturating_duration_since(m.since) > limit) {
             Some(miss) => Err(EngineError::Stuck {
@@ -672,8 +477,4 @@ impl Core {
             None => Ok(()),
         }
     }
-}
-
-fn is_zero(frame: &[u8; PAGE_SIZE]) -> bool {
-    frame.chunks_exact(64).all(|line| line == [0; 64])
 }

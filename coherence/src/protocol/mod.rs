@@ -40,8 +40,7 @@
 //! in its own answer, so that whatever it says of these pages later comes after the grant.
 //!
 //! # Memory
-//! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home. The engine
-//! sets no limit yet; the model checker and the simulator do.
+//! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home.
 //!
 //! A page that was just won is *held*: Invalidate and Forward wait until the caller [`release`]s it, so
 //! that the instruction that needed it can retire.
@@ -330,6 +329,11 @@ impl Protocol {
     /// Whether nobody needs what the frame of a page of another home holds here.
     pub fn is_garbage(&self, page: Page) -> bool {
         self.rights(page) == Rights::None && !self.is_transient(page)
+    }
+
+    /// Whether the page is on its way back to its home.
+    pub fn is_leaving(&self, page: Page) -> bool {
+        matches!(self.transient.get(page), Some(Transient::Evict { .. }))
     }
 
     /// Whether the page is being asked for here, by a fault or ahead of one.

@@ -59,7 +59,11 @@ pub struct RunArgs {
     /// Memory of each node, such as 512M
     #[arg(long, conflicts_with_all = ["machine", "node"], value_parser = parse_size)]
     memory: Option<u64>,
-    /// One node: name=n0,cpus=2,memory=1G[,where=remote][,fabric=ADDRESS[:PORT]]; give it once per node
+    /// What each node may hold of the guest's memory: its own and copies of the others'; default: no limit
+    #[arg(long, conflicts_with_all = ["machine", "node"], value_parser = parse_size)]
+    budget: Option<u64>,
+    /// One node: name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS[:PORT]]; give it once per
+    /// node
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
     /// A node that says nothing for so long is lost
@@ -219,6 +223,7 @@ impl RunArgs {
                 cpus: self.cpus.unwrap_or(DEFAULT_CPUS),
                 memory: self.memory.unwrap_or(DEFAULT_MEMORY),
             },
+            budget: self.budget,
             place: Place::Local,
             fabric_listen: None,
         };
@@ -226,12 +231,13 @@ impl RunArgs {
     }
 }
 
-/// A node from `name=n0,cpus=2,memory=1G[,where=remote][,fabric=ADDRESS]`.
+/// A node from `name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS]`.
 fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
     let wrong = |why: String| ConfigError(format!("{why}: write for example name=n0,cpus=2,memory=1G"));
     let mut name = None;
     let mut node = NodeConfig {
         spec: NodeSpec { name: String::new(), cpus: DEFAULT_CPUS, memory: DEFAULT_MEMORY },
+        budget: None,
         place: Place::Local,
         fabric_listen: None,
     };
@@ -245,6 +251,7 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
                     value.parse().map_err(|_| wrong(format!("{value:?} is not a number of CPUs")))?;
             }
             ("memory", value) => node.spec.memory = parse_size(value)?,
+            ("budget", value) => node.budget = Some(parse_size(value)?),
             ("where", "local") => node.place = Place::Local,
             ("where", "remote") => node.place = Place::Remote,
             ("where", value) => return Err(wrong(format!("where={value} is neither local nor remote"))),

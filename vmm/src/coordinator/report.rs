@@ -166,6 +166,7 @@ mod tests {
     fn tally(nodes: usize) -> Tally {
         let node = |index: usize| NodeConfig {
             spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 1 << 30 },
+            budget: None,
             place: Place::Local,
             fabric_listen: None,
         };

@@ -15,6 +15,7 @@ struct Run {
 fn config(places: &[Place]) -> MachineConfig {
     let node = |(index, place): (usize, &Place)| NodeConfig {
         spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
+        budget: None,
         place: *place,
         fabric_listen: None,
     };

@@ -371,6 +371,7 @@ fn engine(
         hold: machine.hold,
         spin: if spare { SPIN } else { Duration::ZERO },
         stuck: STUCK,
+        budget: machine.budgets.get(usize::from(assignment.node)).copied().flatten(),
     };
     let events = events.clone();
     let on_failure: OnFailure = Arc::new(move |error| drop(events.send(error.into())));

@@ -20,6 +20,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub fn machine(nodes: usize, place: Place) -> MachineConfig {
     let node = |index: usize| NodeConfig {
         spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
+        budget: None,
         place,
         fabric_listen: None,
     };
