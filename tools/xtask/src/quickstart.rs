@@ -44,7 +44,7 @@ struct Report {
     /// What the guest says of each NUMA node.
     numa: Vec<Numa>,
     smp_check: Option<String>,
-    /// From the start of `gestalt run` to the guest's first line from user space.
+    /// From the start of `gestalt run` until the guest is in user space with all its CPUs.
     boot_seconds: Option<f64>,
     remote_read_faults: Option<u64>,
     remote_write_faults: Option<u64>,
@@ -166,7 +166,7 @@ impl Report {
             None => println!("The host ({} nodes on this machine):", self.nodes),
         }
         let seconds = self.boot_seconds.map(|seconds| format!("{seconds:.1}"));
-        println!("  {} s from the start to the guest's user space", shown(&seconds));
+        println!("  {} s from the start to user space with all CPUs", shown(&seconds));
         println!(
             "  {} remote read faults, {} remote write faults, {} invalidations, {} bytes moved",
             shown(&self.remote_read_faults),

@@ -46,7 +46,7 @@ struct Report {
     boots: Vec<Entry>,
     kills: Vec<Entry>,
     shapes: Vec<Entry>,
-    /// Median seconds to user space of the boots.
+    /// Median seconds to user space with all CPUs of the boots.
     boot_median_seconds: Option<f64>,
     /// The same of a machine of one node with as much of everything, on the same hosts, when shapes were booted.
     one_node_boot_seconds: Option<f64>,
@@ -176,7 +176,7 @@ impl Report {
         println!("hosts are {}", if self.emulated { "EMULATED" } else { "real" });
         println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
         if let Some(seconds) = self.boot_median_seconds {
-            println!("  median {seconds:.1} s to user space");
+            println!("  median {seconds:.1} s to user space with all CPUs");
         }
         if let Some(ratio) = self.ratio_to_one_node {
             println!("  {ratio:.2} times as long as one node with as much of everything");
