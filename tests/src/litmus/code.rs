@@ -128,6 +128,13 @@ pub fn thread(accesses: &[Access], variant: Variant, pauses: bool) -> Vec<u8> {
     code
 }
 
+/// The code of a thread that increments the counter at rsi until it is r12, and then leaves at rbx how often it
+/// did.
+pub fn counter() -> Vec<u8> {
+    let count = code64!("30:", "mov eax, 1", "lock xadd [rsi], rax", "inc r8", "cmp rax, r12", "jb 30b");
+    [count, code64!("mov [rbx], r8"), code64!("20:", "out 0x80, al", "jmp 20b")].concat()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::catalogue::ALL;
