@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use coherence::engine::{Engine, EngineConfig};
+use coherence::engine::{Engine, EngineConfig, budget_for};
 use coherence::memory::DualMemory;
 use coherence::page::{Homes, PAGE_SIZE};
 use coherence::uffd::Uffd;
@@ -337,7 +337,8 @@ fn nodes_stay_within_their_budgets_in_a_storm() {
     }
     const HOMES: [u64; 3] = [500, 700, 400];
     const COPIES: u64 = 150;
-    let budget = |node: usize| HOMES[node] * 4096 + (HOMES[node] + COPIES) * 200 + COPIES * 4096;
+    let homes = Homes::new(HOMES);
+    let budget = |node: usize| budget_for(COPIES, &homes, NodeId(node as u16));
     let machine = Machine::with_budgets(&HOMES, 2, |node| Some(budget(node)));
     let most: Vec<AtomicU64> = HOMES.iter().map(|_| AtomicU64::new(0)).collect();
     let over = AtomicBool::new(false);

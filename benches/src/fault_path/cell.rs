@@ -46,6 +46,8 @@ pub struct Kind {
     pub nodes: usize,
     /// How long a page that was won is kept, in microseconds.
     pub hold_us: u64,
+    /// Pages of other nodes that each may have; any number if none is given.
+    pub copies: Option<u64>,
 }
 
 /// A cell that runs.
@@ -92,6 +94,7 @@ impl Cell {
             polling: kind.polling,
             pages: pages.clone().collect(),
             hold_us: kind.hold_us,
+            copies: kind.copies,
             addresses: addresses.clone(),
             cpus: place::share(cpus, node, kind.nodes),
         };

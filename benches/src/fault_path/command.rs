@@ -76,6 +76,8 @@ pub struct Setup {
     pub pages: Vec<u64>,
     /// How long a page that was won is kept, in microseconds.
     pub hold_us: u64,
+    /// Pages of other nodes that it may have; any number if none is given.
+    pub copies: Option<u64>,
     /// Where each node listens; empty in process.
     pub addresses: Vec<SocketAddr>,
     /// CPUs for the node's threads.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use coherence::engine::{Engine, EngineConfig, EngineError};
+use coherence::engine::{Engine, EngineConfig, EngineError, budget_for};
 use coherence::memory::DualMemory;
 use coherence::page::Homes;
 use fabric::Transport;
@@ -24,9 +24,9 @@ impl Ours {
     /// # Errors
     /// This host's userfaultfd cannot serve.
     pub fn start(setup: &Setup, memory: Arc<DualMemory>, transport: Arc<dyn Transport>) -> Result<Ours> {
+        let homes = Homes::new(setup.pages.iter().copied());
         let config = EngineConfig {
             node: transport.node(),
-            homes: Homes::new(setup.pages.iter().copied()),
             shards: 1,
             first_lane: 0,
             hold: Duration::from_micros(setup.hold_us),
@@ -35,7 +35,8 @@ impl Ours {
                 Polling::Blocking => Duration::ZERO,
             },
             stuck: Duration::from_secs(10),
-            budget: None,
+            budget: setup.copies.map(|copies| budget_for(copies, &homes, transport.node())),
+            homes,
         };
         let failure = Arc::new(Mutex::new(None));
         let tell = failure.clone();

@@ -33,6 +33,12 @@ pub fn check_budget(budget: u64, homes: &Homes, node: NodeId, shards: u16) -> Re
     copies_of_shard(budget, homes, node, shards).map(drop)
 }
 
+/// The budget that leaves room for so many pages of other nodes' memory at a node, in bytes.
+pub fn budget_for(copies: u64, homes: &Homes, node: NodeId) -> u64 {
+    let range = homes.range(node);
+    (range.end - range.start) * (PAGE_SIZE as u64 + HOME) + copies * (PAGE_SIZE as u64 + COPY)
+}
+
 /// How many pages of other nodes' memory each of the shards may have here.
 ///
 /// # Errors
@@ -40,9 +46,9 @@ pub fn check_budget(budget: u64, homes: &Homes, node: NodeId, shards: u16) -> Re
 pub fn copies_of_shard(budget: u64, homes: &Homes, node: NodeId, shards: u16) -> Result<usize, EngineError> {
     let range = homes.range(node);
     let page = PAGE_SIZE as u64;
-    let home = (range.end - range.start) * (page + HOME);
+    let home = budget_for(0, homes, node);
     let shards = u64::from(shards.max(1));
-    let least = home + shards * LEAST * (page + COPY);
+    let least = budget_for(shards * LEAST, homes, node);
     if budget < least {
         return Err(EngineError::Setup(format!(
             "the memory budget of this node, {} MiB, is too small for its {} MiB of the guest's memory and some \

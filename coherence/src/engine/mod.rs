@@ -23,7 +23,7 @@ use crossbeam::channel::{Sender, bounded, unbounded};
 use fabric::{FabricError, LaneId, NodeId, Transport};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-pub use self::budget::check_budget;
+pub use self::budget::{budget_for, check_budget};
 use self::chains::Chains;
 use self::shard::{Request, Shard};
 use crate::memory::DualMemory;
