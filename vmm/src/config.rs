@@ -22,8 +22,11 @@ pub const MIN_SILENCE: Duration = Duration::from_secs(1);
 pub const DEFAULT_HOLD: Duration = Duration::from_micros(100);
 /// The longest hold: every other node's access to the page waits for it.
 pub const MAX_HOLD: Duration = Duration::from_millis(100);
-/// Coherence shards, unless the machine file says otherwise.
-pub const DEFAULT_SHARDS: u16 = 1;
+/// CPUs of the largest node for each coherence shard, unless the machine file says how many shards there are: one
+/// userfaultfd does not serve more than a few CPUs that fault all the time.
+pub const CPUS_PER_SHARD: u32 = 8;
+/// The most shards that are chosen without being asked for.
+pub const MOST_DEFAULT_SHARDS: u16 = 16;
 /// The most coherence shards: each is a thread per node and a connection per pair of nodes.
 pub const MAX_SHARDS: u16 = 64;
 /// How long the nodes may take to join, unless told otherwise, if `gestalt run` starts all of them.
@@ -83,8 +86,8 @@ pub struct MachineConfig {
     pub distances: Vec<Vec<u8>>,
     /// How long a node may say nothing.
     pub silence: Duration,
-    /// Coherence shards.
-    pub shards: u16,
+    /// Coherence shards; `None`: as many as [`MachineConfig::shards`] thinks.
+    pub shards: Option<u16>,
     /// How long a node keeps a page that it just won.
     pub hold: Duration,
     /// How long the nodes may take to join; `None` for [`DEFAULT_JOIN_LOCAL`] or [`DEFAULT_JOIN_REMOTE`].
@@ -103,7 +106,7 @@ impl Default for MachineConfig {
             nodes: Vec::new(),
             distances: Vec::new(),
             silence: DEFAULT_SILENCE,
-            shards: DEFAULT_SHARDS,
+            shards: None,
             hold: DEFAULT_HOLD,
             join_timeout: None,
         }
@@ -128,8 +131,9 @@ impl MachineConfig {
             check_name(&node.spec.name)?;
         }
         self.spec().check().map_err(|error| ConfigError(error.to_string()))?;
-        if !(1..=MAX_SHARDS).contains(&self.shards) {
-            return wrong(format!("{} shards are not possible: choose 1 to {MAX_SHARDS}", self.shards));
+        let shards = self.shards();
+        if !(1..=MAX_SHARDS).contains(&shards) {
+            return wrong(format!("{shards} shards are not possible: choose 1 to {MAX_SHARDS}"));
         }
         if self.silence < MIN_SILENCE {
             return wrong(format!(
@@ -152,7 +156,7 @@ impl MachineConfig {
         let homes = Homes::new(pages);
         for (id, node) in (0..).map(NodeId).zip(&self.nodes) {
             let Some(budget) = node.budget else { continue };
-            engine::check_budget(budget, &homes, id, self.shards)
+            engine::check_budget(budget, &homes, id, self.shards())
                 .map_err(|why| ConfigError(format!("node \"{}\": {why}", node.spec.name)))?;
         }
         Ok(())
@@ -202,10 +206,17 @@ impl MachineConfig {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
-            shards: self.shards,
+            shards: self.shards(),
             hold: self.hold,
             silence: self.silence,
         }
+    }
+
+    /// Coherence shards: as many as were asked for, or as suits the CPUs of the largest node.
+    pub fn shards(&self) -> u16 {
+        let cpus = self.nodes.iter().map(|node| node.spec.cpus).max().unwrap_or(0);
+        let suitable = cpus.div_ceil(CPUS_PER_SHARD).clamp(1, u32::from(MOST_DEFAULT_SHARDS));
+        self.shards.unwrap_or(suitable as u16)
     }
 
     /// The index of the node of this name.
@@ -359,6 +370,18 @@ mod tests {
     }
 
     #[test]
+    fn shards_follow_the_largest_nodes_cpus_unless_told() {
+        let mut config = machine(vec![node("n0", Place::Local), node("n1", Place::Local)]);
+        let mut shards = |cpus, told| {
+            config.nodes[1].spec.cpus = cpus;
+            config.shards = told;
+            config.shards()
+        };
+        assert_eq!([0, 8, 9, 64, 4096].map(|cpus| shards(cpus, None)), [1, 1, 2, 8, 16]);
+        assert_eq!(shards(64, Some(3)), 3);
+    }
+
+    #[test]
     fn a_plain_machine_passes() {
         assert_eq!(machine(vec![node("n0", Place::Local), node("n1", Place::Local)]).check(), Ok(()));
     }
@@ -369,7 +392,7 @@ mod tests {
         let cases: Vec<(MachineConfig, &str)> = vec![
             (MachineConfig { kernel: PathBuf::new(), ..good.clone() }, "no kernel"),
             (MachineConfig { cmdline: "a\nb".into(), ..good.clone() }, "control character"),
-            (MachineConfig { shards: 0, ..good.clone() }, "0 shards"),
+            (MachineConfig { shards: Some(0), ..good.clone() }, "0 shards"),
             (MachineConfig { silence: Duration::from_millis(100), ..good.clone() }, "too short"),
             (MachineConfig { hold: Duration::from_secs(1), ..good.clone() }, "stall every other node"),
             (

@@ -7,7 +7,7 @@
 //! cmdline = "console=ttyS0"
 //! listen = "192.0.2.1:7700"           # default: loopback, any port
 //! silence = "3s"                      # a node that says nothing for so long is lost
-//! shards = 2                          # coherence shards
+//! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
 //! join_timeout = "10min"
 //! distances = [[10, 20], [20, 10]]    # SLIT
@@ -126,7 +126,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         nodes: form.node.into_iter().map(node).collect::<Result<_, _>>()?,
         distances: form.distances,
         silence: duration("silence", form.silence, default.silence)?,
-        shards: form.shards.unwrap_or(default.shards),
+        shards: form.shards.or(default.shards),
         hold: duration("hold", form.hold, default.hold)?,
         join_timeout: match form.join_timeout {
             None => None,

@@ -173,6 +173,10 @@ pub fn shapes() -> Vec<Scenario> {
         whole("four nodes boot", Machine::equal(4, 1, 384)),
         whole("unequal nodes boot", of(&[(1, 640), (3, 384)])),
         whole("a memory-only node serves", of(&[(2, 512), (0, 512)])),
+        whole(
+            "eight nodes boot, seven of them without CPUs",
+            of(&[[(2, 512)].as_slice(), &[(0, 256); 7]].concat()),
+        ),
     ]
 }
 

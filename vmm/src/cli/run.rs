@@ -69,7 +69,7 @@ pub struct RunArgs {
     /// A node that says nothing for so long is lost
     #[arg(long, value_parser = parse_duration)]
     silence: Option<Duration>,
-    /// Coherence shards per node
+    /// Threads per node that keep memory coherent; default: one for every eight CPUs of the largest node
     #[arg(long)]
     shards: Option<u16>,
     /// How long a node keeps a page that it just won
@@ -205,9 +205,9 @@ impl RunArgs {
         set(&mut config.cmdline, &self.cmdline);
         set(&mut config.name, &self.name);
         set(&mut config.silence, &self.silence);
-        set(&mut config.shards, &self.shards);
         set(&mut config.hold, &self.hold);
         config.listen = self.listen.or(config.listen);
+        config.shards = self.shards.or(config.shards);
         config.initrd = self.initrd.clone().or(config.initrd);
         config.join_timeout = self.join_timeout.or(config.join_timeout);
         Ok(config)
