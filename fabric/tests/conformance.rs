@@ -14,6 +14,13 @@ macro_rules! for_each_transport {
     ($($test:ident),+ $(,)?) => {
         mod tcp { $(#[test] fn $test() { super::$test(crate::common::Kind::Tcp); })+ }
         mod sim { $(#[test] fn $test() { super::$test(crate::common::Kind::Sim); })+ }
+        mod rdma {
+            $(#[test] fn $test() {
+                if crate::common::rdma_is_there() {
+                    super::$test(crate::common::Kind::Rdma);
+                }
+            })+
+        }
     };
 }
 
