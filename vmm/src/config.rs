@@ -10,6 +10,7 @@ use std::time::Duration;
 use firmware::{MachineSpec, NodeSpec};
 
 use crate::node_api::Machine;
+use crate::rdma::{FabricKind, RdmaConfig};
 
 /// How long a node or peer may be silent before it counts as lost, unless the machine file says otherwise.
 pub const DEFAULT_SILENCE: Duration = Duration::from_secs(3);
@@ -83,6 +84,10 @@ pub struct MachineConfig {
     pub hold: Duration,
     /// How long the nodes may take to join; `None` for [`DEFAULT_JOIN_LOCAL`] or [`DEFAULT_JOIN_REMOTE`].
     pub join_timeout: Option<Duration>,
+    /// What carries the fabric's frames.
+    pub fabric: FabricKind,
+    /// Which RDMA ports, if RDMA does.
+    pub rdma: RdmaConfig,
 }
 
 impl Default for MachineConfig {
@@ -100,6 +105,8 @@ impl Default for MachineConfig {
             shards: DEFAULT_SHARDS,
             hold: DEFAULT_HOLD,
             join_timeout: None,
+            fabric: FabricKind::default(),
+            rdma: RdmaConfig::default(),
         }
     }
 }
@@ -137,6 +144,7 @@ impl MachineConfig {
                 self.hold
             ));
         }
+        self.rdma.check(self.nodes.iter().map(|node| node.spec.name.as_str()))?;
         self.check_addresses()
     }
 
@@ -186,6 +194,7 @@ impl MachineConfig {
             shards: self.shards,
             hold: self.hold,
             silence: self.silence,
+            rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),
         }
     }
 
