@@ -51,7 +51,7 @@ impl Kind {
                     .map(|made| Box::new(made.unwrap()) as Box<dyn Transport>)
                     .collect()
             }
-            Kind::Rdma => rdma_all(Kind::Tcp.cluster(nodes, lanes)),
+            Kind::Rdma => rdma_all(Kind::Tcp.cluster(nodes, lanes), &RdmaSettings::default()),
             Kind::Sim => sim::cluster(nodes, lanes)
                 .unwrap()
                 .into_iter()
@@ -62,11 +62,10 @@ impl Kind {
 }
 
 /// Connects all nodes of a machine over RDMA at once, as processes would.
-pub fn rdma_all(sessions: Vec<Box<dyn Transport>>) -> Vec<Box<dyn Transport>> {
+pub fn rdma_all(sessions: Vec<Box<dyn Transport>>, settings: &RdmaSettings) -> Vec<Box<dyn Transport>> {
     thread::scope(|scope| {
         let connect = |session: Box<dyn Transport>| {
-            let settings = RdmaSettings::default();
-            RdmaTransport::connect(session.into(), &settings, None, PATIENCE).unwrap()
+            RdmaTransport::connect(session.into(), settings, None, PATIENCE).unwrap()
         };
         let running: Vec<_> =
             sessions.into_iter().map(|session| scope.spawn(move || connect(session))).collect();
