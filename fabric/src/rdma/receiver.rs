@@ -38,6 +38,8 @@ pub(super) struct LaneReceiver {
     due: bool,
     /// The send queue was asked to raise an event, if it was: for every completion, or for failed ones only.
     sends: Option<Watched>,
+    /// The session's receiver said that there is nothing, and was not polled since: its descriptor will tell.
+    session_armed: bool,
     /// Look at everything at the next poll that finds nothing.
     look: bool,
     /// A loss is to be reported.
@@ -108,6 +110,7 @@ impl LaneReceiver {
             armed: false,
             due: false,
             sends: None,
+            session_armed: false,
             look: false,
             trouble: false,
             idle_polls: 0,
@@ -182,7 +185,7 @@ impl LaneReceiver {
 
     /// Looks at everything but messages.
     fn look_around(&mut self) -> Result<(), FabricError> {
-        (self.look, self.idle_polls) = (false, 0);
+        (self.look, self.idle_polls, self.session_armed) = (false, 0, false);
         self.lane.bell.hear();
         let (lane, peers) = (&self.lane, &mut self.peers);
         let until = Instant::now() + STRAGGLERS;
@@ -340,7 +343,11 @@ impl Receiver for LaneReceiver {
         if taken || waits {
             self.lane.lock().look_around();
         }
-        self.look |= self.trouble || self.lane.bell.is_rung() || self.session.arm()?;
+        if !self.session_armed {
+            self.session_armed = !self.session.arm()?;
+            self.look |= !self.session_armed;
+        }
+        self.look |= self.trouble || self.lane.bell.is_rung();
         Ok(self.look)
     }
 }
