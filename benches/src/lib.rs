@@ -3,6 +3,7 @@
 //!
 //! - [`fault_path`]: what a page fault costs that another node must answer (`cargo bench -p benches --bench
 //!   fault_path`).
+//! - [`rdma`], [`perftest`]: the fabric over RDMA beside perftest (`cargo bench -p benches --bench rdma`).
 //! - [`place`]: which CPU and which priority a thread has while it is measured.
 //! - [`report`]: the table on the terminal, the JSON file and its rows.
 //! - [`plot`]: the picture of such a report.
@@ -10,6 +11,8 @@
 //! Reports go to `target/report` of the workspace.
 
 pub mod fault_path;
+pub mod perftest;
 pub mod place;
 pub mod plot;
+pub mod rdma;
 pub mod report;

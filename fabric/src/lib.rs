@@ -21,12 +21,14 @@
 //! # Transports
 //!
 //! - [`tcp`]: one TCP connection per lane and peer; what runs between servers.
+//! - [`rdma`]: queue pairs over InfiniBand or RoCE, set up over one of the others.
 //! - [`sim`]: all nodes in one process; for the tests of everything above the fabric.
 //!
-//! `tests/conformance.rs` holds both to the same contract.
+//! `tests/conformance.rs` holds all to the same contract.
 
 mod error;
 mod priority;
+pub mod rdma;
 pub mod sim;
 pub mod tcp;
 pub mod trace;

@@ -101,7 +101,7 @@ pub trait Receiver: Send {
     fn poll(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError>;
 
     /// A descriptor that becomes readable (level-triggered, for `poll` or `epoll`) when [`Receiver::poll`]
-    /// may have something to do.
+    /// may have something to do. Meaningful once [`Receiver::arm`] has said `false`.
     fn fd(&self) -> RawFd;
 
     /// Call before sleeping on [`Receiver::fd`]; `true` means there is work already and sleeping is wrong.

@@ -14,6 +14,13 @@ macro_rules! for_each_transport {
     ($($test:ident),+ $(,)?) => {
         mod tcp { $(#[test] fn $test() { super::$test(crate::common::Kind::Tcp); })+ }
         mod sim { $(#[test] fn $test() { super::$test(crate::common::Kind::Sim); })+ }
+        mod rdma {
+            $(#[test] fn $test() {
+                if crate::common::rdma_is_there() {
+                    super::$test(crate::common::Kind::Rdma);
+                }
+            })+
+        }
     };
 }
 
@@ -73,11 +80,11 @@ fn a_receiver_is_taken_once(kind: Kind) {
 
 fn frames_arrive_in_order_per_lane(kind: Kind) {
     let nodes = kind.cluster(2, 1);
-    let mut tap = Tap::new(&*nodes[1], 0);
+    let (mut tap, mut flush) = (Tap::new(&*nodes[1], 0), Tap::new(&*nodes[0], 0));
     for i in 0..2000 {
         nodes[0].send(NodeId(1), 0, &[&numbered(i, 8 + i as usize % 600)]).unwrap();
     }
-    for (i, (from, frame)) in tap.take(2000).into_iter().enumerate() {
+    for (i, (from, frame)) in tap.take_with(2000, || flush.poll()).into_iter().enumerate() {
         assert_eq!((from, frame), (NodeId(0), numbered(i as u64, 8 + i % 600)));
     }
     tap.expect_silence();

@@ -13,6 +13,7 @@ use fabric::NodeId;
 use firmware::{MachineSpec, NodeSpec};
 
 use crate::node_api::Machine;
+use crate::rdma::{FabricKind, RdmaConfig};
 
 /// How long a node or peer may be silent before it counts as lost, unless the machine file says otherwise.
 pub const DEFAULT_SILENCE: Duration = Duration::from_secs(3);
@@ -92,6 +93,10 @@ pub struct MachineConfig {
     pub hold: Duration,
     /// How long the nodes may take to join; `None` for [`DEFAULT_JOIN_LOCAL`] or [`DEFAULT_JOIN_REMOTE`].
     pub join_timeout: Option<Duration>,
+    /// What carries the fabric's frames.
+    pub fabric: FabricKind,
+    /// Which RDMA ports, if RDMA does.
+    pub rdma: RdmaConfig,
 }
 
 impl Default for MachineConfig {
@@ -109,6 +114,8 @@ impl Default for MachineConfig {
             shards: None,
             hold: DEFAULT_HOLD,
             join_timeout: None,
+            fabric: FabricKind::default(),
+            rdma: RdmaConfig::default(),
         }
     }
 }
@@ -148,6 +155,7 @@ impl MachineConfig {
             ));
         }
         self.check_budgets()?;
+        self.rdma.check(self.nodes.iter().map(|node| node.spec.name.as_str()))?;
         self.check_addresses()
     }
 
@@ -209,6 +217,7 @@ impl MachineConfig {
             shards: self.shards(),
             hold: self.hold,
             silence: self.silence,
+            rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),
         }
     }
 

@@ -9,7 +9,7 @@
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`cli`], [`config`], [`machine_file`] | the command line and what it describes |
+//! | [`cli`], [`config`], [`machine_file`], [`rdma`] | the command line and what it describes |
 //! | [`coordinator`], [`terminal`] | `gestalt run`: brings the nodes up and holds them to the end |
 //! | [`node_api`] | what coordinator and node say to each other |
 //! | [`node`] | one node, from its assignment to the machine's end: start reading here |
@@ -35,6 +35,7 @@ pub mod machine_file;
 pub mod node;
 pub mod node_api;
 pub mod node_msg;
+pub mod rdma;
 pub mod router;
 pub mod terminal;
 pub mod vcpu;

@@ -11,6 +11,7 @@
 //! hold = "100us"                      # how long a node keeps a page it just won
 //! join_timeout = "10min"
 //! distances = [[10, 20], [20, 10]]    # SLIT
+//! fabric = "rdma"                     # default "tcp"; the table [rdma] is described in `rdma.rs`
 //!
 //! [[node]]
 //! name = "n0"
@@ -34,6 +35,7 @@ use firmware::NodeSpec;
 use serde::Deserialize;
 
 use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
+use crate::rdma::{FabricKind, RdmaForm};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -47,6 +49,9 @@ struct FileForm {
     shards: Option<u16>,
     hold: Option<String>,
     join_timeout: Option<String>,
+    #[serde(default)]
+    fabric: FabricKind,
+    rdma: Option<RdmaForm>,
     #[serde(default)]
     distances: Vec<Vec<u8>>,
     #[serde(default)]
@@ -132,6 +137,8 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
             None => None,
             given => Some(duration("join_timeout", given, Duration::ZERO)?),
         },
+        fabric: form.fabric,
+        rdma: form.rdma.map(Into::into).unwrap_or_default(),
     })
 }
 
@@ -239,11 +246,25 @@ mod tests {
             ("[[node]]\nname = \"n0\"\ncpus = 1\nmemory = 1\nfabric = \"eth0\"\n", "not an address"),
             ("silence = \"soon\"", "not a duration"),
             ("listen = \"here\"", "line 1"),
+            ("fabric = \"ether\"", "line 1"),
+            ("fabric = \"rdma\"\n[rdma]\nlane = 3\n", "line 3"),
         ];
         for (text, part) in cases {
             let said = refusal(text);
             assert!(said.contains(part) && !said.contains('\n'), "{said:?} for {text:?}");
         }
+    }
+
+    #[test]
+    fn rdma_is_chosen_by_the_fabric_and_described_by_its_table() {
+        let with = |text: &str| parse(&format!("{text}{GOOD}")).unwrap();
+        assert_eq!(with("").fabric, FabricKind::Tcp);
+        let config = parse(&format!("fabric = \"rdma\"{GOOD}[rdma]\ndevice = \"mlx5_0\"\n")).unwrap();
+        assert_eq!(config.fabric, FabricKind::Rdma);
+        assert_eq!(config.rdma.settings("n1").device.as_deref(), Some("mlx5_0"));
+        assert_eq!(config.check(), Ok(()));
+        assert_eq!(config.machine([0; 16]).rdma, Some(config.rdma));
+        assert_eq!(with("fabric = \"tcp\"").machine([0; 16]).rdma, None);
     }
 
     #[test]

@@ -32,6 +32,8 @@ use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
+use crate::rdma::RdmaConfig;
+
 /// The machine, as far as its nodes need to know it. The same at every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -55,6 +57,8 @@ pub struct Machine {
     pub hold: Duration,
     /// How long a peer may say nothing before it counts as lost.
     pub silence: Duration,
+    /// Which RDMA ports carry the fabric's frames; `None` if TCP does.
+    pub rdma: Option<RdmaConfig>,
 }
 
 /// What a node is told when the coordinator accepts it.

@@ -1,11 +1,13 @@
 #!/bin/sh
 # Process 1 of an emulated host: sets it up, runs the agent, and powers off when the agent ends.
-# On the kernel command line: gestalt.host, its number from 0; gestalt.mtu, of its network in bytes.
+# On the kernel command line: gestalt.host, its number from 0; gestalt.mtu, of its network in bytes; gestalt.rdma=1
+# for an RDMA device.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 for word in $(cat /proc/cmdline); do
     case $word in
         gestalt.host=*) host=${word#*=} ;;
         gestalt.mtu=*) mtu=${word#*=} ;;
+        gestalt.rdma=*) rdma=${word#*=} ;;
     esac
 done
 mkdir -p /dev/pts /dev/shm
@@ -22,6 +24,10 @@ ip link set lo up
 if [ -e /sys/class/net/eth0 ]; then
     ip link set eth0 mtu "$mtu" up
     ip address add "10.77.0.$((host + 1))/24" dev eth0
+    if [ "$rdma" = 1 ]; then
+        modprobe rdma_rxe
+        rdma link add rxe0 type rxe netdev eth0
+    fi
 fi
 # From here on the programs need no trip to the outside to be paged in.
 cp /gestalt/bin/* /usr/local/bin/

@@ -40,6 +40,8 @@ pub struct Machine {
     pub kernel: Kernel,
     /// What the guest does, in order: see `files/guest-init.sh`.
     pub actions: String,
+    /// Whether the nodes talk over RDMA; over TCP if not.
+    pub rdma: bool,
 }
 
 impl Machine {
@@ -50,6 +52,7 @@ impl Machine {
             hosts: 1,
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
+            rdma: false,
         }
     }
 
@@ -93,6 +96,9 @@ impl Machine {
             late.1,
             self.actions
         );
+        if self.rdma {
+            text += "fabric = \"rdma\"\n";
+        }
         if self.hosts > 1 {
             text += &format!("listen = \"{}\"\n", self.join_address());
         }

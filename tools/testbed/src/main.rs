@@ -70,6 +70,9 @@ struct Run {
     /// Emulate even if this machine has VMX or SVM
     #[arg(long)]
     emulate: bool,
+    /// Give each emulated host an RDMA device (soft-RoCE)
+    #[arg(long)]
+    rdma: bool,
     /// Print the consoles of the emulated hosts at the end
     #[arg(long)]
     consoles: bool,
@@ -126,6 +129,7 @@ fn run_command(args: &Run) -> Result<ExitCode> {
     };
     config.hardware.cpus = args.cpus;
     config.hardware.memory_mib = args.memory;
+    config.hardware.rdma = args.rdma;
     let rig = Rig::start(&config, &binaries)?;
     match rig.emulated() {
         Some(why) => eprintln!("testbed: emulated host ({why})"),

@@ -33,6 +33,8 @@ pub struct Hardware {
     pub memory_mib: u32,
     /// MTU of its network in bytes.
     pub mtu: u32,
+    /// Whether it has an RDMA device: soft-RoCE on its network interface.
+    pub rdma: bool,
 }
 
 /// A running QEMU. Dropped, it is killed.
@@ -59,8 +61,9 @@ impl Qemu {
         let agent = OwnedFd::from(theirs);
         let append = format!(
             "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off audit=0 tsc=reliable \
-             random.trust_cpu=on gestalt.host={index} gestalt.mtu={}",
-            hardware.mtu
+             random.trust_cpu=on gestalt.host={index} gestalt.mtu={} gestalt.rdma={}",
+            hardware.mtu,
+            u8::from(hardware.rdma)
         );
         let mut command = Command::new("qemu-system-x86_64");
         command

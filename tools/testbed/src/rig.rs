@@ -32,7 +32,7 @@ impl Default for RigConfig {
         Self {
             hosts: 1,
             emulate: false,
-            hardware: Hardware { cpus: 2, memory_mib: 3000, mtu: 4500 },
+            hardware: Hardware { cpus: 2, memory_mib: 3000, mtu: 4500, rdma: false },
             kernels: vec![Kernel::TrixieCloud],
             programs: vec![],
         }

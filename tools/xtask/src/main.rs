@@ -8,11 +8,12 @@
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
 //!
-//! [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`report`] the
-//! files in `target/report`.
+//! [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`over_rdma`] the
+//! fabric's tests on soft-RoCE, [`report`] the files in `target/report`.
 
 mod checks;
 mod options;
+mod over_rdma;
 mod quickstart;
 mod report;
 mod scenarios;

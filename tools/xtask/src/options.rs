@@ -6,6 +6,16 @@ use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
 use testbed::rig::RigConfig;
 
+/// What carries frames between nodes.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fabric {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// InfiniBand or RoCE.
+    Rdma,
+}
+
 /// The machine to boot, and the hosts to boot it on.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
@@ -27,6 +37,9 @@ pub struct Options {
     /// The guest's kernel: trixie-cloud, trixie or bookworm-cloud
     #[arg(long, default_value = "trixie-cloud")]
     pub kernel: Kernel,
+    /// What the nodes talk over; emulated hosts get soft-RoCE
+    #[arg(long, value_enum, default_value_t)]
+    pub fabric: Fabric,
     /// CPUs of each emulated host
     #[arg(long, default_value_t = 2)]
     pub host_cpus: u32,
@@ -45,6 +58,7 @@ impl Options {
             node: vec![],
             hosts: 1,
             kernel: Kernel::TrixieCloud,
+            fabric: Fabric::Tcp,
             host_cpus: 2,
             emulate,
         }
@@ -72,6 +86,7 @@ impl Options {
         }
         machine.hosts = self.hosts;
         machine.kernel = self.kernel;
+        machine.rdma = self.fabric == Fabric::Rdma;
         Ok(machine)
     }
 
@@ -81,6 +96,7 @@ impl Options {
         config.hardware.cpus = self.host_cpus;
         config.hardware.memory_mib =
             machines.iter().map(|machine| machine.host_memory_mib()).max().unwrap_or(0);
+        config.hardware.rdma = machines.iter().any(|machine| machine.rdma);
         config.hosts = machines.iter().map(|machine| machine.hosts).max().unwrap_or(1);
         for machine in machines {
             if !config.kernels.contains(&machine.kernel) {

@@ -191,6 +191,12 @@ pub fn kernels() -> Vec<Scenario> {
     ]
 }
 
+/// Two nodes that talk over RDMA, for hosts that have a port.
+pub fn over_rdma() -> Scenario {
+    let machine = Machine { rdma: true, ..Machine::equal(2, 1, 384) };
+    Scenario::new("two nodes boot over RDMA", machine, Plan::Whole)
+}
+
 /// One node on each of two hosts.
 pub fn two_hosts() -> Scenario {
     let machine = Machine { hosts: 2, ..Machine::equal(2, 2, 512) };

@@ -13,6 +13,7 @@ use testbed::rig::Rig;
 use testbed::{exec, setup};
 
 use crate::options::Options;
+use crate::over_rdma;
 use crate::report;
 use crate::scenarios::{self, Plan, Scenario, announce};
 
@@ -93,6 +94,7 @@ impl Test {
             Scenario::new("the loss of node 1 ends the machine", with_memory_node(), kill(1, 700)),
             Scenario::new("the loss of node 0 ends the machine", with_memory_node(), kill(0, 300)),
         ];
+        quick.push(scenarios::over_rdma());
         quick.extend(scenarios::kernels());
         let mut scenarios: Vec<Scenario> = quick.into_iter().filter(wanted).collect();
         if scenarios.is_empty() {
@@ -108,6 +110,14 @@ impl Test {
         tally.emulated = Some(rig.emulated().is_some());
         if self.guest.is_none() {
             tally.note("gestalt doctor finds the host fit", || doctor(&rig));
+        }
+        let over_rdma = "the fabric keeps its contract over RDMA";
+        if self.guest.as_ref().is_none_or(|part| over_rdma.contains(part)) && rig.emulated().is_some() {
+            tally.note(over_rdma, || over_rdma::run(&rig));
+        }
+        if rig.emulated().is_none() && scenarios.iter().any(|scenario| scenario.machine.rdma) {
+            eprintln!("skipped: a guest over RDMA (on this host: cargo xtask quickstart -- --fabric rdma)");
+            scenarios.retain(|scenario| !scenario.machine.rdma);
         }
         for scenario in &scenarios {
             tally.note(&scenario.name, || scenario.run(&rig));

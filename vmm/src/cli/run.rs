@@ -19,6 +19,7 @@ use crate::coordinator::spawn::ProcessSpawner;
 use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
 use crate::machine_file::{self, parse_fabric};
+use crate::rdma::FabricKind;
 use crate::terminal::{self, Output};
 
 /// CPUs per node if nothing is said.
@@ -75,6 +76,9 @@ pub struct RunArgs {
     /// How long a node keeps a page that it just won
     #[arg(long, value_parser = parse_duration)]
     hold: Option<Duration>,
+    /// What carries pages and messages between nodes
+    #[arg(long, value_enum)]
+    fabric: Option<FabricKind>,
     /// How long nodes may take to join
     #[arg(long, value_parser = parse_duration)]
     join_timeout: Option<Duration>,
@@ -206,6 +210,7 @@ impl RunArgs {
         set(&mut config.name, &self.name);
         set(&mut config.silence, &self.silence);
         set(&mut config.hold, &self.hold);
+        set(&mut config.fabric, &self.fabric);
         config.listen = self.listen.or(config.listen);
         config.shards = self.shards.or(config.shards);
         config.initrd = self.initrd.clone().or(config.initrd);

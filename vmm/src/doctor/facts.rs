@@ -25,8 +25,8 @@ pub struct HostFacts {
     pub tsc: TscFacts,
     /// Network interfaces that are up, without loopback.
     pub interfaces: Vec<Interface>,
-    /// RDMA ports.
-    pub rdma: Vec<RdmaPort>,
+    /// RDMA.
+    pub rdma: RdmaFacts,
     /// `vm.max_map_count`.
     pub max_map_count: Option<u64>,
     /// The soft limit on open files.
@@ -88,6 +88,17 @@ pub struct Interface {
     pub mtu: u32,
 }
 
+/// RDMA, as far as there is any.
+#[derive(Clone, Debug)]
+pub struct RdmaFacts {
+    /// Whether libibverbs can be opened, or why not, as the end of a sentence.
+    pub library: Result<(), String>,
+    /// Ports of its devices.
+    pub ports: Vec<RdmaPort>,
+    /// Memory in bytes that a process may lock; `None` if there is no limit.
+    pub lockable: Option<u64>,
+}
+
 /// One port of an RDMA device.
 #[derive(Clone, Debug)]
 pub struct RdmaPort {
@@ -95,4 +106,10 @@ pub struct RdmaPort {
     pub name: String,
     /// The kernel's word for its state, `ACTIVE` if it can be used.
     pub state: String,
+    /// Whether it speaks RoCE on Ethernet, not InfiniBand.
+    pub ethernet: bool,
+    /// The address of its best GID for RoCE version 2.
+    pub address: Option<String>,
+    /// Its active MTU in bytes, or why it cannot be asked.
+    pub mtu: Result<u32, String>,
 }

@@ -6,6 +6,7 @@
 
 pub mod facts;
 pub mod probe;
+mod rdma;
 mod trial;
 
 use std::fmt;
@@ -92,7 +93,7 @@ pub fn evaluate(facts: &HostFacts, needs: &Needs) -> Vec<Finding> {
     findings.push(huge_pages(facts));
     findings.push(tsc(facts));
     network(facts, &mut findings);
-    rdma(facts, &mut findings);
+    rdma::judge(&facts.rdma, &mut findings);
     limits(facts, &mut findings);
     findings
 }
@@ -294,21 +295,6 @@ fn network(facts: &HostFacts, findings: &mut Vec<Finding>) {
                     "if nodes talk over it and its switches can, `ip link set {name} mtu 9000` on all hosts"
                 ),
             )
-        });
-    }
-}
-
-fn rdma(facts: &HostFacts, findings: &mut Vec<Finding>) {
-    if facts.rdma.is_empty() {
-        findings.push(ok("no RDMA device: nodes talk over TCP"));
-    }
-    for port in &facts.rdma {
-        let (name, state) = (&port.name, &port.state);
-        findings.push(if state == "ACTIVE" {
-            ok(format!("RDMA port {name} is active"))
-        } else {
-            let mend = "see its cable and `rdma link`; nodes talk over TCP meanwhile";
-            warn(format!("RDMA port {name} is {state}"), mend)
         });
     }
 }

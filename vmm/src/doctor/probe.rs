@@ -4,7 +4,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use super::facts::{HostFacts, Interface, KvmFacts, RdmaPort, Trouble, TscFacts};
+use super::facts::{HostFacts, Interface, KvmFacts, RdmaFacts, RdmaPort, Trouble, TscFacts};
 use super::trial;
 use crate::kvm;
 
@@ -12,7 +12,7 @@ use crate::kvm;
 pub fn host() -> HostFacts {
     let flags = cpu_flags();
     let has = |flag: &str| flags.iter().any(|known| known == flag);
-    let (open_files, open_files_hard) = open_files();
+    let (open_files, open_files_hard) = limit("Max open files");
     HostFacts {
         kernel: kernel_release(),
         cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
@@ -29,7 +29,7 @@ pub fn host() -> HostFacts {
             clocksource: line("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         },
         interfaces: interfaces(),
-        rdma: rdma_ports(),
+        rdma: rdma(),
         max_map_count: line("/proc/sys/vm/max_map_count").and_then(|text| text.parse().ok()),
         open_files,
         open_files_hard,
@@ -98,18 +98,28 @@ fn interfaces() -> Vec<Interface> {
     found
 }
 
-fn rdma_ports() -> Vec<RdmaPort> {
-    let mut found = Vec::new();
-    for device in names_in("/sys/class/infiniband") {
-        for port in names_in(&format!("/sys/class/infiniband/{device}/ports")) {
-            let state = line(&format!("/sys/class/infiniband/{device}/ports/{port}/state"));
-            // `4: ACTIVE`
-            let state =
-                state.as_deref().and_then(|text| text.split_once(": ")).map_or("unknown", |(_, word)| word);
-            found.push(RdmaPort { name: format!("{device}/{port}"), state: state.into() });
-        }
+fn rdma() -> RdmaFacts {
+    let port = |port: fabric::rdma::RdmaPort| RdmaPort {
+        name: format!("{}/{}", port.device, port.port),
+        address: port.best_gid().filter(|gid| gid.v2).map(|gid| gid.ip().to_string()),
+        mtu: fabric::rdma::active_mtu(&port.device, port.port),
+        state: port.state,
+        ethernet: port.ethernet,
+    };
+    let (lockable, _) = limit("Max locked memory");
+    RdmaFacts {
+        library: fabric::rdma::check_library(),
+        ports: fabric::rdma::ports().into_iter().map(port).collect(),
+        lockable: (lockable != u64::MAX && !may_lock()).then_some(lockable),
     }
-    found
+}
+
+/// Whether this process may lock memory whatever its limit (CAP_IPC_LOCK, capabilities(7)).
+fn may_lock() -> bool {
+    const IPC_LOCK: u64 = 1 << 14;
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = text.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).is_some_and(|set| set & IPC_LOCK != 0)
 }
 
 fn names_in(folder: &str) -> Vec<String> {
@@ -129,10 +139,10 @@ fn cpu_flags() -> Vec<String> {
     cpuinfo("flags").unwrap_or_default().split_whitespace().map(str::to_string).collect()
 }
 
-/// Soft and hard limit; `unlimited` counts as the largest number.
-fn open_files() -> (u64, u64) {
+/// Soft and hard limit of this process; `unlimited` counts as the largest number.
+fn limit(name: &str) -> (u64, u64) {
     let text = fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
     let mut limits = line.split_whitespace().map(|word| word.parse().unwrap_or(u64::MAX));
     (limits.next().unwrap_or(0), limits.next().unwrap_or(0))
 }

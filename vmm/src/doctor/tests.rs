@@ -1,6 +1,6 @@
 //! The judgement on hosts that are made up.
 
-use super::facts::{Interface, KvmFacts, RdmaPort, TscFacts};
+use super::facts::{Interface, KvmFacts, RdmaFacts, TscFacts};
 use super::*;
 
 fn good() -> HostFacts {
@@ -25,7 +25,7 @@ fn good() -> HostFacts {
         shmem_huge: Some("advise".into()),
         tsc: TscFacts { constant: true, nonstop: true, clocksource: Some("tsc".into()) },
         interfaces: vec![Interface { name: "eth0".into(), mtu: 9000 }],
-        rdma: vec![RdmaPort { name: "mlx5_0/1".into(), state: "ACTIVE".into() }],
+        rdma: RdmaFacts { library: Ok(()), ports: Vec::new(), lockable: None },
         max_map_count: Some(USUAL_MAPS),
         open_files: 1024,
         open_files_hard: 1 << 20,
@@ -98,10 +98,6 @@ fn what_is_only_slow_or_risky_warns() {
         (
             HostFacts { interfaces: vec![Interface { name: "eth1".into(), mtu: 1500 }], ..good() },
             "ip link set eth1 mtu 9000",
-        ),
-        (
-            HostFacts { rdma: vec![RdmaPort { name: "x/1".into(), state: "DOWN".into() }], ..good() },
-            "x/1 is DOWN",
         ),
         (HostFacts { max_map_count: Some(1000), ..good() }, "max_map_count"),
         (HostFacts { open_files: 64, ..good() }, "ulimit -n"),

@@ -9,6 +9,7 @@ use coherence::engine::{Engine, EngineConfig, OnFailure};
 use coherence::memory::DualMemory;
 use coherence::page::Homes;
 use crossbeam::channel::{Receiver, Sender, unbounded};
+use fabric::rdma::RdmaTransport;
 use fabric::tcp::{Listener, MeshConfig};
 use fabric::{NodeId, Transport, trace};
 use firmware::boot::BootSource;
@@ -238,14 +239,19 @@ fn mesh(
     assignment: &Assignment,
     addresses: Vec<SocketAddr>,
 ) -> anyhow::Result<Arc<dyn Transport>> {
-    Ok(Arc::new(listener.mesh(MeshConfig {
+    let machine = &assignment.machine;
+    let local = listener.local_addr().ip();
+    let session: Arc<dyn Transport> = Arc::new(listener.mesh(MeshConfig {
         node: NodeId(assignment.node),
         addresses,
         lanes: assignment.machine.shards + 1,
         machine: assignment.machine.id,
         version: env!("CARGO_PKG_VERSION").into(),
         timeout: MESH,
-    })?))
+    })?);
+    let Some(rdma) = &machine.rdma else { return Ok(session) };
+    let settings = rdma.settings(&machine.spec.nodes[usize::from(assignment.node)].name);
+    Ok(Arc::new(RdmaTransport::connect(session, &settings, Some(local), MESH)?))
 }
 
 /// The guest's TSC at this node; its frequency is node 0's.

@@ -1,0 +1,101 @@
+//! What senders and the receiver of a lane share.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::bell::Bell;
+use super::sender::Sender;
+use super::verbs::completion::{Channel, Cq};
+use super::verbs::memory::Slots;
+use super::verbs::queue::Srq;
+use super::watch::Watch;
+use crate::transport::Counters;
+use crate::{FabricError, NodeId};
+
+/// How long a lane that closes waits until its last messages have arrived.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+const LAST_WORDS_PAUSE: Duration = Duration::from_micros(50);
+
+/// The number of receive queues at their channel; send queues have [`SENDS`].
+pub(super) const RECEIVES: usize = 0;
+/// See [`RECEIVES`].
+pub(super) const SENDS: usize = 1;
+
+/// One lane over RDMA.
+///
+/// Ordering: fields are dropped from the top. The queue pairs (in `sender`) go before the queue that they receive
+/// from, and that before the memory that it was given.
+pub(super) struct Lane {
+    sender: Mutex<Sender>,
+    pub(super) srq: Arc<Srq>,
+    pub(super) receive_slots: Slots,
+    pub(super) receive_cq: Arc<Cq>,
+    pub(super) send_cq: Arc<Cq>,
+    pub(super) channel: Arc<Channel>,
+    /// Queue pair numbers and whose they are, ascending.
+    pub(super) peers: Vec<(u32, NodeId)>,
+    pub(super) bell: Arc<Bell>,
+    pub(super) counters: Counters,
+    pub(super) watch: Arc<Watch>,
+}
+
+/// What [`Lane::new`] puts together.
+pub(super) struct Parts {
+    pub(super) sender: Sender,
+    pub(super) srq: Arc<Srq>,
+    pub(super) receive_slots: Slots,
+    pub(super) receive_cq: Arc<Cq>,
+    pub(super) send_cq: Arc<Cq>,
+    pub(super) channel: Arc<Channel>,
+    pub(super) peers: Vec<(u32, NodeId)>,
+    pub(super) bell: Arc<Bell>,
+    pub(super) watch: Arc<Watch>,
+}
+
+impl Lane {
+    pub(super) fn new(parts: Parts) -> Lane {
+        let Parts { sender, srq, receive_slots, receive_cq, send_cq, channel, mut peers, bell, watch } =
+            parts;
+        peers.sort_unstable();
+        let (sender, counters) = (Mutex::new(sender), Counters::default());
+        Lane { sender, srq, receive_slots, receive_cq, send_cq, channel, peers, bell, counters, watch }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Sender> {
+        // A panic under the lock is an assertion that failed; what is behind it is as sound as it was.
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whose queue pair this is.
+    pub(super) fn peer_of(&self, qpn: u32) -> Option<NodeId> {
+        let at = self.peers.binary_search_by_key(&qpn, |(qpn, _)| *qpn).ok()?;
+        Some(self.peers[at].1)
+    }
+
+    /// Sends a frame of `len` bytes, checked by the caller.
+    pub(super) fn send(&self, to: NodeId, len: usize, parts: &[&[u8]]) -> Result<(), FabricError> {
+        self.lock().send(to, len, parts)?;
+        self.counters.sent(1, len as u64);
+        Ok(())
+    }
+
+    /// Sends frames, checked by the caller.
+    pub(super) fn send_all(&self, to: NodeId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
+        self.lock().send_all(to, frames)?;
+        let bytes = frames.iter().flatten().map(|part| part.len() as u64).sum();
+        self.counters.sent(frames.len() as u64, bytes);
+        Ok(())
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        let mut sender = self.lock();
+        sender.farewell();
+        let until = Instant::now() + LAST_WORDS;
+        while !sender.is_drained() && Instant::now() < until {
+            std::thread::sleep(LAST_WORDS_PAUSE);
+        }
+        sender.say_goodbye();
+    }
+}

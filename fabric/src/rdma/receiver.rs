@@ -1,0 +1,353 @@
+//! The receiving side of a lane.
+
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+
+use super::lane::{Lane, RECEIVES};
+use super::notes::Note;
+use super::stream::{BadLength, Reader};
+use super::verbs::ffi::{WC_WITH_IMM, Wc, status};
+use super::verbs::queue::MOST_RECEIVES;
+use super::window::Immediate;
+use crate::{FabricError, NodeId, Receiver};
+
+/// Completions taken at once.
+const BATCH: usize = MOST_RECEIVES;
+/// Every so many polls that find nothing look at the rest: finished sends, the session.
+const LOOK_EVERY: u32 = 32;
+/// How long messages that a goodbye announced may still take.
+const STRAGGLERS: Duration = Duration::from_secs(1);
+
+/// The receiving side of one lane over RDMA.
+pub(super) struct LaneReceiver {
+    lane: Arc<Lane>,
+    /// The same lane of the session: goodbyes, and the end of a peer's process.
+    session: Box<dyn Receiver>,
+    epoll: Epoll,
+    /// By node.
+    peers: Vec<Peer>,
+    /// Completions that were taken and not worked through yet: the first `stashed`.
+    stash: [Wc; BATCH],
+    stashed: usize,
+    /// The receive queue was asked to raise an event, which was not taken yet.
+    armed: bool,
+    /// Completions came since: the event has been raised or will be at once.
+    due: bool,
+    /// The send queue was asked to raise an event, if it was: for every completion, or for failed ones only.
+    sends: Option<Watched>,
+    /// The session's receiver said that there is nothing, and was not polled since: its descriptor will tell.
+    session_armed: bool,
+    /// Look at everything at the next poll that finds nothing.
+    look: bool,
+    /// A loss is to be reported.
+    trouble: bool,
+    idle_polls: u32,
+    /// What the messages of a batch mean to the sending side, by peer: credits gained, messages taken.
+    tally: Vec<(NodeId, u32, u32)>,
+}
+
+/// Which completions of sends raise an event.
+#[derive(Copy, Clone, Eq, PartialEq)]
+enum Watched {
+    All,
+    Failed,
+}
+
+#[derive(Default)]
+struct Peer {
+    reader: Reader,
+    /// Messages that arrived.
+    messages: u64,
+    goodbye: Option<Goodbye>,
+    /// What it sent has no meaning any more.
+    deaf: bool,
+    /// Its loss was reported.
+    gone: bool,
+}
+
+/// What one message means to the sending side.
+struct Taken {
+    /// Credits that it returned.
+    gained: u16,
+    /// Whether it had data, and so cost the peer a credit.
+    data: bool,
+}
+
+struct Goodbye {
+    why: String,
+    /// How many messages there were, if it said so.
+    messages: Option<u64>,
+    until: Instant,
+}
+
+impl LaneReceiver {
+    pub(super) fn new(
+        lane: Arc<Lane>,
+        session: Box<dyn Receiver>,
+        nodes: usize,
+    ) -> Result<LaneReceiver, FabricError> {
+        let io = |error: nix::Error| FabricError::Io {
+            what: "creating a lane's epoll descriptor",
+            source: error.into(),
+        };
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(io)?;
+        // SAFETY: owned by the lane and the session's receiver, which live as long as the epoll descriptor.
+        let fds = unsafe { [lane.channel.fd(), session.fd()].map(|fd| BorrowedFd::borrow_raw(fd)) };
+        for fd in fds {
+            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
+        }
+        epoll.add(&*lane.bell, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
+        let mut receiver = LaneReceiver {
+            lane,
+            session,
+            epoll,
+            peers: (0..nodes).map(|_| Peer::default()).collect(),
+            stash: [Wc::default(); BATCH],
+            stashed: 0,
+            armed: false,
+            due: false,
+            sends: None,
+            session_armed: false,
+            look: false,
+            trouble: false,
+            idle_polls: 0,
+            tally: Vec::with_capacity(BATCH),
+        };
+        receiver.arm()?;
+        Ok(receiver)
+    }
+
+    /// Takes completions; whether there are any.
+    fn fetch(&mut self) -> bool {
+        if self.stashed == 0 {
+            match self.lane.receive_cq.poll(&mut self.stash) {
+                Ok(count) => self.stashed = count,
+                Err(error) => {
+                    self.lane.lock().lose_all(&format!("this node's receive queue failed ({error})"));
+                    self.trouble = true;
+                }
+            }
+            self.due |= self.stashed > 0;
+        }
+        self.stashed > 0
+    }
+
+    /// Works through the completions that were taken; how many frames they brought.
+    fn work(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> usize {
+        let (mut frames, mut bytes) = (0, 0);
+        let mut slots = [0; BATCH];
+        let count = std::mem::take(&mut self.stashed);
+        for (wc, slot) in self.stash[..count].iter().zip(&mut slots) {
+            *slot = wc.wr_id as u16;
+            let Some(peer) = self.lane.peer_of(wc.qp_num) else { continue };
+            let state = &mut self.peers[peer.index()];
+            if state.gone || state.deaf {
+                continue;
+            }
+            let mut count_frame = |frame: &[u8]| {
+                frames += 1;
+                bytes += frame.len() as u64;
+                sink(peer, frame);
+            };
+            match receive(&self.lane, wc, state, &mut count_frame) {
+                Ok(Taken { gained, data }) => {
+                    let (gained, taken) = (u32::from(gained), u32::from(data));
+                    match self.tally.iter_mut().find(|(who, ..)| *who == peer) {
+                        Some((_, credits, messages)) => {
+                            (*credits, *messages) = (*credits + gained, *messages + taken)
+                        }
+                        None => self.tally.push((peer, gained, taken)),
+                    }
+                }
+                Err(why) => {
+                    state.deaf = true;
+                    self.lane.lock().lose(peer, &why);
+                }
+            }
+        }
+        // Ordering: the slots are back in the queue before a credit for them is.
+        // SAFETY: slots whose completion was taken, and which nobody borrows any more.
+        let posted = unsafe { self.lane.srq.post(&self.lane.receive_slots, &slots[..count]) };
+        let mut sender = self.lane.lock();
+        match posted {
+            Ok(()) => {
+                self.tally.drain(..).for_each(|(peer, gained, taken)| sender.settle(peer, gained, taken))
+            }
+            Err(error) => sender.lose_all(&format!("this node's receive queue takes no slot ({error})")),
+        }
+        drop(sender);
+        self.lane.counters.received(frames as u64, bytes);
+        frames
+    }
+
+    /// Looks at everything but messages.
+    fn look_around(&mut self) -> Result<(), FabricError> {
+        (self.look, self.idle_polls, self.session_armed) = (false, 0, false);
+        self.lane.bell.hear();
+        let (lane, peers) = (&self.lane, &mut self.peers);
+        let until = Instant::now() + STRAGGLERS;
+        let polled = self.session.poll(&mut |peer, frame| {
+            let state = &mut peers[peer.index()];
+            match Note::decode(frame) {
+                Ok(Note::Goodbye(messages)) => {
+                    let why = "it closed the connection".to_owned();
+                    state.goodbye.get_or_insert(Goodbye { why, messages: Some(messages), until });
+                }
+                Ok(_) => {
+                    lane.lock().lose(peer, "it began the RDMA connection again");
+                }
+                Err(why) => {
+                    lane.lock().lose(peer, &why);
+                }
+            }
+        });
+        match polled {
+            Ok(0) => {}
+            // There may be more.
+            Ok(_) => self.look = true,
+            Err(FabricError::PeerLost { peer, why }) => {
+                self.look = true;
+                self.peers[peer.index()].goodbye.get_or_insert(Goodbye { why, messages: None, until });
+            }
+            Err(other) => return Err(other),
+        }
+        let mut sender = self.lane.lock();
+        sender.look_around();
+        self.trouble = (0..).zip(&self.peers).any(|(node, peer)| {
+            !peer.gone && (peer.goodbye.is_some() || sender.loss(NodeId(node)).is_some())
+        });
+        Ok(())
+    }
+
+    /// The next loss of which everything that came before it was delivered.
+    fn report(&mut self) -> Result<(), FabricError> {
+        let now = Instant::now();
+        for (node, peer) in (0..).map(NodeId).zip(&mut self.peers) {
+            if peer.gone {
+                continue;
+            }
+            let mut sender = self.lane.lock();
+            let lost = sender.loss(node).is_some();
+            let why = match &peer.goodbye {
+                _ if lost => String::new(),
+                Some(goodbye) => {
+                    let all = goodbye.messages.is_none_or(|messages| peer.messages >= messages);
+                    if !all && now < goodbye.until {
+                        continue;
+                    }
+                    goodbye.why.clone()
+                }
+                None => continue,
+            };
+            peer.gone = true;
+            peer.reader = Reader::default();
+            let error = sender.lose(node, &why);
+            return Err(self.lane.watch.explain(error));
+        }
+        self.trouble = self.peers.iter().any(|peer| !peer.gone && peer.goodbye.is_some());
+        Ok(())
+    }
+
+    /// Takes the events that were raised; whether there were any.
+    fn take_events(&mut self) -> Result<bool, FabricError> {
+        let mut any = false;
+        // One is the rule; a second one, if sends are not watched closely, makes the descriptor readable again.
+        while self.armed || self.sends == Some(Watched::All) {
+            let event = self.lane.channel.take_event();
+            match event
+                .map_err(|source| FabricError::Io { what: "reading RDMA completion events", source })?
+            {
+                Some(RECEIVES) => (self.armed, self.due) = (false, false),
+                Some(_) => self.sends = None,
+                None => break,
+            }
+            any = true;
+        }
+        Ok(any)
+    }
+}
+
+/// Works through one completion. An error is the end of a sentence about the peer.
+fn receive(lane: &Lane, wc: &Wc, peer: &mut Peer, sink: &mut dyn FnMut(&[u8])) -> Result<Taken, String> {
+    if wc.status != status::SUCCESS {
+        return Err(lane.lock().reason(wc.status));
+    }
+    if wc.wc_flags & WC_WITH_IMM == 0 {
+        return Err("it sent a message without credits".into());
+    }
+    let Immediate { credits: gained, farewell } =
+        Immediate::decode(u32::from_be(wc.imm_data)).ok_or("it sent a message with malformed credits")?;
+    peer.messages += 1;
+    let len = wc.byte_len as usize;
+    if len == 0 {
+        // It returns what was sent to the peer before, so there are never many of these.
+        return if gained > 0 || farewell {
+            Ok(Taken { gained, data: false })
+        } else {
+            Err("it sent a message without any content".into())
+        };
+    }
+    // SAFETY: the completion says that the device has filled so much of the slot and is done with it; it is given
+    // back only after this.
+    let message = unsafe { lane.receive_slots.read(wc.wr_id as usize, len) };
+    match peer.reader.deliver(message, sink) {
+        Ok(_) => Ok(Taken { gained, data: true }),
+        Err(BadLength(len)) => Err(format!("it sent a frame of {len} bytes, which no node does")),
+    }
+}
+
+impl Receiver for LaneReceiver {
+    fn poll(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError> {
+        self.look |= self.lane.bell.is_rung();
+        if self.fetch() {
+            return Ok(self.work(sink));
+        }
+        self.idle_polls += 1;
+        if self.look || self.trouble || self.idle_polls >= LOOK_EVERY {
+            self.look_around()?;
+            // What the peer sent before the news of its end is delivered before them.
+            if self.trouble && !self.fetch() {
+                self.report()?;
+            }
+        }
+        Ok(0)
+    }
+
+    fn fd(&self) -> RawFd {
+        self.epoll.0.as_raw_fd()
+    }
+
+    fn arm(&mut self) -> Result<bool, FabricError> {
+        if self.stashed > 0 {
+            return Ok(true);
+        }
+        let taken = self.take_events()?;
+        let waits = self.lane.lock().waits_for_completions();
+        let sends = if waits { Watched::All } else { Watched::Failed };
+        let io = |source| FabricError::Io { what: "arming RDMA completion queues", source };
+        if !self.armed || self.due {
+            self.lane.receive_cq.notify(false).map_err(io)?;
+            (self.armed, self.due) = (true, false);
+        }
+        if self.sends != Some(sends) {
+            self.lane.send_cq.notify(!waits).map_err(io)?;
+            self.sends = Some(sends);
+        }
+        // Ordering: whatever came before the queues were armed raises no event, so look after that.
+        if self.fetch() {
+            return Ok(true);
+        }
+        if taken || waits {
+            self.lane.lock().look_around();
+        }
+        if !self.session_armed {
+            self.session_armed = !self.session.arm()?;
+            self.look |= !self.session_armed;
+        }
+        self.look |= self.trouble || self.lane.bell.is_rung();
+        Ok(self.look)
+    }
+}

@@ -1,0 +1,120 @@
+//! What is particular to RDMA: what is said where there is none, and how connections end.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Kind, PATIENCE, Tap, rdma_all, rdma_is_there};
+use fabric::rdma::{RdmaSettings, RdmaTransport};
+use fabric::{FabricError, NodeId, Transport, sim};
+
+fn connect(session: impl Transport + 'static, settings: &RdmaSettings) -> Result<RdmaTransport, FabricError> {
+    RdmaTransport::connect(Arc::new(session), settings, None, Duration::from_secs(2))
+}
+
+fn one_session() -> sim::SimTransport {
+    sim::cluster(2, 1).unwrap().remove(0)
+}
+
+#[test]
+fn a_device_that_does_not_exist_is_named_in_one_sentence() {
+    let settings = RdmaSettings { device: Some("nothing0".into()), ..RdmaSettings::default() };
+    let Err(error) = connect(one_session(), &settings) else { panic!("it connected") };
+    let said = error.to_string();
+    assert!(said.contains("RDMA is unavailable because") && !said.contains('\n'), "{said}");
+}
+
+#[test]
+fn a_service_level_that_does_not_exist_is_refused() {
+    let settings = RdmaSettings { service_level: 16, ..RdmaSettings::default() };
+    let Err(error) = connect(one_session(), &settings) else { panic!("it connected") };
+    assert!(error.to_string().contains("choose 0 to 15"), "{error}");
+}
+
+#[test]
+fn a_peer_that_does_not_use_rdma_is_named_when_the_time_is_over() {
+    if !rdma_is_there() {
+        return;
+    }
+    let mut nodes = sim::cluster(3, 1).unwrap();
+    let silent = nodes.pop();
+    thread::scope(|scope| {
+        let running: Vec<_> = nodes
+            .into_iter()
+            .map(|node| scope.spawn(move || connect(node, &RdmaSettings::default()).map(drop)))
+            .collect();
+        for node in running {
+            let said = node.join().unwrap().unwrap_err().to_string();
+            // The one whose time is over first leaves, and the other may see that instead.
+            assert!(said.contains("node 2") || said.contains("was lost"), "{said}");
+        }
+    });
+    drop(silent);
+}
+
+#[test]
+fn nonsense_on_the_session_ends_that_peer_only() {
+    if !rdma_is_there() {
+        return;
+    }
+    for nonsense in [&b"?"[..], &[1, 1, 0], &[2, 1], &[9; 40], &[3, 1]] {
+        let sessions = sim::cluster(3, 1).unwrap();
+        let sessions: Vec<Arc<dyn Transport>> =
+            sessions.into_iter().map(|session| Arc::new(session) as Arc<dyn Transport>).collect();
+        let nodes: Vec<RdmaTransport> = thread::scope(|scope| {
+            let connect = |session: &Arc<dyn Transport>| {
+                let session = session.clone();
+                let settings = RdmaSettings::default();
+                scope.spawn(move || RdmaTransport::connect(session, &settings, None, PATIENCE).unwrap())
+            };
+            let running: Vec<_> = sessions.iter().map(connect).collect();
+            running.into_iter().map(|node| node.join().unwrap()).collect()
+        });
+        let mut tap = Tap::new(&nodes[0], 0);
+        sessions[1].send(NodeId(0), 0, &[nonsense]).unwrap();
+        let loss = tap.expect_loss().to_string();
+        assert!(loss.starts_with("node 1 was lost"), "{loss}");
+        nodes[2].send(NodeId(0), 0, &[b"still here"]).unwrap();
+        assert_eq!(tap.take(1), [(NodeId(2), b"still here".to_vec())]);
+    }
+}
+
+/// A soft-RoCE device that nothing but tests can use, and its interface.
+fn dummy_device() -> Option<(String, String)> {
+    let devices = std::fs::read_dir("/sys/class/infiniband").ok()?.flatten();
+    devices.map(|device| device.path()).find_map(|device| {
+        let interface = std::fs::read_to_string(device.join("parent")).ok()?.trim().to_owned();
+        let is_virtual = Path::new("/sys/devices/virtual/net").join(&interface).exists();
+        let name = device.file_name()?.to_str()?.to_owned();
+        (interface.starts_with("dummy") && is_virtual).then_some((name, interface))
+    })
+}
+
+fn set_link(interface: &str, state: &str) {
+    let status = Command::new("ip").args(["link", "set", interface, state]).status().unwrap();
+    assert!(status.success(), "ip link set {interface} {state}");
+}
+
+#[test]
+fn a_port_that_goes_down_loses_its_peers_within_seconds() {
+    let Some((device, interface)) = dummy_device() else {
+        println!("skipped: this host has no soft-RoCE device on a dummy interface");
+        return;
+    };
+    let settings = RdmaSettings { device: Some(device), ..RdmaSettings::default() };
+    let nodes = rdma_all(Kind::Sim.cluster(2, 1), &settings);
+    let (mut near, mut far) = (Tap::new(&*nodes[0], 0), Tap::new(&*nodes[1], 0));
+    nodes[0].send(NodeId(1), 0, &[b"before"]).unwrap();
+    far.take(1);
+    let cut = Instant::now();
+    set_link(&interface, "down");
+    let losses = [near.expect_loss().to_string(), far.expect_loss().to_string()];
+    let took = cut.elapsed();
+    set_link(&interface, "up");
+    assert!(took < Duration::from_secs(5), "it took {took:?}");
+    assert!(losses.iter().any(|loss| loss.contains("port")), "{losses:?}");
+}
