@@ -20,6 +20,7 @@
 //! - [`e820`]: the memory map as the kernel reads it.
 //! - [`acpi`]: CPUs, interrupt controllers, NUMA, power-off.
 //! - [`cpuid`]: what CPUs of many hosts have in common, and what such a machine must not offer.
+//! - [`pci`]: where PCI is: one root bus per node.
 //! - [`boot`]: the kernel in memory, and the registers that start it.
 
 pub mod acpi;
@@ -28,6 +29,7 @@ pub mod cpuid;
 pub mod e820;
 mod error;
 pub mod layout;
+pub mod pci;
 pub mod spec;
 
 pub use cpuid::CpuidEntry;

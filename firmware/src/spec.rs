@@ -47,6 +47,8 @@ pub struct MachineSpec {
     pub nodes: Vec<NodeSpec>,
     /// SLIT distances, `distances[from][to]`: 10 on the diagonal, larger elsewhere. Empty: 10 and 20.
     pub distances: Vec<Vec<u8>>,
+    /// Whether there is PCI: a root bus on each node ([`crate::pci`]).
+    pub pci: bool,
 }
 
 impl MachineSpec {

@@ -201,6 +201,7 @@ impl MachineConfig {
         MachineSpec {
             nodes: self.nodes.iter().map(|node| node.spec.clone()).collect(),
             distances: self.distances.clone(),
+            pci: false,
         }
     }
 

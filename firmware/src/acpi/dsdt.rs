@@ -1,6 +1,6 @@
-//! DSDT: devices at fixed ports, and the power-off state (ACPI 6.5, 5.2.11.1).
+//! DSDT: devices at fixed ports, PCI host bridges, and the power-off state (ACPI 6.5, 5.2.11.1).
 
-use super::table;
+use super::{pci, table};
 use crate::layout::{ACPI_S5_TYPE, COM1_GSI, COM1_LEN, COM1_PORT, RTC_LEN, RTC_PORT};
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope, ZERO};
@@ -8,8 +8,8 @@ use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceT
 /// Revision 2 makes AML integers 64 bits wide.
 const REVISION: u8 = 2;
 
-/// The table.
-pub(super) fn bytes() -> Vec<u8> {
+/// The table, with a host bridge for each of `buses` PCI buses.
+pub(super) fn bytes(buses: usize) -> Vec<u8> {
     let com1_ports = IO::new(COM1_PORT, COM1_PORT, 1, COM1_LEN as u8);
     // Consumer, edge-triggered, active high, exclusive.
     let com1_irq = Interrupt::new(true, true, false, false, COM1_GSI);
@@ -31,5 +31,8 @@ pub(super) fn bytes() -> Vec<u8> {
     let mut body = Vec::new();
     devices.to_aml_bytes(&mut body);
     s5.to_aml_bytes(&mut body);
+    if buses > 0 {
+        body.extend(Scope::raw("_SB_".into(), pci::host_bridges(buses)));
+    }
     table(*b"DSDT", REVISION, &body)
 }

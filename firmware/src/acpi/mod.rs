@@ -7,6 +7,7 @@
 //! RSDP -> XSDT -> FADT -> DSDT   (devices with fixed ports, the power-off state)
 //!             \-> MADT           (CPUs by x2APIC id, the I/O APIC)
 //!             \-> SRAT           (which CPU and which memory belong to which node)
+//!             \-> MCFG           (where PCI configuration space is, if there is PCI)
 //!             \-> SLIT           (how far the nodes are from each other)
 //! ```
 
@@ -19,6 +20,7 @@ mod dsdt;
 mod fadt;
 mod madt;
 mod numa;
+mod pci;
 
 /// Who made the tables, in every header.
 const OEM_ID: [u8; 6] = *b"GESTLT";
@@ -53,10 +55,14 @@ pub fn build(layout: &Layout, spec: &MachineSpec) -> Result<AcpiTables, Firmware
     // The RSDP comes first, where a kernel that searches the BIOS area finds it at once, but it points at
     // the XSDT, which in turn points at tables that must have their addresses by then.
     let rsdp_gpa = writer.place(vec![0; Rsdp::len()]);
-    let dsdt = writer.place(dsdt::bytes());
+    let buses = if spec.pci { crate::pci::buses(layout.nodes()) } else { 0 };
+    let dsdt = writer.place(dsdt::bytes(buses));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for bytes in [fadt::bytes(dsdt), madt::bytes(layout), numa::srat(layout), numa::slit(layout, spec)] {
         xsdt.add_entry(writer.place(bytes));
+    }
+    if buses > 0 {
+        xsdt.add_entry(writer.place(pci::mcfg(buses)));
     }
     let xsdt_gpa = writer.place(serialize(&xsdt));
     writer.blocks[0].1 = serialize(&Rsdp::new(OEM_ID, xsdt_gpa));
@@ -73,8 +79,8 @@ pub fn build(layout: &Layout, spec: &MachineSpec) -> Result<AcpiTables, Firmware
 
 /// Bytes that the tables of a machine with `nodes` nodes and `cpus` CPUs need at most.
 pub(crate) fn size_bound(nodes: usize, cpus: usize) -> u64 {
-    // RSDP, XSDT, FADT and DSDT are about 1 KiB together.
-    let fixed = 8 * ALIGN + 2048;
+    // RSDP, XSDT, FADT, MCFG and DSDT without host bridges are about 1 KiB together.
+    let fixed = 9 * ALIGN + 2048 + crate::pci::buses(nodes) as u64 * pci::BRIDGE_BOUND;
     (nodes * nodes) as u64 + madt::size(cpus) + numa::srat_size(nodes, cpus) + fixed
 }
 

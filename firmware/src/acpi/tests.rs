@@ -5,7 +5,7 @@ fn machine(nodes: &[(u32, u64)]) -> MachineSpec {
     let nodes = nodes.iter().enumerate();
     let nodes =
         nodes.map(|(id, &(cpus, memory))| NodeSpec { name: format!("n{id}"), cpus, memory }).collect();
-    MachineSpec { nodes, distances: Vec::new() }
+    MachineSpec { nodes, distances: Vec::new(), pci: false }
 }
 
 fn tables(spec: &MachineSpec) -> AcpiTables {
@@ -150,7 +150,7 @@ fn tables_fit_their_place_and_do_not_overlap_whatever_the_size() {
     let mut single_cpus = vec![(1, GIB); 255];
     single_cpus.extend(vec![(0, 64 << 20); 257]);
     for nodes in [vec![(1, GIB)], vec![(255, GIB)], vec![(64, GIB); 3], memory_servers, single_cpus] {
-        let spec = machine(&nodes);
+        let spec = MachineSpec { pci: true, ..machine(&nodes) };
         let layout = Layout::new(&spec).unwrap();
         let tables = build(&layout, &spec).unwrap();
         for pair in tables.blocks.windows(2) {
@@ -162,4 +162,34 @@ fn tables_fit_their_place_and_do_not_overlap_whatever_the_size() {
         let used: u64 = tables.blocks.iter().map(|(_, bytes)| bytes.len() as u64).sum();
         assert!(used <= size_bound(layout.nodes(), layout.cpus().len()));
     }
+}
+
+#[test]
+fn without_pci_there_is_no_trace_of_it() {
+    let tables = tables(&machine(&[(1, GIB)]));
+    assert!(!tables.blocks.iter().any(|(_, bytes)| bytes.starts_with(b"MCFG")));
+    assert!(!contains(find(&tables, b"DSDT"), b"PC00"));
+}
+
+#[test]
+fn each_node_has_a_host_bridge_that_names_it() {
+    let tables = tables(&MachineSpec { pci: true, ..machine(&[(1, GIB), (0, GIB), (1, GIB)]) });
+    let mcfg = find(&tables, b"MCFG");
+    assert_eq!(mcfg.len(), 60);
+    assert_eq!((u64_at(mcfg, 44), mcfg[54], mcfg[55]), (0xe000_0000, 0, 2));
+    let dsdt = find(&tables, b"DSDT");
+    for bus in 0..3u8 {
+        let bridge = [b"PC0", &[b'0' + bus][..]].concat();
+        assert!(contains(dsdt, &bridge), "bus {bus}");
+        for name in [b"_PXM", b"_BBN"] {
+            // Zero and one have opcodes of their own; other bytes a prefix.
+            let value = if bus < 2 { vec![bus] } else { vec![0x0a, bus] };
+            assert!(contains(dsdt, &[&[8], &name[..], &value].concat()), "bus {bus}");
+        }
+    }
+    assert!(!contains(dsdt, b"PC03"));
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
 }

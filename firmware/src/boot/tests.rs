@@ -13,7 +13,7 @@ const MIB: u64 = 1 << 20;
 fn machine(memory: &[u64]) -> MachineSpec {
     let nodes = memory.iter().enumerate();
     let nodes = nodes.map(|(id, &memory)| NodeSpec { name: format!("n{id}"), cpus: 1, memory }).collect();
-    MachineSpec { nodes, distances: Vec::new() }
+    MachineSpec { nodes, distances: Vec::new(), pci: false }
 }
 
 /// Files to boot from, in a directory of their own.

@@ -7,7 +7,7 @@ fn machine(nodes: &[(u32, u64)]) -> MachineSpec {
     let nodes = nodes.iter().enumerate();
     let nodes =
         nodes.map(|(id, &(cpus, memory))| NodeSpec { name: format!("n{id}"), cpus, memory }).collect();
-    MachineSpec { nodes, distances: Vec::new() }
+    MachineSpec { nodes, distances: Vec::new(), pci: false }
 }
 
 fn layout(nodes: &[(u32, u64)]) -> Layout {
