@@ -13,6 +13,7 @@ use fabric::NodeId;
 use firmware::{MachineSpec, NodeSpec};
 
 use crate::node_api::Machine;
+use crate::peripherals::{self, PeripheralConfig};
 use crate::rdma::{FabricKind, RdmaConfig};
 
 /// How long a node or peer may be silent before it counts as lost, unless the machine file says otherwise.
@@ -83,6 +84,8 @@ pub struct MachineConfig {
     pub listen: Option<SocketAddr>,
     /// The nodes; the position is the node's index.
     pub nodes: Vec<NodeConfig>,
+    /// Disks, network cards and the like.
+    pub devices: Vec<PeripheralConfig>,
     /// SLIT distances; empty for 10 and 20.
     pub distances: Vec<Vec<u8>>,
     /// How long a node may say nothing.
@@ -109,6 +112,7 @@ impl Default for MachineConfig {
             cmdline: DEFAULT_CMDLINE.into(),
             listen: None,
             nodes: Vec::new(),
+            devices: Vec::new(),
             distances: Vec::new(),
             silence: DEFAULT_SILENCE,
             shards: None,
@@ -156,6 +160,7 @@ impl MachineConfig {
         }
         self.check_budgets()?;
         self.rdma.check(self.nodes.iter().map(|node| node.spec.name.as_str()))?;
+        peripherals::place(self)?;
         self.check_addresses()
     }
 
@@ -201,7 +206,7 @@ impl MachineConfig {
         MachineSpec {
             nodes: self.nodes.iter().map(|node| node.spec.clone()).collect(),
             distances: self.distances.clone(),
-            pci: false,
+            pci: !self.devices.is_empty(),
         }
     }
 
@@ -216,6 +221,8 @@ impl MachineConfig {
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
             shards: self.shards(),
+            // Checked before a machine is started.
+            devices: peripherals::place(self).unwrap_or_default(),
             hold: self.hold,
             silence: self.silence,
             rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),

@@ -19,6 +19,8 @@
 //! | [`irq`] | local APIC and I/O APIC, pure state machines |
 //! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
 //! | [`devices`] | node 0's devices |
+//! | [`pci`], [`virtio`] | each node's PCI bus and the disks and network cards on it |
+//! | [`peripherals`] | disks and network cards as the owner asks for them |
 //! | [`clock`] | one time stamp counter for all nodes |
 //!
 //! `docs/architecture.md` follows one interrupt and one port access through these modules.
@@ -35,7 +37,10 @@ pub mod machine_file;
 pub mod node;
 pub mod node_api;
 pub mod node_msg;
+pub mod pci;
+pub mod peripherals;
 pub mod rdma;
 pub mod router;
 pub mod terminal;
 pub mod vcpu;
+pub mod virtio;

@@ -25,6 +25,16 @@
 //! memory = "512M"
 //! where = "remote"                    # default "local": started by `gestalt run`
 //! fabric = "192.0.2.2:7701"           # where its fabric listens; an address, with or without port
+//!
+//! [[disk]]
+//! path = "root.img"                   # raw image or block device on its node's host; relative to this file
+//! node = "n1"                         # default: the first node
+//! readonly = true                     # default false
+//! serial = "root"                     # default disk0 and so on
+//! queues = 4                          # default: one for each CPU, 16 at most
+//!
+//! [entropy]                           # random numbers from the host
+//! node = "n0"                         # default: the first node
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
@@ -35,6 +45,7 @@ use firmware::NodeSpec;
 use serde::Deserialize;
 
 use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
+use crate::peripherals::{Kind, PeripheralConfig};
 use crate::rdma::{FabricKind, RdmaForm};
 
 #[derive(Deserialize)]
@@ -56,6 +67,26 @@ struct FileForm {
     distances: Vec<Vec<u8>>,
     #[serde(default)]
     node: Vec<NodeForm>,
+    #[serde(default)]
+    disk: Vec<DiskForm>,
+    entropy: Option<EntropyForm>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DiskForm {
+    path: PathBuf,
+    node: Option<String>,
+    #[serde(default)]
+    readonly: bool,
+    serial: Option<String>,
+    queues: Option<u16>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EntropyForm {
+    node: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -103,6 +134,11 @@ pub fn read(path: &Path) -> Result<MachineConfig, ConfigError> {
     let folder = path.parent().unwrap_or(Path::new(""));
     config.kernel = beside(folder, config.kernel);
     config.initrd = config.initrd.map(|initrd| beside(folder, initrd));
+    for device in &mut config.devices {
+        if let Kind::Disk { path, .. } = &mut device.kind {
+            *path = beside(folder, std::mem::take(path));
+        }
+    }
     Ok(config)
 }
 
@@ -129,6 +165,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         cmdline: form.cmdline.unwrap_or(default.cmdline),
         listen: form.listen,
         nodes: form.node.into_iter().map(node).collect::<Result<_, _>>()?,
+        devices: devices(form.disk, form.entropy),
         distances: form.distances,
         silence: duration("silence", form.silence, default.silence)?,
         shards: form.shards.or(default.shards),
@@ -140,6 +177,15 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         fabric: form.fabric,
         rdma: form.rdma.map(Into::into).unwrap_or_default(),
     })
+}
+
+fn devices(disks: Vec<DiskForm>, entropy: Option<EntropyForm>) -> Vec<PeripheralConfig> {
+    let disk = |DiskForm { path, node, readonly, serial, queues }| PeripheralConfig {
+        node,
+        kind: Kind::Disk { path, readonly, serial, queues },
+    };
+    let entropy = entropy.map(|form| PeripheralConfig { node: form.node, kind: Kind::Entropy });
+    disks.into_iter().map(disk).chain(entropy).collect()
 }
 
 fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
@@ -204,6 +250,11 @@ mod tests {
         budget = "150M"
         where = "remote"
         fabric = "192.0.2.2"
+        [[disk]]
+        path = "root.img"
+        node = "n1"
+        serial = "root"
+        [entropy]
     "#;
 
     fn refusal(text: &str) -> String {
@@ -223,6 +274,14 @@ mod tests {
         assert_eq!([0, 1].map(|node| config.nodes[node].budget), [None, Some(150 << 20)]);
         assert_eq!(config.nodes[1].place, Place::Remote);
         assert_eq!(config.nodes[1].fabric_listen, Some("192.0.2.2:0".parse().unwrap()));
+        let disk = Kind::Disk {
+            path: "root.img".into(),
+            readonly: false,
+            serial: Some("root".into()),
+            queues: None,
+        };
+        assert_eq!(config.devices[0], PeripheralConfig { node: Some("n1".into()), kind: disk });
+        assert_eq!(config.devices[1], PeripheralConfig { node: None, kind: Kind::Entropy });
         assert_eq!(config.check(), Ok(()));
     }
 
@@ -281,5 +340,7 @@ mod tests {
         let config = read(&path).unwrap();
         assert_eq!(config.kernel, folder.path().join("vmlinuz"));
         assert_eq!(config.initrd, Some(folder.path().join("initrd.img")));
+        let root = folder.path().join("root.img");
+        assert!(matches!(&config.devices[0].kind, Kind::Disk { path, .. } if *path == root));
     }
 }

@@ -32,6 +32,7 @@ use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
+use crate::peripherals::Peripheral;
 use crate::rdma::RdmaConfig;
 
 /// The machine, as far as its nodes need to know it. The same at every node.
@@ -51,6 +52,8 @@ pub struct Machine {
     pub initrd: Option<PathBuf>,
     /// The guest kernel's command line as its owner gave it, without what the node appends.
     pub cmdline: String,
+    /// Disks, network cards and the like, each on its node.
+    pub devices: Vec<Peripheral>,
     /// Coherence shards, `1..=64`: lanes `1..=shards` of the fabric.
     pub shards: u16,
     /// How long a node keeps a page that it just won before it gives it up.

@@ -75,7 +75,7 @@ pub enum NodeMsg {
         /// The vector.
         vector: u8,
     },
-    /// A device access, at node 0.
+    /// An access to a device of the receiving node.
     Access(Access),
     /// The answer to an access that was not posted.
     Reply {

@@ -41,13 +41,8 @@ fn host_bridge(bus: u8, bytes: &mut Vec<u8>) {
     let number = AddressSpace::<u16>::new_bus_number(bus.into(), bus.into());
     let window = window(bus);
     let (first_gpa, last_gpa) = (window.start as u32, (window.end - 1) as u32);
-    let memory = AddressSpace::<u32>::new_memory(
-        AddressSpaceCacheable::NotCacheable,
-        true,
-        first_gpa,
-        last_gpa,
-        None,
-    );
+    let memory =
+        AddressSpace::<u32>::new_memory(AddressSpaceCacheable::NotCacheable, true, first_gpa, last_gpa, None);
     let crs = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&number, &memory]));
     let name = format!("PC{bus:02X}");
     let children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &first, &uid, &node, &crs];

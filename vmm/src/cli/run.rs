@@ -19,6 +19,7 @@ use crate::coordinator::spawn::ProcessSpawner;
 use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
 use crate::machine_file::{self, parse_fabric};
+use crate::peripherals::{Kind, PeripheralConfig, parse_disk};
 use crate::rdma::FabricKind;
 use crate::terminal::{self, Output};
 
@@ -67,6 +68,12 @@ pub struct RunArgs {
     /// node
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
+    /// A disk: PATH[,node=NAME][,readonly][,serial=TEXT][,queues=NUMBER]; give it once per disk
+    #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
+    disk: Vec<PeripheralConfig>,
+    /// Give the guest the host's random numbers
+    #[arg(long)]
+    entropy: bool,
     /// A node that says nothing for so long is lost
     #[arg(long, value_parser = parse_duration)]
     silence: Option<Duration>,
@@ -211,6 +218,10 @@ impl RunArgs {
         set(&mut config.silence, &self.silence);
         set(&mut config.hold, &self.hold);
         set(&mut config.fabric, &self.fabric);
+        config.devices.extend(self.disk.iter().cloned());
+        if self.entropy {
+            config.devices.push(PeripheralConfig { node: None, kind: Kind::Entropy });
+        }
         config.listen = self.listen.or(config.listen);
         config.shards = self.shards.or(config.shards);
         config.initrd = self.initrd.clone().or(config.initrd);

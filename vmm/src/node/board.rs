@@ -1,6 +1,5 @@
 //! The devices of node 0: what every PC has, as far as a hardware-reduced one needs it.
 
-use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crossbeam::channel::Sender;
@@ -19,7 +18,7 @@ use crate::router::devices::LocalDevices;
 /// Node 0's devices.
 pub struct Board {
     /// Port and memory buses.
-    pub buses: Arc<LocalDevices>,
+    pub buses: LocalDevices,
     /// The I/O APIC, to which EOIs go.
     pub ioapic: Shared<IoApicDevice>,
     com1: Shared<Com1<ConsoleOut>>,
@@ -53,7 +52,7 @@ impl Board {
         ports.insert(layout::PIT_CHANNEL2_PORT.into(), 1, share(NoTimer))?;
         let mut memory = Bus::new();
         memory.insert(layout::IOAPIC_ADDR, layout::IOAPIC_LEN, ioapic.clone())?;
-        Ok(Board { buses: Arc::new(LocalDevices { ports, memory }), ioapic, com1 })
+        Ok(Board { buses: LocalDevices { ports, memory, pci: None }, ioapic, com1 })
     }
 
     /// COM1, to offer input to.

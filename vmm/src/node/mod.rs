@@ -9,6 +9,7 @@
 //! | this one | the order of things |
 //! | [`parts`] | the node's parts, built one after the other |
 //! | [`board`] | node 0's devices |
+//! | [`peripherals`] | this node's disks and network cards |
 //! | [`console`] | COM1 and the coordinator's terminal |
 //! | [`counters`] | the report |
 
@@ -16,6 +17,7 @@ pub mod board;
 pub mod console;
 pub mod counters;
 pub mod parts;
+pub mod peripherals;
 
 use std::sync::Arc;
 use std::time::Duration;

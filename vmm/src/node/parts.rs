@@ -15,22 +15,22 @@ use fabric::{NodeId, Transport, trace};
 use firmware::boot::BootSource;
 use firmware::{Layout, acpi, boot, cpuid};
 use kvm_ioctls::Kvm;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::board::Board;
 use super::console::{self, Input};
+use super::peripherals::{self, Idle};
 use super::{Event, StateText, VCPUS, counters};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
 use crate::devices::bus::lock;
 use crate::kvm::{HostCpu, Vm, caps, msr};
 use crate::node_api::{Assignment, Control, Joined, NodeReport, Start, ToCoordinator};
-use crate::router::devices::{DeviceServer, RemoteDevices};
+use crate::router::devices::{AllDevices, DeviceServer, LocalDevices};
 use crate::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use crate::router::peers::{Peers, spawn_heartbeat};
 use crate::router::{CONTROL_LANE, Router};
-use crate::vcpu::{self, Devices, Environment, Table, VcpuConfig, Vcpus};
+use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus};
+use crate::virtio::GuestRam;
 
 /// How long the mesh may take once everybody has joined.
 const MESH: Duration = Duration::from_secs(30);
@@ -121,14 +121,28 @@ impl Node {
         ));
         let router = Arc::new(Router::new(layout.cpus(), table.clone(), transport.clone(), peers));
 
+        let memory = Arc::new(DualMemory::new(layout.pages()).context(
+            "cannot map the guest's memory: raise vm.max_map_count or vm.overcommit_memory, or make the guest smaller",
+        )?);
+        let ram = GuestRam::new(&memory, &layout)?;
+
         let (input, inputs) = unbounded();
-        let (devices, side) = match node.0 {
-            0 => node0_devices(&router, control, events, input.clone(), inputs)?,
-            _ => {
-                let remote = Arc::new(RemoteDevices::new(router.clone(), Vec::new()));
-                (remote.clone() as Arc<dyn Devices>, DeviceSide::Client(remote))
-            }
+        let mut local = match node.0 {
+            0 => board(&router, control, events, input.clone(), inputs)?,
+            _ => LocalDevices::default(),
         };
+        let idle = Idle::default();
+        if machine.spec.pci {
+            let bus = peripherals::root_bus(assignment.node, &machine.devices, &ram, &router, &idle)?;
+            local.pci = bus.map(Arc::new);
+        }
+        let local = Arc::new(local);
+        let buses = if machine.spec.pci { firmware::pci::buses(layout.nodes()) } else { 0 };
+        let devices = Arc::new(AllDevices::new(router.clone(), buses, local.clone()));
+        let server = DeviceServer::start(router.clone(), local)?;
+        let side = DeviceSide { served: server.queue(), asked: devices.clone() };
+        // It serves until the process ends.
+        std::mem::forget(server);
 
         let clock = Arc::new(guest_clock(&cpu, start)?);
         let (pong_sender, pongs) = unbounded();
@@ -146,18 +160,16 @@ impl Node {
             stops.push(align(&clock, &router, pongs, events)?);
         }
 
-        let memory = Arc::new(DualMemory::new(layout.pages()).context(
-            "cannot map the guest's memory: raise vm.max_map_count or vm.overcommit_memory, or make the guest smaller",
-        )?);
         let vm = Vm::new(&kvm)?;
         map_ram(&vm, &memory, &layout)?;
         let engine = Arc::new(engine(assignment, &layout, &memory, &transport, events)?);
+        idle.connect(&engine);
         let vcpus = {
             let base = cpuid::intersect(&start.nodes.iter().map(|n| n.cpuid.clone()).collect::<Vec<_>>())?;
             cpuid::check_memory(&base, &layout)?;
             let khz = clock.khz() as u32;
             let boot = match node.0 {
-                0 => Some(load_kernel(&memory, &layout, assignment, khz)?),
+                0 => Some(load_kernel(&ram, &layout, assignment, khz)?),
                 _ => None,
             };
             let arch = cpuid::arch_capabilities(
@@ -291,14 +303,14 @@ fn align(
     Ok(stop)
 }
 
-/// Node 0's board, and what makes it reachable for the others.
-fn node0_devices(
+/// Node 0's board.
+fn board(
     router: &Arc<Router>,
     control: &Control,
     events: &Sender<Event>,
     room: Sender<Input>,
     inputs: Receiver<Input>,
-) -> anyhow::Result<(Arc<dyn Devices>, DeviceSide)> {
+) -> anyhow::Result<LocalDevices> {
     let terminal = control.clone();
     // A coordinator that is gone ends the machine; its terminal needs no more output.
     let (out, _) = console::output(move |batch| drop(terminal.send(ToCoordinator::Console(batch))))?;
@@ -314,11 +326,7 @@ fn node0_devices(
     std::thread::Builder::new()
         .name("console input".into())
         .spawn(move || console::feed(&inputs, |bytes| lock(&com1).enqueue(bytes)))?;
-    let server = DeviceServer::start(router.clone(), board.buses.clone())?;
-    let side = DeviceSide::Server(server.queue());
-    // It serves until the process ends.
-    std::mem::forget(server);
-    Ok((board.buses, side))
+    Ok(board.buses)
 }
 
 /// The guest's memory slots.
@@ -334,28 +342,16 @@ fn map_ram(vm: &Vm, memory: &DualMemory, layout: &Layout) -> anyhow::Result<()> 
 
 /// Loads the kernel into node 0's memory; how the first CPU starts.
 fn load_kernel(
-    memory: &DualMemory,
+    ram: &GuestRam,
     layout: &Layout,
     assignment: &Assignment,
     tsc_khz: u32,
 ) -> anyhow::Result<boot::BspRegisters> {
     let machine = &assignment.machine;
     let acpi = acpi::build(layout, &machine.spec)?;
-    let regions = layout.ram_ranges().iter().map(|range| {
-        let host = memory.guest_view().wrapping_add(range.offset as usize);
-        // SAFETY: inside the guest view, which outlives this function; nobody else uses it yet.
-        let region = unsafe { MmapRegionBuilder::new(range.len as usize).with_raw_mmap_pointer(host) };
-        let region = region
-            .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
-            .with_mmap_flags(nix::libc::MAP_SHARED | nix::libc::MAP_NORESERVE)
-            .build()?;
-        GuestRegionMmap::new(region, GuestAddress(range.gpa))
-            .context("a RAM range at the end of the address space")
-    });
-    let guest: GuestMemoryMmap = GuestMemoryMmap::from_regions(regions.collect::<anyhow::Result<Vec<_>>>()?)?;
     let source =
         BootSource { kernel: &machine.kernel, initrd: machine.initrd.as_deref(), cmdline: &machine.cmdline };
-    Ok(boot::load(&guest, layout, &acpi, &source, tsc_khz)?)
+    Ok(boot::load(ram.map(), layout, &acpi, &source, tsc_khz)?)
 }
 
 fn engine(

@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::Router;
-use super::devices::{DeviceQueue, RemoteDevices};
+use super::devices::{AllDevices, DeviceQueue};
 use crate::clock::GuestClock;
 use crate::clock::align::is_forward;
 use crate::clock::estimator::Round;
@@ -24,11 +24,11 @@ use crate::node_msg::NodeMsg;
 const SLEEP_MS: u16 = 500;
 
 /// What device messages mean at this node.
-pub enum DeviceSide {
-    /// Node 0: accesses are served.
-    Server(DeviceQueue),
-    /// Any other: replies are for its vCPUs.
-    Client(Arc<RemoteDevices>),
+pub struct DeviceSide {
+    /// Where accesses of other nodes' vCPUs go.
+    pub served: DeviceQueue,
+    /// Whose vCPUs get the replies.
+    pub asked: Arc<AllDevices>,
 }
 
 /// What the lane thread works with.
@@ -173,24 +173,18 @@ impl LaneConfig {
                 router.finish(vector);
             }
             NodeMsg::Access(access) => {
-                let DeviceSide::Server(queue) = &self.devices else {
-                    return Err("it sent a device access to a node without devices".into());
-                };
                 if access.cpu as usize >= router.cpus_on(from) {
                     return Err(format!(
                         "it sent a device access of its CPU {}, which it does not have",
                         access.cpu
                     ));
                 }
-                if !queue.push(from, access) {
-                    return Err("it sent more device accesses than are ever under way".into());
+                if !self.devices.served.push(from, access) {
+                    return Err("it sent device accesses that no CPU makes".into());
                 }
             }
             NodeMsg::Reply { cpu, seq, data } => {
-                let DeviceSide::Client(devices) = &self.devices else {
-                    return Err("it sent the answer to a device access that nobody made".into());
-                };
-                if from.0 != 0 || !devices.reply(cpu, seq, data) {
+                if !self.devices.asked.reply(from, cpu, seq, data) {
                     return Err("it sent the answer to a device access that nobody made".into());
                 }
             }

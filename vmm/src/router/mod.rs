@@ -4,20 +4,22 @@
 //! finds the CPUs -> those here get it in their mailboxes, and each other node that has some gets one
 //! [`NodeMsg::Interrupt`] -> its [`lane`] thread decodes, checks and posts it to the mailboxes there.
 //!
-//! The way of one port access from node 2: KVM exits -> [`devices::RemoteDevices`] sends [`NodeMsg::Access`] to
-//! node 0 and waits -> node 0's lane thread hands it to the [`devices::DeviceServer`] thread -> the bus -> a
-//! [`NodeMsg::Reply`] -> node 2's lane thread wakes the vCPU thread.
+//! The way of one port access from node 2: KVM exits -> [`devices::AllDevices`] finds by [`place`] that node 0 has the
+//! port, sends it [`NodeMsg::Access`] and waits -> node 0's lane thread hands it to the [`devices::DeviceServer`]
+//! thread -> the bus -> a [`NodeMsg::Reply`] -> node 2's lane thread wakes the vCPU thread.
 //!
 //! | file | concept |
 //! |---|---|
 //! | this one | sending: interrupts, EOIs, clock messages |
 //! | [`peers`] | who is there, who was heard when, heartbeats, losses |
 //! | [`lane`] | receiving: the thread that owns lane 0 |
+//! | [`place`] | which node has which device |
 //! | [`devices`] | device accesses, forwarded and served |
 
 pub mod devices;
 pub mod lane;
 pub mod peers;
+pub mod place;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};

@@ -11,7 +11,7 @@ use vmm::devices::Device;
 use vmm::devices::bus::{lock, share};
 use vmm::devices::ioapic::IoApicDevice;
 use vmm::router::LinkFailure;
-use vmm::router::devices::{DeviceServer, RemoteDevices};
+use vmm::router::devices::{AllDevices, DeviceServer};
 use vmm::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use vmm::vcpu::table::State;
 
@@ -26,7 +26,7 @@ struct Two {
     first: Guest,
     second: Guest,
     lanes: Vec<ControlLane>,
-    server: DeviceServer,
+    servers: Vec<DeviceServer>,
     transports: Vec<Arc<dyn Transport>>,
 }
 
@@ -45,11 +45,19 @@ impl Two {
             parts.handler(0x48, 0x2000);
         }
         prepare(&all[0]);
-        let server = DeviceServer::start(all[0].router.clone(), all[0].devices.clone()).unwrap();
-        let remote = Arc::new(RemoteDevices::new(all[1].router.clone(), Vec::new()));
+        let mut servers = Vec::new();
         let (pong, pongs) = channel::bounded(16);
-        let sides =
-            [(DeviceSide::Server(server.queue()), None), (DeviceSide::Client(remote.clone()), Some(pong))];
+        let sides: Vec<_> = [(&all[0], None), (&all[1], Some(pong))]
+            .into_iter()
+            .map(|(parts, pong)| {
+                let devices = AllDevices::new(parts.router.clone(), 0, parts.devices.clone());
+                let server = DeviceServer::start(parts.router.clone(), parts.devices.clone()).unwrap();
+                let side = DeviceSide { served: server.queue(), asked: Arc::new(devices) };
+                servers.push(server);
+                (side, pong)
+            })
+            .collect();
+        let remote = sides[1].0.asked.clone();
         let mut lanes = Vec::new();
         for ((parts, transport), (devices, pongs)) in all.iter().zip(&transports).zip(sides) {
             let config = LaneConfig {
@@ -65,7 +73,7 @@ impl Two {
         aligner.align(PATIENCE).unwrap();
         let mut all = all.into_iter();
         let (first, second) = (all.next().unwrap().run(), all.next().unwrap().run_with(remote));
-        Some(Two { first, second, lanes, server, transports })
+        Some(Two { first, second, lanes, servers, transports })
     }
 
     fn stop(mut self) {
@@ -74,7 +82,7 @@ impl Two {
         self.first.vcpus.stop(PATIENCE).unwrap();
         self.second.vcpus.stop(PATIENCE).unwrap();
         self.lanes.into_iter().for_each(ControlLane::stop);
-        self.server.stop();
+        self.servers.into_iter().for_each(DeviceServer::stop);
     }
 }
 

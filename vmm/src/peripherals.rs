@@ -1,0 +1,206 @@
+//! Disks, network cards and the like: what the owner asks for, and where each of them goes.
+//!
+//! ```text
+//!  --disk root.img,node=n1      [[disk]] in a machine file
+//!            └────────> PeripheralConfig (a node's name) ── place ──> Peripheral (node and slot) ──> that node builds it
+//! ```
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ConfigError, MachineConfig};
+use crate::virtio::block::{MAX_QUEUES, SERIAL_LEN};
+
+/// Slots of one node's bus that devices can have; the last one is kept for the function that tells a kernel built for
+/// aggregated machines what it runs on.
+const SLOTS: usize = 31;
+/// Queues of a device if nothing is said, at most: one for each CPU of the machine.
+const DEFAULT_QUEUES: u16 = 16;
+
+/// What a device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// A disk.
+    Disk {
+        /// A raw image or a block device, on its node's host.
+        path: PathBuf,
+        /// The guest may not write to it.
+        readonly: bool,
+        /// What the guest reads as its serial number. Default: `disk0` and so on.
+        serial: Option<String>,
+        /// Queues. Default: one for each CPU, 16 at most.
+        queues: Option<u16>,
+    },
+    /// A source of random numbers.
+    Entropy,
+}
+
+/// A device as its owner asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeripheralConfig {
+    /// The name of its node; `None`: node 0.
+    pub node: Option<String>,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// A device in its place, with nothing left open. The same at every node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peripheral {
+    /// Its node's index, which is its bus.
+    pub node: u16,
+    /// Its slot there.
+    pub slot: u8,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// Gives every device of a machine its place: slots in the order in which they are asked for.
+///
+/// # Errors
+/// One sentence: what is wrong and what to do.
+pub fn place(machine: &MachineConfig) -> Result<Vec<Peripheral>, ConfigError> {
+    let cpus: u32 = machine.nodes.iter().map(|node| node.spec.cpus).sum();
+    let queues = u16::try_from(cpus).unwrap_or(u16::MAX).clamp(1, DEFAULT_QUEUES);
+    let mut taken = vec![0; machine.nodes.len()];
+    let mut disks = 0;
+    let mut placed = Vec::with_capacity(machine.devices.len());
+    for device in &machine.devices {
+        let node = match &device.node {
+            None => 0,
+            Some(name) => machine.node_named(name).ok_or_else(|| {
+                ConfigError(format!("a device is to be on node \"{name}\", which the machine does not have"))
+            })?,
+        };
+        if node >= firmware::pci::MAX_BUSES {
+            return wrong(format!(
+                "node {node} cannot have devices: only the first {} can",
+                firmware::pci::MAX_BUSES
+            ));
+        }
+        let Some(slot) = taken.get(node).copied().filter(|slot| *slot < SLOTS) else {
+            return wrong(format!("node {node} has more than {SLOTS} devices: put some on other nodes"));
+        };
+        taken[node] = slot + 1;
+        let mut kind = device.kind.clone();
+        if let Kind::Disk { serial, queues: wanted, path, .. } = &mut kind {
+            serial.get_or_insert_with(|| format!("disk{disks}"));
+            wanted.get_or_insert(queues);
+            disks += 1;
+            if path.as_os_str().is_empty() {
+                return wrong("a disk has no file: name an image or a block device");
+            }
+        }
+        check(&kind)?;
+        placed.push(Peripheral { node: node as u16, slot: slot as u8, kind });
+    }
+    Ok(placed)
+}
+
+fn check(kind: &Kind) -> Result<(), ConfigError> {
+    let Kind::Disk { serial, queues, .. } = kind else { return Ok(()) };
+    if let Some(serial) = serial
+        && (serial.is_empty() || serial.len() > SERIAL_LEN || !serial.bytes().all(|b| b.is_ascii_graphic()))
+    {
+        return wrong(format!(
+            "{serial:?} cannot be a disk's serial number: use 1 to {SERIAL_LEN} letters, digits and signs"
+        ));
+    }
+    if let Some(queues) = queues
+        && !(1..=MAX_QUEUES).contains(queues)
+    {
+        return wrong(format!("{queues} queues are not possible: choose 1 to {MAX_QUEUES}"));
+    }
+    Ok(())
+}
+
+/// A disk from `PATH[,node=NAME][,readonly][,serial=TEXT][,queues=NUMBER]`.
+///
+/// # Errors
+/// One sentence with the form that is understood.
+pub fn parse_disk(text: &str) -> Result<PeripheralConfig, ConfigError> {
+    let mut parts = text.split(',');
+    let path = PathBuf::from(parts.next().unwrap_or_default());
+    let (mut node, mut readonly, mut serial, mut queues) = (None, false, None, None);
+    for part in parts {
+        match part.split_once('=') {
+            None if part == "readonly" => readonly = true,
+            Some(("node", name)) => node = Some(name.to_owned()),
+            Some(("serial", text)) => serial = Some(text.to_owned()),
+            Some(("queues", count)) => queues = Some(number(count)?),
+            _ => {
+                return wrong(format!("a disk has no {part:?}: write for example root.img,node=n1,readonly"));
+            }
+        }
+    }
+    Ok(PeripheralConfig { node, kind: Kind::Disk { path, readonly, serial, queues } })
+}
+
+fn number(text: &str) -> Result<u16, ConfigError> {
+    text.parse().map_err(|_| ConfigError(format!("{text:?} is not a number of queues")))
+}
+
+fn wrong<T>(why: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError(why.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{NodeConfig, Place};
+    use firmware::NodeSpec;
+
+    fn machine(devices: &[&str]) -> MachineConfig {
+        let node = |name: &str| NodeConfig {
+            spec: NodeSpec { name: name.into(), cpus: 2, memory: 256 << 20 },
+            place: Place::Local,
+            fabric_listen: None,
+            budget: None,
+        };
+        MachineConfig {
+            kernel: "vmlinuz".into(),
+            nodes: vec![node("n0"), node("n1")],
+            devices: devices.iter().map(|text| parse_disk(text).unwrap()).collect(),
+            ..MachineConfig::default()
+        }
+    }
+
+    #[test]
+    fn devices_get_slots_on_their_nodes_in_order() {
+        let placed = place(&machine(&["a", "b,node=n1,readonly", "c,serial=root,queues=3"])).unwrap();
+        let slots: Vec<_> = placed.iter().map(|device| (device.node, device.slot)).collect();
+        assert_eq!(slots, [(0, 0), (1, 0), (0, 1)]);
+        let disk = |path: &str, readonly, serial: &str, queues| Kind::Disk {
+            path: path.into(),
+            readonly,
+            serial: Some(serial.into()),
+            queues: Some(queues),
+        };
+        assert_eq!(placed[1].kind, disk("b", true, "disk1", 4), "a queue for each of the machine's CPUs");
+        assert_eq!(placed[2].kind, disk("c", false, "root", 3));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_a_reason() {
+        let too_many = vec!["a"; 32];
+        for (devices, part) in [
+            (&["a,node=n7"][..], "\"n7\""),
+            (&[""], "no file"),
+            (&["a,serial=a long serial number"], "serial number"),
+            (&["a,queues=0"], "0 queues"),
+            (&["a,queues=65"], "65 queues"),
+            (&too_many, "more than 31"),
+        ] {
+            let said = machine(devices).check().unwrap_err().0;
+            assert!(said.contains(part), "{said:?} does not contain {part:?}");
+        }
+        assert!(parse_disk("a,colour=red").unwrap_err().0.contains("colour"));
+        assert!(parse_disk("a,queues=many").unwrap_err().0.contains("many"));
+    }
+
+    #[test]
+    fn a_machine_has_pci_only_with_devices() {
+        assert!(!machine(&[]).spec().pci && machine(&["a"]).spec().pci);
+    }
+}

@@ -1,0 +1,221 @@
+//! What is behind a block device.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::virtio::chain::Buffers;
+
+/// Buffers of one system call: IOV_MAX.
+const MOST_BUFFERS: usize = 1024;
+/// Bytes of zeroes that are written at once where the host cannot make them cheaper.
+const ZEROES: usize = 64 << 10;
+
+/// A disk's content. All calls may come at once from several threads; offsets and lengths are in bytes and lie within
+/// [`Disk::len`].
+pub trait Disk: Send + Sync {
+    /// Bytes.
+    fn len(&self) -> u64;
+
+    /// Whether there is no byte.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills all of `to` from `offset` on.
+    ///
+    /// # Errors
+    /// What the host says; some of it may have been filled.
+    fn read(&self, to: &Buffers, offset: u64) -> io::Result<()>;
+
+    /// Writes all of `from` at `offset`.
+    ///
+    /// # Errors
+    /// What the host says; some of it may have been written.
+    fn write(&self, from: &Buffers, offset: u64) -> io::Result<()>;
+
+    /// Returns once all that was written before is on stable storage.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn flush(&self) -> io::Result<()>;
+
+    /// Nobody needs these bytes any more; what they read as afterwards is open.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes bytes zero; with `unmap` their storage may be given up.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+}
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It cannot be opened.
+    #[error("the disk {path} cannot be opened{how}: {source}")]
+    Open {
+        /// The file.
+        path: String,
+        /// In which way.
+        how: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("the disk {0} is neither a file nor a block device: name an image or a device such as /dev/sdb")]
+    Kind(String),
+    /// Somebody else has it.
+    #[error("the disk {0} is in use by another machine or program: two that write would destroy it")]
+    InUse(String),
+    /// There is nothing on it.
+    #[error("the disk {0} is smaller than one sector of 512 bytes: make it larger (`truncate -s 10G FILE`)")]
+    Empty(String),
+}
+
+/// A raw image: a file, or a block device of the host. The host's page cache is used; a flush reaches the storage.
+pub struct RawDisk {
+    file: File,
+    len: u64,
+}
+
+impl RawDisk {
+    /// Opens `path` and keeps others from writing it at the same time.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: &Path, readonly: bool) -> Result<RawDisk, OpenError> {
+        let shown = path.display().to_string();
+        let how = if readonly { "" } else { " for writing" };
+        let failed = |source| OpenError::Open { path: shown.clone(), how, source };
+        let mut file = OpenOptions::new().read(true).write(!readonly).open(path).map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(OpenError::Kind(shown));
+        }
+        let locked = if readonly { file.try_lock_shared() } else { file.try_lock() };
+        match locked {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(shown)),
+            // Some file systems have no locks.
+            Err(TryLockError::Error(error)) => tracing::debug!("{shown} cannot be locked: {error}"),
+        }
+        // Works for block devices too, unlike the length in the metadata.
+        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        let len = len - len % super::SECTOR;
+        if len == 0 {
+            return Err(OpenError::Empty(shown));
+        }
+        Ok(RawDisk { file, len })
+    }
+
+    /// Moves all of `buffers`, calling `move_some(descriptor, buffers, count, offset)` as often as it takes.
+    fn transfer(
+        &self,
+        buffers: &Buffers,
+        mut offset: u64,
+        move_some: unsafe extern "C" fn(i32, *const libc::iovec, i32, i64) -> isize,
+    ) -> io::Result<()> {
+        let mut iovecs = buffers.iovecs();
+        let mut rest = &mut iovecs[..];
+        while !rest.is_empty() {
+            let count = rest.len().min(MOST_BUFFERS);
+            // SAFETY: the buffers are guest memory, mapped for as long as `buffers` lives, which the kernel and the
+            // guest alone access meanwhile; no Rust reference to it exists.
+            let moved = unsafe {
+                move_some(
+                    self.file.as_raw_fd(),
+                    rest.as_ptr(),
+                    count as i32,
+                    offset.try_into().map_err(io::Error::other)?,
+                )
+            };
+            let mut moved = match moved {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n if n < 0 => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => continue,
+                    error => return Err(error),
+                },
+                n => n as usize,
+            };
+            offset += moved as u64;
+            while let Some(first) = rest.first_mut() {
+                if moved < first.iov_len {
+                    first.iov_base = first.iov_base.wrapping_byte_add(moved);
+                    first.iov_len -= moved;
+                    break;
+                }
+                moved -= first.iov_len;
+                rest = &mut rest[1..];
+            }
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        fallocate(&self.file, mode | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset as i64, len as i64)?;
+        Ok(())
+    }
+
+    fn write_zeroes_slowly(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let zeroes = vec![0; ZEROES];
+        while len > 0 {
+            let part = len.min(ZEROES as u64);
+            self.file.write_all_at(&zeroes[..part as usize], offset)?;
+            (offset, len) = (offset + part, len - part);
+        }
+        Ok(())
+    }
+}
+
+/// Whether the host says that it cannot do a thing at all, rather than that it failed.
+fn unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL))
+}
+
+impl Disk for RawDisk {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
+        self.transfer(to, offset, libc::preadv)
+    }
+
+    fn write(&self, from: &Buffers, offset: u64) -> io::Result<()> {
+        self.transfer(from, offset, libc::pwritev)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.allocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len) {
+            // Advice that the host cannot take is no failure.
+            Err(error) if unsupported(&error) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+        let modes = [punch, FallocateFlags::FALLOC_FL_ZERO_RANGE];
+        for mode in modes.into_iter().filter(|mode| unmap || *mode != punch) {
+            match self.allocate(mode, offset, len) {
+                Err(error) if unsupported(&error) => {}
+                result => return result,
+            }
+        }
+        self.write_zeroes_slowly(offset, len)
+    }
+}

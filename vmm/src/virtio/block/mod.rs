@@ -1,0 +1,148 @@
+//! Block device (5.2): a disk.
+//!
+//! | file | concept |
+//! |---|---|
+//! | this one | the device: features, registers, a thread for each queue |
+//! | [`disk`] | what is behind it: a file or block device of the host |
+//! | [`request`] | one request: what it wants, and what becomes of it |
+//!
+//! Each queue has a thread of its own that does one request after the other, straight between the file and the guest's
+//! pages. The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait
+//! for each other's requests nor share the pages of a ring.
+
+pub mod disk;
+pub mod request;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use virtio_bindings::virtio_blk as blk;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+pub use self::disk::{Disk, RawDisk};
+use self::request::Server;
+use super::{Device, Session, Workers, read_block};
+
+/// Bytes of the unit in which virtio counts.
+pub const SECTOR: u64 = 512;
+/// Descriptors of a queue.
+const QUEUE_SIZE: u16 = 256;
+/// The most queues.
+pub const MAX_QUEUES: u16 = 64;
+/// Bytes of a serial number.
+pub const SERIAL_LEN: usize = 20;
+/// The most that one discard or write-zeroes may cover, in sectors (1 GiB): it should not block a queue for long.
+const MAX_CLEAR: u32 = 1 << 21;
+/// Segments of one discard or write-zeroes request.
+const MAX_CLEAR_SEGMENTS: u32 = 16;
+/// Failures that are logged, for each disk.
+const LOGGED: u64 = 20;
+
+/// How the disk appears.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockConfig {
+    /// For messages.
+    pub name: String,
+    /// What the guest reads as its serial number; at most [`SERIAL_LEN`] bytes are shown.
+    pub serial: String,
+    /// The guest may not write.
+    pub readonly: bool,
+    /// Queues, `1..=MAX_QUEUES`.
+    pub queues: u16,
+}
+
+/// The device.
+pub struct Block {
+    disk: Arc<dyn Disk>,
+    config: BlockConfig,
+    failures: Arc<AtomicU64>,
+}
+
+impl Block {
+    /// `disk` as the guest shall see it.
+    pub fn new(disk: Arc<dyn Disk>, mut config: BlockConfig) -> Block {
+        config.queues = config.queues.clamp(1, MAX_QUEUES);
+        Block { disk, config, failures: Arc::default() }
+    }
+
+    fn registers(&self) -> [u8; 60] {
+        let mut bytes = [0; 60];
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(0, &(self.disk.len() / SECTOR).to_le_bytes());
+        // seg_max: a chain also holds the header and the status.
+        put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
+        put(20, &(SECTOR as u32).to_le_bytes());
+        // Topology: 4 KiB physical blocks, as 2^3 logical ones, for good alignment.
+        put(24, &[3]);
+        put(34, &self.config.queues.to_le_bytes());
+        put(36, &MAX_CLEAR.to_le_bytes());
+        put(40, &MAX_CLEAR_SEGMENTS.to_le_bytes());
+        put(44, &(4096 / SECTOR as u32).to_le_bytes());
+        put(48, &MAX_CLEAR.to_le_bytes());
+        put(52, &MAX_CLEAR_SEGMENTS.to_le_bytes());
+        put(56, &[1]);
+        bytes
+    }
+
+    fn server(&self) -> Server {
+        let (name, failures) = (self.config.name.clone(), self.failures.clone());
+        let on_failure = move |what: &str, error: &io::Error| {
+            let count = failures.fetch_add(1, Ordering::Relaxed);
+            if count < LOGGED {
+                tracing::warn!("{name}: the guest's {what} failed: {error}");
+            } else if count == LOGGED {
+                tracing::warn!("{name}: further failures are not reported");
+            }
+        };
+        Server::new(self.disk.clone(), &self.config, Box::new(on_failure))
+    }
+}
+
+impl Device for Block {
+    fn id(&self) -> u16 {
+        VIRTIO_ID_BLOCK as u16
+    }
+
+    fn class(&self) -> u32 {
+        // Mass storage, SCSI: what other virtio disks say.
+        0x01_0000
+    }
+
+    fn features(&self) -> u64 {
+        let mut features = bit(blk::VIRTIO_BLK_F_SEG_MAX)
+            | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
+            | bit(blk::VIRTIO_BLK_F_TOPOLOGY)
+            | bit(blk::VIRTIO_BLK_F_FLUSH)
+            | bit(blk::VIRTIO_BLK_F_MQ);
+        if self.config.readonly {
+            features |= bit(blk::VIRTIO_BLK_F_RO);
+        } else {
+            features |= bit(blk::VIRTIO_BLK_F_DISCARD) | bit(blk::VIRTIO_BLK_F_WRITE_ZEROES);
+        }
+        features
+    }
+
+    fn queues(&self) -> Vec<u16> {
+        vec![QUEUE_SIZE; usize::from(self.config.queues)]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_block(&self.registers(), offset, data);
+    }
+
+    fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
+        for queue in session.queues.into_iter().flatten() {
+            let server = self.server();
+            workers.spawn(move || queue.serve(|chain| server.serve(chain)))?;
+        }
+        Ok(())
+    }
+}
+
+fn bit(feature: u32) -> u64 {
+    1 << feature
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,57 @@
+//! Guest RAM as devices reach it: the node's guest view.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use coherence::memory::DualMemory;
+use firmware::Layout;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+/// Guest RAM by guest physical address. Clones are the same memory.
+///
+/// A page that this node does not hold raises a fault when it is touched, and the toucher waits until the coherence
+/// engine has brought it. So never touch it from an engine's thread, or with a lock held that one may need. The bytes
+/// may change at any time: read once what is checked and used.
+///
+/// Never hand it to anything that keeps a reference to its frames beyond the call (direct I/O, registered buffers): a
+/// frame changes its owner when another node takes the page. Buffered reads and writes copy, and are safe.
+#[derive(Clone)]
+pub struct GuestRam {
+    map: Arc<GuestMemoryMmap>,
+    /// What the map points into.
+    _memory: Option<Arc<DualMemory>>,
+}
+
+impl GuestRam {
+    /// The guest view of `memory`, laid out as `layout` says.
+    ///
+    /// # Errors
+    /// A layout that does not fit the memory.
+    pub fn new(memory: &Arc<DualMemory>, layout: &Layout) -> anyhow::Result<GuestRam> {
+        let regions = layout.ram_ranges().iter().map(|range| {
+            anyhow::ensure!(range.offset + range.len <= memory.len() as u64, "guest RAM beyond its memory");
+            let host = memory.guest_view().wrapping_add(range.offset as usize);
+            // SAFETY: inside the guest view, as just checked, which the value keeps mapped.
+            let region = unsafe { MmapRegionBuilder::new(range.len as usize).with_raw_mmap_pointer(host) };
+            let region = region
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .build()?;
+            GuestRegionMmap::new(region, GuestAddress(range.gpa))
+                .context("a RAM range at the end of the address space")
+        });
+        let map = GuestMemoryMmap::from_regions(regions.collect::<anyhow::Result<Vec<_>>>()?)?;
+        Ok(GuestRam { map: Arc::new(map), _memory: Some(memory.clone()) })
+    }
+
+    /// Memory that is not coherent with anything, for tests.
+    pub fn plain(map: GuestMemoryMmap) -> GuestRam {
+        GuestRam { map: Arc::new(map), _memory: None }
+    }
+
+    /// By address.
+    pub fn map(&self) -> &GuestMemoryMmap {
+        &self.map
+    }
+}
