@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
-# kernel command line lists: online, report, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
+# kernel command line lists: online, report, drivers, devices, disks, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
 #
 #   GESTALT-MARK <event>           something happened now
 #   GESTALT-REPORT <key>=<value>   a fact
@@ -46,6 +46,58 @@ report() {
     say uptime "$(cut -d' ' -f1 /proc/uptime)"
 }
 
+# The drivers of virtio devices that this kernel has as modules.
+drivers() {
+    dir=/modules/$(uname -r)
+    while read -r module; do insmod "$dir/$module.ko" || say driver_failed "$module"; done < "$dir/order"
+    echo "GESTALT-MARK drivers"
+}
+
+# What is on the PCI buses, and which NUMA node each device is near to.
+devices() {
+    for dir in /sys/bus/pci/devices/*; do
+        [ -d "$dir" ] || continue
+        say "pci.${dir##*/}" "$(cat "$dir/vendor"):$(cat "$dir/device") node $(cat "$dir/numa_node")"
+    done
+    for dir in /sys/block/vd*; do
+        [ -d "$dir" ] || continue
+        name=${dir##*/}
+        say "$name.serial" "$(cat "$dir/serial")"
+        say "$name.sectors" "$(cat "$dir/size")"
+        say "$name.queues" "$(ls "$dir/mq" | wc -l)"
+        say "$name.numa_node" "$(cat "$dir/device/../numa_node")"
+    done
+    grep virtio /proc/interrupts
+}
+
+# Writes to every disk from a CPU of every node, and reads it back from a CPU of every node.
+disks() {
+    failed=
+    for dir in /sys/block/vd*; do
+        [ -d "$dir" ] || continue
+        disk=${dir##*/}
+        at=0
+        for from in /sys/devices/system/node/node[0-9]*; do
+            writer=$(sed 's/[-,].*//' "$from/cpulist")
+            [ -n "$writer" ] || continue
+            at=$((at + 1))
+            taskset -c "$writer" dd if=/dev/urandom of=/tmp/written bs=64k count=8 2>/dev/null
+            taskset -c "$writer" dd if=/tmp/written of="/dev/$disk" bs=64k seek=$((at * 8)) conv=fsync 2>/dev/null ||
+                failed="$failed $disk:write"
+            for to in /sys/devices/system/node/node[0-9]*; do
+                reader=$(sed 's/[-,].*//' "$to/cpulist")
+                [ -n "$reader" ] || continue
+                echo 3 > /proc/sys/vm/drop_caches
+                taskset -c "$reader" dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=8 2>/dev/null
+                cmp -s /tmp/written /tmp/read || failed="$failed $disk:$writer-$reader"
+            done
+        done
+        say "$disk.patterns" "$at"
+    done
+    rm -f /tmp/written /tmp/read
+    if [ -z "$failed" ]; then say disks ok; else say disks "failed:$failed"; fi
+}
+
 check() {
     if smp-check "$@"; then say smp_check ok; else say smp_check failed; fi
 }
@@ -54,6 +106,9 @@ act() {
     case $1 in
         online) online ;;
         report) report ;;
+        drivers) drivers ;;
+        devices) devices ;;
+        disks) disks ;;
         smp-check) check ;;
         loop-smp-check) while check; do :; done ;;
         ask) ask ;;

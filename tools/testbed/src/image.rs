@@ -178,7 +178,7 @@ pub fn busybox(cache: &Cache) -> Result<PathBuf> {
 }
 
 /// A kernel module's bytes; Debian compresses them with xz.
-fn decompressed(file: &Path) -> Result<Vec<u8>> {
+pub(crate) fn decompressed(file: &Path) -> Result<Vec<u8>> {
     if file.extension().is_none_or(|extension| extension != "xz") {
         return Ok(fs::read(file)?);
     }

@@ -8,10 +8,11 @@ use anyhow::{Context, Result, bail};
 
 use crate::apt::{self, Suite};
 use crate::cache::Cache;
+use crate::drivers;
 use crate::progress::Step;
 
 /// Raised when what an entry contains changes, so that old entries are not used.
-const RECIPE_VERSION: u32 = 1;
+const RECIPE_VERSION: u32 = 2;
 
 /// A stock kernel that guests boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,8 @@ pub struct KernelFiles {
     pub vmlinuz: PathBuf,
     /// Its modules' directory, named after the release; kept for [`Kernel::Trixie`] only.
     pub modules: Option<PathBuf>,
+    /// An initramfs with the drivers of its virtio devices ([`drivers`]), to append to another.
+    pub drivers: PathBuf,
 }
 
 /// Fetches `kernel` from Debian, or finds it in the cache.
@@ -81,7 +84,7 @@ pub fn fetch(cache: &Cache, kernel: Kernel) -> Result<KernelFiles> {
     let entry = cache.entry(&format!("kernel-{}", kernel.name()), &recipe, |dir| build(kernel, dir))?;
     let modules = entry.join("modules");
     let modules = if modules.is_dir() { Some(only_child(&modules)?) } else { None };
-    Ok(KernelFiles { vmlinuz: entry.join("vmlinuz"), modules })
+    Ok(KernelFiles { vmlinuz: entry.join("vmlinuz"), modules, drivers: entry.join("drivers.cpio") })
 }
 
 fn build(kernel: Kernel, dir: &Path) -> Result<()> {
@@ -105,9 +108,13 @@ fn build(kernel: Kernel, dir: &Path) -> Result<()> {
     if !dir.join("vmlinuz").is_file() {
         bail!("Debian package {package} holds no /boot/vmlinuz-*");
     }
+    // Debian 12 still has them in /lib.
+    let modules = [tree.join("usr/lib/modules"), tree.join("lib/modules")];
+    let modules = modules.iter().find(|dir| dir.is_dir());
+    let modules = modules.with_context(|| format!("{package} holds no /usr/lib/modules"))?;
+    fs::write(dir.join("drivers.cpio"), drivers::archive(&only_child(modules)?)?)?;
     if kernel == Kernel::Trixie {
-        fs::rename(tree.join("usr/lib/modules"), dir.join("modules"))
-            .with_context(|| format!("{package} holds no /usr/lib/modules"))?;
+        fs::rename(modules, dir.join("modules"))?;
     }
     step.done();
     Ok(())

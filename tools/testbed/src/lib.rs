@@ -9,7 +9,7 @@
 //! - [`host`] runs jobs on a host, through [`proto`], against an [`agent`].
 //! - [`rack`] is the emulated hosts: [`qemu`] one of them, [`switch`] their network, [`image`] what they boot.
 //! - [`terminal`] lends our terminal to a job. [`stage`] is the directory that all hosts see.
-//! - [`kernels`] and [`guest`] are what guests boot; [`report`] reads what a guest says.
+//! - [`kernels`] with their [`drivers`] and [`guest`] are what guests boot; [`report`] reads what a guest says.
 //! - [`artifacts`] builds the programs under test, [`setup`] installs packages, [`apt`] fetches single ones,
 //!   [`archive`] writes initramfs images, [`cache`] keeps what is slow to make, [`exec`] runs commands that cannot
 //!   outlive us, [`progress`] shows long steps, [`probe`] tells whether emulation is needed.
@@ -27,6 +27,7 @@ pub mod archive;
 pub mod artifacts;
 pub mod boot;
 pub mod cache;
+pub mod drivers;
 pub mod exec;
 pub mod guest;
 pub mod host;

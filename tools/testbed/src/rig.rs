@@ -1,5 +1,6 @@
 //! What a run needs, put together: the stage with programs and guests, and hosts that see it.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -10,7 +11,7 @@ use crate::kernels::{self, Kernel};
 use crate::qemu::Hardware;
 use crate::rack::Rack;
 use crate::stage::Stage;
-use crate::{guest, image, probe, setup};
+use crate::{drivers, guest, image, probe, setup};
 
 /// What kind of hosts, and what they find on the stage.
 #[derive(Clone, Debug)]
@@ -72,10 +73,13 @@ impl Rig {
             let name = program.file_name().unwrap_or_default().to_string_lossy();
             stage.put(program, &format!("bin/{name}"))?;
         }
-        stage.put(&guest::initramfs(&cache)?, "guest/initramfs")?;
+        let mut initramfs = vec![fs::read(guest::initramfs(&cache)?)?];
         for &kernel in &config.kernels {
-            stage.put(&kernels::fetch(&cache, kernel)?.vmlinuz, &format!("guest/{}", kernel.name()))?;
+            let files = kernels::fetch(&cache, kernel)?;
+            stage.put(&files.vmlinuz, &format!("guest/{}", kernel.name()))?;
+            initramfs.push(fs::read(files.drivers)?);
         }
+        fs::write(stage.path().join("guest/initramfs"), drivers::joined(&initramfs))?;
         let place = match &emulated {
             None => Place::Here([Host::local(stage.path())?]),
             Some(_) => {
