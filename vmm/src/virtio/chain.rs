@@ -1,5 +1,6 @@
 //! One request: a chain of the guest's buffers, checked once and then used.
 
+use std::collections::VecDeque;
 use std::ops::Deref;
 
 use virtio_queue::DescriptorChain;
@@ -26,9 +27,9 @@ pub enum ChainError {
 }
 
 /// Buffers one after the other, as if they were one.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Buffers<'m> {
-    pieces: Vec<VolatileSlice<'m>>,
+    pieces: VecDeque<VolatileSlice<'m>>,
 }
 
 impl<'m> Buffers<'m> {
@@ -46,15 +47,18 @@ impl<'m> Buffers<'m> {
     pub fn take(&mut self, len: u64) -> Buffers<'m> {
         let mut taken = Buffers::default();
         let mut left = len;
-        while left > 0 && !self.pieces.is_empty() {
-            let piece = self.pieces[0];
-            if piece.len() as u64 <= left {
-                left -= piece.len() as u64;
-                taken.pieces.push(self.pieces.remove(0));
-            } else if let Ok((head, tail)) = piece.split_at(left as usize) {
-                taken.pieces.push(head);
-                self.pieces[0] = tail;
-                left = 0;
+        while left > 0
+            && let Some(piece) = self.pieces.pop_front()
+        {
+            // Beyond the piece's end there is nothing to split off.
+            let (head, tail) = match piece.split_at(left.min(piece.len() as u64) as usize) {
+                Ok((head, tail)) => (head, Some(tail).filter(|tail| !tail.is_empty())),
+                Err(_) => (piece, None),
+            };
+            left -= head.len() as u64;
+            taken.pieces.push_back(head);
+            if let Some(tail) = tail {
+                self.pieces.push_front(tail);
             }
         }
         taken
@@ -138,7 +142,7 @@ impl<'m> Chain<'m> {
             .get_slices(descriptor.addr(), descriptor.len() as usize, permissions)
             .map_err(|_| wrong())?;
         for slice in slices {
-            buffers.pieces.push(slice.map_err(|_| wrong())?);
+            buffers.pieces.push_back(slice.map_err(|_| wrong())?);
         }
         Ok(())
     }

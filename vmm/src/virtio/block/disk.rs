@@ -3,17 +3,24 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC};
+use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::virtio::chain::Buffers;
 
 /// Buffers of one system call: IOV_MAX.
 const MOST_BUFFERS: usize = 1024;
+/// Bytes that go through a buffer of our own at once, where they must.
+const BOUNCE: u64 = 64 << 10;
 /// Bytes of zeroes that are written at once where the host cannot make them cheaper.
 const ZEROES: usize = 64 << 10;
+
+/// File systems whose buffered reads and writes copy.
+const COPYING: [FsType; 4] = [BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC];
 
 /// A disk's content. All calls may come at once from several threads; offsets and lengths are in bytes and lie within
 /// [`Disk::len`].
@@ -85,6 +92,9 @@ pub enum OpenError {
 pub struct RawDisk {
     file: File,
     len: u64,
+    /// Reads and writes copy between the host's page cache and the caller's pages. Elsewhere (9p, NFS, ...) they may
+    /// pin the caller's pages and have a device write to them while another node has already taken them over.
+    copies: bool,
 }
 
 impl RawDisk {
@@ -114,7 +124,15 @@ impl RawDisk {
         if len == 0 {
             return Err(OpenError::Empty(shown));
         }
-        Ok(RawDisk { file, len })
+        let copies =
+            kind.is_block_device() || fstatfs(&file).is_ok_and(|fs| COPYING.contains(&fs.filesystem_type()));
+        Ok(RawDisk { file, len, copies })
+    }
+
+    /// The same disk, as on a file system that might pin the caller's pages.
+    #[cfg(test)]
+    pub(super) fn without_pinning(self) -> RawDisk {
+        RawDisk { copies: false, ..self }
     }
 
     /// Moves all of `buffers`, calling `move_some(descriptor, buffers, count, offset)` as often as it takes.
@@ -160,13 +178,30 @@ impl RawDisk {
         Ok(())
     }
 
+    /// Does `each` for pieces of the buffers that fit a buffer of our own.
+    fn bounce(
+        &self,
+        buffers: &Buffers,
+        mut offset: u64,
+        each: impl Fn(&mut [u8], u64, &Buffers) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut rest = buffers.clone();
+        let mut bytes = vec![0; rest.len().min(BOUNCE) as usize];
+        while !rest.is_empty() {
+            let part = rest.take(BOUNCE);
+            let len = part.len();
+            each(&mut bytes[..len as usize], offset, &part)?;
+            offset += len;
+        }
+        Ok(())
+    }
+
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
         fallocate(&self.file, mode | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset as i64, len as i64)?;
         Ok(())
     }
 
     fn write_zeroes_slowly(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
-        use std::os::unix::fs::FileExt;
         let zeroes = vec![0; ZEROES];
         while len > 0 {
             let part = len.min(ZEROES as u64);
@@ -188,11 +223,24 @@ impl Disk for RawDisk {
     }
 
     fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
-        self.transfer(to, offset, libc::preadv)
+        if self.copies {
+            return self.transfer(to, offset, libc::preadv);
+        }
+        self.bounce(to, offset, |bytes, at, part| {
+            self.file.read_exact_at(bytes, at)?;
+            part.write(bytes);
+            Ok(())
+        })
     }
 
     fn write(&self, from: &Buffers, offset: u64) -> io::Result<()> {
-        self.transfer(from, offset, libc::pwritev)
+        if self.copies {
+            return self.transfer(from, offset, libc::pwritev);
+        }
+        self.bounce(from, offset, |bytes, at, part| {
+            part.read(bytes);
+            self.file.write_all_at(bytes, at)
+        })
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -63,6 +63,25 @@ fn sectors_are_read_into_scattered_buffers_and_written_from_them() {
 }
 
 #[test]
+fn a_disk_on_a_strange_file_system_goes_through_a_buffer() {
+    let file = image(255);
+    let disk = RawDisk::open(file.path(), false).unwrap();
+    let mut driver = driver(Arc::new(disk.without_pinning()), false);
+    let many = [(BUFFER, 5 * 512 + 7, true), (BUFFER + 0x4000, 200 * 512 - 7, true)];
+    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_IN, 1, &many), blk::VIRTIO_BLK_S_OK);
+    let content = std::fs::read(file.path()).unwrap();
+    let first = 5 * 512 + 7;
+    assert_eq!(driver.get(BUFFER, first), content[512..512 + first]);
+    assert_eq!(driver.get(BUFFER + 0x4000, 200 * 512 - 7), content[512 + first..206 * 512]);
+    let write = [(BUFFER + 0x4000, 100 * 512, false), (BUFFER, 512, false)];
+    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 0, &write), blk::VIRTIO_BLK_S_OK);
+    let written = std::fs::read(file.path()).unwrap();
+    assert_eq!(written[..100 * 512], content[512 + first..][..100 * 512]);
+    assert_eq!(written[100 * 512..101 * 512], content[512..1024]);
+    assert_eq!(written[101 * 512..], content[101 * 512..]);
+}
+
+#[test]
 fn the_serial_number_is_told() {
     let file = image(1);
     let mut driver = driver(open(file.path(), false), false);
