@@ -61,8 +61,8 @@ devices() {
     done
     for dir in /sys/block/vd*; do
         [ -d "$dir" ] || continue
-        name=${dir##*/}
-        say "$name.serial" "$(cat "$dir/serial")"
+        name=$(cat "$dir/serial")
+        say "$name.name" "${dir##*/}"
         say "$name.sectors" "$(cat "$dir/size")"
         say "$name.queues" "$(ls "$dir/mq" | wc -l)"
         say "$name.numa_node" "$(cat "$dir/device/../numa_node")"

@@ -115,6 +115,7 @@ impl Boot {
         let on_host = |name: &str| host.dir().join(name).display().to_string();
         let (file, report) = (format!("share/machine-{number}.toml"), format!("share/report-{number}.json"));
         std::fs::write(rig.stage().join(&file), machine.file(&on_host("guest"), rig.emulated().is_some()))?;
+        machine.make_disks(&rig.stage().join("share"))?;
         let started = Instant::now();
         let pid = format!("share/pid-{number}");
         let gestalt = host.bin().join("gestalt").display().to_string();

@@ -1,5 +1,7 @@
 //! The machines that tests boot: their nodes, on which hosts, and the machine file that says so.
 
+use std::fs::File;
+use std::path::Path;
 use std::str::FromStr;
 
 use crate::kernels::Kernel;
@@ -7,6 +9,13 @@ use crate::rack::Rack;
 
 /// Memory of an emulated host beyond that of its nodes, in MiB: its own system, the programs, page tables.
 const HOST_MIB: u32 = 1200;
+
+/// Bytes of a disk; the file is sparse.
+const DISK: u64 = 16 << 20;
+
+fn disk_name(index: usize) -> String {
+    format!("disk-{index}.img")
+}
 
 /// One node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +45,8 @@ pub struct Machine {
     pub nodes: Vec<Node>,
     /// Over how many hosts the nodes are spread, in order; at most as many as there are nodes.
     pub hosts: usize,
+    /// The nodes that have a disk each, in order: disk i is `disk-<i>.img`, beside the machine file.
+    pub disks: Vec<usize>,
     /// The guest's kernel.
     pub kernel: Kernel,
     /// What the guest does, in order: see `files/guest-init.sh`.
@@ -50,6 +61,7 @@ impl Machine {
         Self {
             nodes: vec![Node { cpus, memory_mib }; count],
             hosts: 1,
+            disks: Vec::new(),
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
             rdma: false,
@@ -109,7 +121,21 @@ impl Machine {
                 node.cpus, node.memory_mib
             );
         }
+        for (index, node) in self.disks.iter().enumerate() {
+            text += &format!(
+                "\n[[disk]]\npath = \"{}\"\nnode = \"n{node}\"\nserial = \"s{index}\"\n",
+                disk_name(index)
+            );
+        }
         text
+    }
+
+    /// Makes the disks, empty, in `folder`.
+    ///
+    /// # Errors
+    /// There is no room, or no such folder.
+    pub fn make_disks(&self, folder: &Path) -> std::io::Result<()> {
+        (0..self.disks.len()).try_for_each(|index| File::create(folder.join(disk_name(index)))?.set_len(DISK))
     }
 
     /// Where nodes of other hosts join.
@@ -129,6 +155,17 @@ mod tests {
         let file = machine.file("/g", false);
         assert_eq!(file.matches("remote").count(), 2);
         assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
+    }
+
+    #[test]
+    fn each_disk_is_on_its_node() {
+        let machine = Machine { disks: vec![1, 0], ..Machine::equal(2, 1, 256) };
+        let file = machine.file("/g", false);
+        assert!(file.contains("path = \"disk-0.img\"\nnode = \"n1\"\nserial = \"s0\""), "{file}");
+        assert!(file.contains("path = \"disk-1.img\"\nnode = \"n0\"\nserial = \"s1\""), "{file}");
+        let folder = tempfile::tempdir().unwrap();
+        machine.make_disks(folder.path()).unwrap();
+        assert_eq!(folder.path().join("disk-1.img").metadata().unwrap().len(), DISK);
     }
 
     #[test]

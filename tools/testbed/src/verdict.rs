@@ -39,6 +39,17 @@ pub fn faults(machine: &Machine, outcome: &Outcome, checked: bool) -> Vec<String
         let least = (f64::from(node.memory_mib) * 1024.0 * MEMORY_SHARE) as u64;
         expect(kib >= least, format!("NUMA node {index} has {kib} KiB of its {} MiB", node.memory_mib));
     }
+    if !machine.disks.is_empty() {
+        let said = facts.text("disks");
+        expect(said == Some("ok"), format!("the check of the disks said {said:?}"));
+    }
+    for (index, node) in machine.disks.iter().enumerate() {
+        let near = facts.number(&format!("s{index}.numa_node"));
+        expect(
+            near == Some(*node as u64),
+            format!("disk s{index} is near to node {near:?} instead of {node}"),
+        );
+    }
     if checked {
         let said = facts.text("smp_check");
         expect(said == Some("ok"), format!("smp-check said {said:?}"));
@@ -66,7 +77,7 @@ mod tests {
         Outcome { code: Some(0), facts: Facts(facts), ..Outcome::default() }
     }
 
-    const GOOD: [(&str, &str); 8] = [
+    const GOOD: [(&str, &str); 10] = [
         ("kernel", "6.12"),
         ("cpus_online", "2"),
         ("numa_nodes", "2"),
@@ -74,11 +85,13 @@ mod tests {
         ("node0.mem_total_kib", "500000"),
         ("node1.cpus", ""),
         ("node1.mem_total_kib", "520000"),
+        ("disks", "ok"),
+        ("s0.numa_node", "1"),
         ("smp_check", "ok"),
     ];
 
     fn machine() -> Machine {
-        let mut machine = Machine::equal(2, 2, 512);
+        let mut machine = Machine { disks: vec![1], ..Machine::equal(2, 2, 512) };
         machine.nodes[1].cpus = 0;
         machine
     }

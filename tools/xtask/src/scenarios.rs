@@ -24,6 +24,8 @@ pub enum Plan {
     Whole,
     /// Boot, report, power off.
     Quick,
+    /// Boot, report, write and read every disk from every node, power off.
+    Disks,
     /// Talk to the guest over its console, reboot it from inside, power it off the second time.
     Reboot,
     /// Kill the process of this node so many milliseconds after the guest's user space has begun.
@@ -64,6 +66,7 @@ impl Scenario {
         machine.actions = match plan {
             Plan::Whole => "report,smp-check,poweroff",
             Plan::Quick => "report,poweroff",
+            Plan::Disks => "report,drivers,devices,disks,poweroff",
             Plan::Reboot => "report,ask",
             Plan::Kill { .. } => "loop-smp-check",
         }
@@ -96,7 +99,7 @@ impl Scenario {
 
     fn follow(&self, rig: &Rig, boot: &mut Boot) -> Result<Times> {
         match self.plan {
-            Plan::Whole | Plan::Quick => {
+            Plan::Whole | Plan::Quick | Plan::Disks => {
                 let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
                 self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
                 Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
@@ -195,6 +198,12 @@ pub fn kernels() -> Vec<Scenario> {
 pub fn over_rdma() -> Scenario {
     let machine = Machine { rdma: true, ..Machine::equal(2, 1, 384) };
     Scenario::new("two nodes boot over RDMA", machine, Plan::Whole)
+}
+
+/// Each node has a disk of its own, which the CPUs of both use.
+pub fn disks() -> Scenario {
+    let machine = Machine { disks: vec![0, 1], ..Machine::equal(2, 2, 512) };
+    Scenario::new("CPUs of two nodes use both nodes' disks", machine, Plan::Disks)
 }
 
 /// One node on each of two hosts.
