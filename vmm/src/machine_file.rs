@@ -33,6 +33,12 @@
 //! serial = "root"                     # default disk0 and so on
 //! queues = 4                          # default: one for each CPU, 16 at most
 //!
+//! [[net]]
+//! tap = "tap0"                        # a TAP interface of its node's host
+//! node = "n1"                         # default: the first node
+//! mac = "02:00:00:00:00:07"           # default: made from the names of machine, node and interface
+//! queues = 2                          # pairs of queues; default 1
+//!
 //! [entropy]                           # random numbers from the host
 //! node = "n0"                         # default: the first node
 //! ```
@@ -45,7 +51,7 @@ use firmware::NodeSpec;
 use serde::Deserialize;
 
 use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
-use crate::peripherals::{Kind, PeripheralConfig};
+use crate::peripherals::{Kind, PeripheralConfig, parse_mac};
 use crate::rdma::{FabricKind, RdmaForm};
 
 #[derive(Deserialize)]
@@ -69,7 +75,18 @@ struct FileForm {
     node: Vec<NodeForm>,
     #[serde(default)]
     disk: Vec<DiskForm>,
+    #[serde(default)]
+    net: Vec<NetForm>,
     entropy: Option<EntropyForm>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetForm {
+    tap: String,
+    node: Option<String>,
+    mac: Option<String>,
+    queues: Option<u16>,
 }
 
 #[derive(Deserialize)]
@@ -165,7 +182,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         cmdline: form.cmdline.unwrap_or(default.cmdline),
         listen: form.listen,
         nodes: form.node.into_iter().map(node).collect::<Result<_, _>>()?,
-        devices: devices(form.disk, form.entropy),
+        devices: devices(form.disk, form.net, form.entropy)?,
         distances: form.distances,
         silence: duration("silence", form.silence, default.silence)?,
         shards: form.shards.or(default.shards),
@@ -179,13 +196,22 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
     })
 }
 
-fn devices(disks: Vec<DiskForm>, entropy: Option<EntropyForm>) -> Vec<PeripheralConfig> {
+fn devices(
+    disks: Vec<DiskForm>,
+    cards: Vec<NetForm>,
+    entropy: Option<EntropyForm>,
+) -> Result<Vec<PeripheralConfig>, ConfigError> {
     let disk = |DiskForm { path, node, readonly, serial, queues }| PeripheralConfig {
         node,
         kind: Kind::Disk { path, readonly, serial, queues },
     };
-    let entropy = entropy.map(|form| PeripheralConfig { node: form.node, kind: Kind::Entropy });
-    disks.into_iter().map(disk).chain(entropy).collect()
+    let mut devices: Vec<_> = disks.into_iter().map(disk).collect();
+    for NetForm { tap, node, mac, queues } in cards {
+        let mac = mac.as_deref().map(parse_mac).transpose()?;
+        devices.push(PeripheralConfig { node, kind: Kind::Net { tap, mac, queues } });
+    }
+    devices.extend(entropy.map(|form| PeripheralConfig { node: form.node, kind: Kind::Entropy }));
+    Ok(devices)
 }
 
 fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
@@ -254,6 +280,9 @@ mod tests {
         path = "root.img"
         node = "n1"
         serial = "root"
+        [[net]]
+        tap = "tap0"
+        mac = "02:00:00:00:00:07"
         [entropy]
     "#;
 
@@ -281,7 +310,9 @@ mod tests {
             queues: None,
         };
         assert_eq!(config.devices[0], PeripheralConfig { node: Some("n1".into()), kind: disk });
-        assert_eq!(config.devices[1], PeripheralConfig { node: None, kind: Kind::Entropy });
+        let net = Kind::Net { tap: "tap0".into(), mac: Some([2, 0, 0, 0, 0, 7]), queues: None };
+        assert_eq!(config.devices[1], PeripheralConfig { node: None, kind: net });
+        assert_eq!(config.devices[2], PeripheralConfig { node: None, kind: Kind::Entropy });
         assert_eq!(config.check(), Ok(()));
     }
 

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, MachineConfig};
 use crate::virtio::block::{MAX_QUEUES, SERIAL_LEN};
+use crate::virtio::net::MAX_PAIRS;
+use crate::virtio::net::tap::MAX_NAME;
 
 /// Slots of one node's bus that devices can have; the last one is kept for the function that tells a kernel built for
 /// aggregated machines what it runs on.
@@ -30,6 +32,15 @@ pub enum Kind {
         /// What the guest reads as its serial number. Default: `disk0` and so on.
         serial: Option<String>,
         /// Queues. Default: one for each CPU, 16 at most.
+        queues: Option<u16>,
+    },
+    /// A network card.
+    Net {
+        /// A TAP interface of its node's host.
+        tap: String,
+        /// Its address. Default: made from the names of the machine and the interface.
+        mac: Option<[u8; 6]>,
+        /// Pairs of queues. Default: 1.
         queues: Option<u16>,
     },
     /// A source of random numbers.
@@ -92,6 +103,10 @@ pub fn place(machine: &MachineConfig) -> Result<Vec<Peripheral>, ConfigError> {
                 return wrong("a disk has no file: name an image or a block device");
             }
         }
+        if let Kind::Net { tap, mac, queues } = &mut kind {
+            mac.get_or_insert_with(|| address(&machine.name, device.node.as_deref(), tap));
+            queues.get_or_insert(1);
+        }
         check(&kind)?;
         placed.push(Peripheral { node: node as u16, slot: slot as u8, kind });
     }
@@ -99,20 +114,80 @@ pub fn place(machine: &MachineConfig) -> Result<Vec<Peripheral>, ConfigError> {
 }
 
 fn check(kind: &Kind) -> Result<(), ConfigError> {
-    let Kind::Disk { serial, queues, .. } = kind else { return Ok(()) };
-    if let Some(serial) = serial
-        && (serial.is_empty() || serial.len() > SERIAL_LEN || !serial.bytes().all(|b| b.is_ascii_graphic()))
-    {
-        return wrong(format!(
-            "{serial:?} cannot be a disk's serial number: use 1 to {SERIAL_LEN} letters, digits and signs"
-        ));
+    let queues = match kind {
+        Kind::Disk { serial, queues, .. } => {
+            if let Some(serial) = serial
+                && (serial.is_empty()
+                    || serial.len() > SERIAL_LEN
+                    || !serial.bytes().all(|b| b.is_ascii_graphic()))
+            {
+                return wrong(format!(
+                    "{serial:?} cannot be a disk's serial number: use 1 to {SERIAL_LEN} letters, digits and signs"
+                ));
+            }
+            queues.map(|queues| (queues, MAX_QUEUES))
+        }
+        Kind::Net { tap, mac, queues } => {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+            if tap.is_empty() || tap.len() > MAX_NAME || !tap.bytes().all(plain) {
+                return wrong(format!(
+                    "{tap:?} cannot be a TAP interface: use 1 to {MAX_NAME} letters, digits, '.', '_' and '-'"
+                ));
+            }
+            if mac.is_some_and(|mac| mac[0] & 1 != 0) {
+                return wrong("a network card's address must not be a group's: its first byte must be even");
+            }
+            queues.map(|queues| (queues, MAX_PAIRS))
+        }
+        Kind::Entropy => None,
+    };
+    match queues {
+        Some((queues, most)) if !(1..=most).contains(&queues) => {
+            wrong(format!("{queues} queues are not possible: choose 1 to {most}"))
+        }
+        _ => Ok(()),
     }
-    if let Some(queues) = queues
-        && !(1..=MAX_QUEUES).contains(queues)
-    {
-        return wrong(format!("{queues} queues are not possible: choose 1 to {MAX_QUEUES}"));
+}
+
+/// An address that stays the same from run to run: locally administered, the rest a hash (FNV-1a) of the names.
+fn address(machine: &str, node: Option<&str>, tap: &str) -> [u8; 6] {
+    let names = [machine, node.unwrap_or_default(), tap].join("/");
+    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    let hash = names.bytes().fold(0xcbf2_9ce4_8422_2325, step).to_le_bytes();
+    [0x02, hash[3], hash[4], hash[5], hash[6], hash[7]]
+}
+
+/// Six bytes from `02:00:00:00:00:07`.
+///
+/// # Errors
+/// One sentence with the form that is understood.
+pub fn parse_mac(text: &str) -> Result<[u8; 6], ConfigError> {
+    let byte = |part: &str| (part.len() <= 2).then(|| u8::from_str_radix(part, 16).ok()).flatten();
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    bytes.and_then(|bytes| bytes.try_into().ok()).ok_or_else(|| {
+        ConfigError(format!("{text:?} is not a network card's address: write for example 02:00:00:00:00:07"))
+    })
+}
+
+/// A network card from `tap=NAME[,node=NAME][,mac=ADDRESS][,queues=NUMBER]`.
+///
+/// # Errors
+/// One sentence with the form that is understood.
+pub fn parse_net(text: &str) -> Result<PeripheralConfig, ConfigError> {
+    let (mut node, mut tap, mut mac, mut queues) = (None, None, None, None);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) => tap = Some(name.to_owned()),
+            Some(("node", name)) => node = Some(name.to_owned()),
+            Some(("mac", address)) => mac = Some(parse_mac(address)?),
+            Some(("queues", count)) => queues = Some(number(count)?),
+            _ => return wrong(format!("a network card has no {part:?}: write for example tap=tap0,node=n1")),
+        }
     }
-    Ok(())
+    match tap {
+        Some(tap) => Ok(PeripheralConfig { node, kind: Kind::Net { tap, mac, queues } }),
+        None => wrong(format!("{text:?} names no interface: write for example tap=tap0,node=n1")),
+    }
 }
 
 /// A disk from `PATH[,node=NAME][,readonly][,serial=TEXT][,queues=NUMBER]`.
@@ -197,6 +272,49 @@ mod tests {
         }
         assert!(parse_disk("a,colour=red").unwrap_err().0.contains("colour"));
         assert!(parse_disk("a,queues=many").unwrap_err().0.contains("many"));
+    }
+
+    #[test]
+    fn a_network_card_keeps_its_address_from_run_to_run() {
+        let mut machine = machine(&[]);
+        let cards = ["tap=tap0", "tap=tap1", "tap=tap0,node=n1", "tap=t,mac=02:0:a:b:c:ff,queues=2"];
+        machine.devices = cards.iter().map(|text| parse_net(text).unwrap()).collect();
+        let macs = |machine: &MachineConfig| -> Vec<[u8; 6]> {
+            let mac = |device: Peripheral| match device.kind {
+                Kind::Net { mac, .. } => mac.unwrap(),
+                other => panic!("{other:?}"),
+            };
+            place(machine).unwrap().into_iter().map(mac).collect()
+        };
+        let first = macs(&machine);
+        assert_eq!(first, macs(&machine));
+        assert_eq!(first[3], [2, 0, 10, 11, 12, 255]);
+        assert!(first.iter().all(|mac| mac[0] == 2));
+        assert!(first[0] != first[1] && first[0] != first[2]);
+    }
+
+    #[test]
+    fn a_network_card_that_cannot_be_is_refused() {
+        for (text, part) in [
+            ("node=n1", "no interface"),
+            ("tap=t,speed=9", "speed"),
+            ("tap=t,mac=1:2:3", "not a network card's address"),
+            ("tap=t,mac=100:0:0:0:0:0", "not a network card's address"),
+            ("tap=t,queues=x", "not a number"),
+        ] {
+            let said = parse_net(text).unwrap_err().0;
+            assert!(said.contains(part), "{said:?} does not contain {part:?}");
+        }
+        for (text, part) in [
+            ("tap=a-name-that-is-too-long", "TAP interface"),
+            ("tap=a/b", "TAP interface"),
+            ("tap=t,mac=01:0:0:0:0:0", "group"),
+            ("tap=t,queues=33", "33 queues"),
+        ] {
+            let devices = vec![parse_net(text).unwrap()];
+            let said = place(&MachineConfig { devices, ..machine(&[]) }).unwrap_err().0;
+            assert!(said.contains(part), "{said:?} does not contain {part:?}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::coordinator::spawn::ProcessSpawner;
 use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
 use crate::machine_file::{self, parse_fabric};
-use crate::peripherals::{Kind, PeripheralConfig, parse_disk};
+use crate::peripherals::{Kind, PeripheralConfig, parse_disk, parse_net};
 use crate::rdma::FabricKind;
 use crate::terminal::{self, Output};
 
@@ -71,6 +71,9 @@ pub struct RunArgs {
     /// A disk: PATH[,node=NAME][,readonly][,serial=TEXT][,queues=NUMBER]; give it once per disk
     #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
     disk: Vec<PeripheralConfig>,
+    /// A network card: tap=NAME[,node=NAME][,mac=ADDRESS][,queues=NUMBER]; give it once per card
+    #[arg(long, value_name = "tap=NAME[,KEY=VALUE..]", value_parser = parse_net)]
+    net: Vec<PeripheralConfig>,
     /// Give the guest the host's random numbers
     #[arg(long)]
     entropy: bool,
@@ -218,7 +221,7 @@ impl RunArgs {
         set(&mut config.silence, &self.silence);
         set(&mut config.hold, &self.hold);
         set(&mut config.fabric, &self.fabric);
-        config.devices.extend(self.disk.iter().cloned());
+        config.devices.extend(self.disk.iter().chain(&self.net).cloned());
         if self.entropy {
             config.devices.push(PeripheralConfig { node: None, kind: Kind::Entropy });
         }

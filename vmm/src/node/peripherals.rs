@@ -9,6 +9,7 @@ use crate::peripherals::{Kind, Peripheral};
 use crate::router::Router;
 use crate::virtio::block::{Block, BlockConfig, RawDisk};
 use crate::virtio::entropy::Entropy;
+use crate::virtio::net::{Net, Tap};
 use crate::virtio::transport::Surroundings;
 use crate::virtio::{Device, GuestRam, Transport};
 
@@ -69,6 +70,12 @@ fn device(kind: &Kind) -> anyhow::Result<(String, Box<dyn Device>)> {
             };
             let disk = Arc::new(RawDisk::open(path, *readonly)?);
             (config.name.clone(), Box::new(Block::new(disk, config)))
+        }
+        Kind::Net { tap, mac, queues } => {
+            let pairs = queues.unwrap_or(1);
+            let port = Arc::new(Tap::open(tap, pairs)?);
+            let card = Net::new(port, pairs, mac.unwrap_or_default());
+            (format!("network card {tap}"), Box::new(card))
         }
         Kind::Entropy => ("entropy device".into(), Box::new(Entropy)),
     })

@@ -11,6 +11,7 @@
 //! | [`workers`] | a device's threads, and how they end |
 //! | [`memory`] | guest RAM as devices reach it |
 //! | [`block`] | disks |
+//! | [`net`] | network cards |
 //! | [`entropy`] | random numbers |
 //!
 //! The way of one request: the driver, on any node, puts a chain of buffers into the queue and writes the doorbell ->
@@ -33,6 +34,7 @@ pub mod block;
 pub mod chain;
 pub mod entropy;
 pub mod memory;
+pub mod net;
 pub mod queue;
 pub mod registers;
 #[cfg(test)]

@@ -134,10 +134,15 @@ impl LiveQueue {
 
     /// Waits for the bell; `false` if it is time to end.
     pub fn wait(&self) -> bool {
-        (self.context.on_idle)();
+        self.idle();
         // Interrupted by a signal at worst, and then looking for news does no harm.
         let _ = self.bell.read();
         !self.stopped()
+    }
+
+    /// The thread is about to sleep: what was kept for it may go.
+    pub fn idle(&self) {
+        (self.context.on_idle)();
     }
 
     /// The next request. `memory` is what [`LiveQueue::memory`] gives, cloned.

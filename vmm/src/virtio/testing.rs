@@ -132,6 +132,11 @@ impl Driver {
         u64::from_le_bytes(bytes)
     }
 
+    /// Reads registers one byte after the other.
+    pub fn read_bytes(&self, offset: u64, len: u64) -> Vec<u8> {
+        (offset..offset + len).map(|at| self.read(at, 1) as u8).collect()
+    }
+
     pub fn write(&self, offset: u64, data: &[u8]) {
         self.transport.write(offset, data);
     }
