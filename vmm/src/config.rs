@@ -91,6 +91,11 @@ pub struct MachineConfig {
     pub shards: Option<u16>,
     /// How long a node keeps a page that it just won.
     pub hold: Duration,
+    /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can give to
+    /// nodes on its own host only.
+    pub key: Option<PathBuf>,
+    /// Whether the fabric's frames travel in the clear.
+    pub plaintext_fabric: bool,
     /// How long the nodes may take to join; `None` for [`DEFAULT_JOIN_LOCAL`] or [`DEFAULT_JOIN_REMOTE`].
     pub join_timeout: Option<Duration>,
     /// What carries the fabric's frames.
@@ -116,6 +121,8 @@ impl Default for MachineConfig {
             join_timeout: None,
             fabric: FabricKind::default(),
             rdma: RdmaConfig::default(),
+            key: None,
+            plaintext_fabric: false,
         }
     }
 }
@@ -173,6 +180,12 @@ impl MachineConfig {
     fn check_addresses(&self) -> Result<(), ConfigError> {
         let remote = self.nodes.iter().find(|node| node.place == Place::Remote);
         let Some(remote) = remote.map(|node| &node.spec.name) else { return Ok(()) };
+        if self.key.is_none() {
+            return wrong(format!(
+                "node \"{remote}\" joins from elsewhere and must prove who it is: make a key with `gestalt key new \
+                 FILE`, name it with key = \"FILE\" (--key), and give the node that key too"
+            ));
+        }
         let Some(listen) = self.listen else {
             return wrong(format!(
                 "node \"{remote}\" joins from elsewhere and needs to know where: give an address and port, \
@@ -218,6 +231,7 @@ impl MachineConfig {
             hold: self.hold,
             silence: self.silence,
             rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),
+            plaintext_fabric: self.plaintext_fabric,
         }
     }
 
@@ -411,7 +425,14 @@ mod tests {
             (machine(vec![node("a b", Place::Local)]), "cannot be a node's name"),
             (machine(vec![node("n0", Place::Local), node("n0", Place::Local)]), "n0"),
             (machine(vec![]), "no node"),
-            (machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]), "needs to know where"),
+            (machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]), "must prove who it is"),
+            (
+                MachineConfig {
+                    key: Some("k".into()),
+                    ..machine(vec![node("n0", Place::Local), node("n1", Place::Remote)])
+                },
+                "needs to know where",
+            ),
         ];
         for (config, part) in cases {
             let said = refusal(&config);
@@ -422,6 +443,7 @@ mod tests {
     #[test]
     fn a_wildcard_address_needs_fabric_addresses_when_others_join() {
         let mut config = machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]);
+        config.key = Some("machine.key".into());
         config.listen = Some("0.0.0.0:7700".parse().unwrap());
         assert!(refusal(&config).contains("cannot reach node \"n0\""));
         config.nodes[0].fabric_listen = Some("192.0.2.1:0".parse().unwrap());

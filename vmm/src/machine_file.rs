@@ -10,6 +10,8 @@
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
 //! join_timeout = "10min"
+//! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
+//! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own
 //! distances = [[10, 20], [20, 10]]    # SLIT
 //! fabric = "rdma"                     # default "tcp"; the table [rdma] is described in `rdma.rs`
 //!
@@ -49,6 +51,9 @@ struct FileForm {
     shards: Option<u16>,
     hold: Option<String>,
     join_timeout: Option<String>,
+    key: Option<PathBuf>,
+    #[serde(default)]
+    plaintext_fabric: bool,
     #[serde(default)]
     fabric: FabricKind,
     rdma: Option<RdmaForm>,
@@ -103,6 +108,7 @@ pub fn read(path: &Path) -> Result<MachineConfig, ConfigError> {
     let folder = path.parent().unwrap_or(Path::new(""));
     config.kernel = beside(folder, config.kernel);
     config.initrd = config.initrd.map(|initrd| beside(folder, initrd));
+    config.key = config.key.map(|key| beside(folder, key));
     Ok(config)
 }
 
@@ -132,6 +138,8 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         distances: form.distances,
         silence: duration("silence", form.silence, default.silence)?,
         shards: form.shards.or(default.shards),
+        key: form.key,
+        plaintext_fabric: form.plaintext_fabric,
         hold: duration("hold", form.hold, default.hold)?,
         join_timeout: match form.join_timeout {
             None => None,
@@ -193,6 +201,8 @@ mod tests {
         cmdline = "console=ttyS0 quiet"
         listen = "127.0.0.1:7700"
         silence = "4s"
+        key = "machine.key"
+        plaintext_fabric = true
         [[node]]
         name = "n0"
         cpus = 2
@@ -223,6 +233,7 @@ mod tests {
         assert_eq!([0, 1].map(|node| config.nodes[node].budget), [None, Some(150 << 20)]);
         assert_eq!(config.nodes[1].place, Place::Remote);
         assert_eq!(config.nodes[1].fabric_listen, Some("192.0.2.2:0".parse().unwrap()));
+        assert_eq!((config.key.as_deref(), config.plaintext_fabric), (Some(Path::new("machine.key")), true));
         assert_eq!(config.check(), Ok(()));
     }
 
@@ -281,5 +292,6 @@ mod tests {
         let config = read(&path).unwrap();
         assert_eq!(config.kernel, folder.path().join("vmlinuz"));
         assert_eq!(config.initrd, Some(folder.path().join("initrd.img")));
+        assert_eq!(config.key, Some(folder.path().join("machine.key")));
     }
 }

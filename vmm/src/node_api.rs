@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
+use fabric::secure::{KEY, PublicKey};
 use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,8 @@ pub struct Machine {
     pub silence: Duration,
     /// Which RDMA ports carry the fabric's frames; `None` if TCP does.
     pub rdma: Option<RdmaConfig>,
+    /// Whether the fabric's frames travel in the clear, unprotected once the peers have proven who they are.
+    pub plaintext_fabric: bool,
 }
 
 /// What a node is told when the coordinator accepts it.
@@ -77,6 +80,8 @@ pub struct Assignment {
 pub struct Joined {
     /// Where its peers reach its fabric listener.
     pub fabric: SocketAddr,
+    /// The public key by which its peers know it during this run.
+    pub fabric_key: [u8; KEY],
     /// What KVM can offer there: `kvm::HostCpu::cpuid`.
     pub cpuid: Vec<CpuidEntry>,
     /// IA32_ARCH_CAPABILITIES there; 0 if it has none.
@@ -98,6 +103,11 @@ impl Start {
     /// The nodes' fabric addresses by node index.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         self.nodes.iter().map(|node| node.fabric).collect()
+    }
+
+    /// The nodes' public keys by node index.
+    pub fn fabric_keys(&self) -> Vec<PublicKey> {
+        self.nodes.iter().map(|node| PublicKey(node.fabric_key)).collect()
     }
 }
 

@@ -80,6 +80,8 @@ pub struct Setup {
     pub copies: Option<u64>,
     /// Where each node listens; empty in process.
     pub addresses: Vec<SocketAddr>,
+    /// Whether frames travel in the clear.
+    pub plaintext: bool,
     /// CPUs for the node's threads.
     pub cpus: Vec<usize>,
 }

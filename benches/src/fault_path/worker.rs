@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use coherence::memory::DualMemory;
 use coherence::page::PAGE_SIZE;
+use fabric::secure::PrivateKey;
 use fabric::sim::SimTransport;
-use fabric::tcp::{Listener, MeshConfig};
+use fabric::tcp::{Listener, MeshConfig, MeshKeys};
 use fabric::{NodeId, Transport, trace};
 
 use super::bare::Bare;
@@ -120,6 +121,8 @@ impl Worker {
                     lanes: 1,
                     machine: [7; 16],
                     version: "bench".into(),
+                    keys: keys(setup.node, setup.addresses.len()),
+                    plaintext: setup.plaintext,
                     timeout: Duration::from_secs(10),
                 })?);
                 Part::Ours(Ours::start(setup, memory, transport)?)
@@ -164,6 +167,12 @@ impl Worker {
         self.each(pages, |word| _ = word.load(Ordering::Relaxed))?;
         Ok(Reply::Times(per_operation(begin.elapsed(), pages.count)))
     }
+}
+
+/// Keys that are no secret: who can connect to the bench is on this host.
+pub fn keys(node: u16, nodes: usize) -> MeshKeys {
+    let key = |node: usize| PrivateKey::from_bytes([node as u8 + 1; 32]);
+    MeshKeys { own: key(node.into()), nodes: (0..nodes).map(|node| key(node).public()).collect() }
 }
 
 fn per_operation(elapsed: Duration, count: u64) -> Times {

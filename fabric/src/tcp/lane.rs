@@ -1,14 +1,15 @@
 //! One lane: its connections to all peers, and the receiver over them.
 
-use std::net::TcpStream;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::frames::{BadLength, FrameBuffer, HEADER};
+use super::frames::{FrameBuffer, HEADER};
 use super::link::{Link, Received};
+use super::mesh::Session;
+use crate::secure::Opener;
 use crate::transport::Counters;
 use crate::{FabricError, LaneId, NodeId, Receiver, TransportStats};
 
@@ -44,23 +45,33 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    /// Takes the lane's connections, by node.
-    pub(super) fn new(lane: LaneId, sockets: Vec<Option<TcpStream>>) -> Result<Lane, FabricError> {
+    /// Takes the lane's connections, by node; returns what opens the frames of each for the receiver.
+    pub(super) fn new(
+        lane: LaneId,
+        plaintext: bool,
+        sessions: Vec<Option<Session>>,
+    ) -> Result<(Lane, Vec<Option<Opener>>), FabricError> {
         let io = |what| move |error: Errno| FabricError::Io { what, source: error.into() };
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(io("creating a lane's epoll descriptor"))?;
-        let mut links = Vec::with_capacity(sockets.len());
-        for (socket, peer) in sockets.into_iter().zip(0..) {
-            let link = socket.map(|socket| Link::new(NodeId(peer), socket));
-            if let Some(link) = &link {
-                epoll
-                    .add(link, EpollEvent::new(EpollFlags::EPOLLIN, peer.into()))
-                    .map_err(io("watching a peer's connection"))?;
-            }
-            links.push(link);
+        let (mut links, mut openers) = (Vec::with_capacity(sessions.len()), Vec::new());
+        for (session, peer) in sessions.into_iter().zip(0..) {
+            let Some(Session { socket, met }) = session else {
+                links.push(None);
+                openers.push(None);
+                continue;
+            };
+            let (sealer, opener) =
+                if plaintext { (None, None) } else { (Some(met.sealer), Some(met.opener)) };
+            let link = Link::new(NodeId(peer), socket, sealer);
+            epoll
+                .add(&link, EpollEvent::new(EpollFlags::EPOLLIN, peer.into()))
+                .map_err(io("watching a peer's connection"))?;
+            links.push(Some(link));
+            openers.push(opener);
         }
-        tracing::debug!(lane, nodes = links.len(), "lane is up");
-        Ok(Lane { epoll, links, counters: Counters::default() })
+        tracing::debug!(lane, nodes = links.len(), plaintext, "lane is up");
+        Ok((Lane { epoll, links, counters: Counters::default() }, openers))
     }
 
     /// Sends a frame of `len` bytes, checked by the caller; see [`Link::send`].
@@ -99,9 +110,11 @@ pub(super) struct LaneReceiver {
 }
 
 impl LaneReceiver {
-    pub(super) fn new(lane: Arc<Lane>) -> LaneReceiver {
+    /// `openers` are those that [`Lane::new`] returned.
+    pub(super) fn new(lane: Arc<Lane>, openers: Vec<Option<Opener>>) -> LaneReceiver {
+        let links = lane.links.iter().zip(openers);
         let buffers: Vec<_> =
-            lane.links.iter().map(|link| link.as_ref().map(|_| FrameBuffer::new())).collect();
+            links.map(|(link, opener)| link.as_ref().map(|_| FrameBuffer::new(opener))).collect();
         let live = (0..buffers.len()).filter(|peer| buffers[*peer].is_some()).collect();
         LaneReceiver { lane, buffers, live, events: [EpollEvent::empty(); EVENTS] }
     }
@@ -122,8 +135,8 @@ impl LaneReceiver {
                     sink(link.peer(), frame);
                 });
                 self.lane.counters.received(frames, bytes);
-                let Err(BadLength(len)) = delivered else { return Ok(frames as usize) };
-                let error = link.end(format!("it sent a frame of {len} bytes, which no node does"));
+                let Err(bad) = delivered else { return Ok(frames as usize) };
+                let error = link.end(bad.to_string());
                 self.forget(peer);
                 Err(error)
             }

@@ -12,6 +12,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, recv, sendmsg};
 
 use super::frames::{HEADER, header};
+use crate::secure::{Sealer, TAG};
 use crate::{FabricError, MAX_BACKLOG, NodeId};
 
 /// Parts of a frame that go to the kernel as they are; a frame of more parts is gathered first.
@@ -19,6 +20,9 @@ const MAX_PARTS: usize = 15;
 
 /// A backlog that grew past this gives its memory back when it has been sent.
 const KEPT_CAPACITY: usize = 1 << 20;
+
+/// Frames are sealed and sent together until they are this many bytes: so much stays in the CPU's cache.
+const SEALED_AT_ONCE: usize = 128 * 1024;
 
 /// One connection to one peer. Threads send through it; the lane's receiver receives and flushes.
 pub(super) struct Link {
@@ -31,10 +35,31 @@ pub(super) struct Link {
 
 #[derive(Default)]
 struct Outgoing {
-    /// What the socket did not take, oldest first; it may begin in the middle of a frame.
+    /// Seals frames, if they are to be sealed. Ordering: frames go to the socket, or to the backlog, in the order in
+    /// which they were sealed.
+    sealer: Option<Sealer>,
+    /// Where frames are sealed; kept so that no frame needs an allocation.
+    sealed: Vec<u8>,
+    /// What the socket did not take, oldest first, as it is to travel; it may begin in the middle of a frame.
     backlog: VecDeque<u8>,
     /// Why the peer is lost, once it is. Then the backlog is empty and the socket is shut down.
     lost: Option<String>,
+}
+
+impl Outgoing {
+    /// Appends the frame in `parts`, of `len` bytes together, to what is sealed. The copy is the one that sealing in
+    /// place needs. `Err` is why the peer must be given up.
+    fn seal(&mut self, len: usize, parts: &[&[u8]]) -> Result<(), String> {
+        let Some(sealer) = &mut self.sealer else { return Ok(()) };
+        let header = header(len);
+        self.sealed.reserve(HEADER + len + TAG);
+        self.sealed.extend_from_slice(&header);
+        let begin = self.sealed.len();
+        parts.iter().for_each(|part| self.sealed.extend_from_slice(part));
+        let tag = sealer.seal(&header, &mut self.sealed[begin..]).map_err(|error| error.to_string())?;
+        self.sealed.extend_from_slice(&tag);
+        Ok(())
+    }
 }
 
 /// What one receive call found.
@@ -48,8 +73,10 @@ pub(super) enum Received {
 }
 
 impl Link {
-    pub(super) fn new(peer: NodeId, socket: TcpStream) -> Link {
-        Link { peer, socket, out: Mutex::default(), behind: AtomicBool::new(false) }
+    /// Frames travel in the clear without a `sealer`.
+    pub(super) fn new(peer: NodeId, socket: TcpStream, sealer: Option<Sealer>) -> Link {
+        let out = Mutex::new(Outgoing { sealer, ..Outgoing::default() });
+        Link { peer, socket, out, behind: AtomicBool::new(false) }
     }
 
     pub(super) fn peer(&self) -> NodeId {
@@ -65,6 +92,10 @@ impl Link {
         if let Some(why) = &out.lost {
             return Err(self.loss(why.clone()));
         }
+        if out.sealer.is_some() {
+            out.seal(len, parts).map_err(|why| self.lose(&mut out, why))?;
+            return self.send_sealed(&mut out, epoll);
+        }
         let header = header(len);
         let sent = if out.backlog.is_empty() { self.try_frame(&header, len, parts) } else { Ok(0) };
         match sent {
@@ -76,6 +107,32 @@ impl Link {
 
     /// Sends frames with one system call, as [`Link::send`] would one after the other; how many bytes they made.
     pub(super) fn send_all(&self, epoll: &Epoll, frames: &[[&[u8]; 2]]) -> Result<usize, FabricError> {
+        let mut out = self.lock();
+        if let Some(why) = &out.lost {
+            return Err(self.loss(why.clone()));
+        }
+        if out.sealer.is_none() {
+            return self.send_all_plain(&mut out, epoll, frames);
+        }
+        let mut total = 0;
+        for frame in frames {
+            let len = frame[0].len() + frame[1].len();
+            out.seal(len, frame).map_err(|why| self.lose(&mut out, why))?;
+            total += HEADER + len + TAG;
+            if out.sealed.len() >= SEALED_AT_ONCE {
+                self.send_sealed(&mut out, epoll)?;
+            }
+        }
+        self.send_sealed(&mut out, epoll)?;
+        Ok(total)
+    }
+
+    fn send_all_plain(
+        &self,
+        out: &mut Outgoing,
+        epoll: &Epoll,
+        frames: &[[&[u8]; 2]],
+    ) -> Result<usize, FabricError> {
         let headers: Vec<[u8; HEADER]> =
             frames.iter().map(|[first, second]| header(first.len() + second.len())).collect();
         let frames = headers.iter().zip(frames);
@@ -83,17 +140,27 @@ impl Link {
             frames.flat_map(|(header, [first, second])| [header, *first, *second]).collect();
         let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
         let total = parts.iter().map(|part| part.len()).sum();
-        let mut out = self.lock();
-        if let Some(why) = &out.lost {
-            return Err(self.loss(why.clone()));
-        }
         let sent = if out.backlog.is_empty() { self.try_send(&slices) } else { Ok(0) };
         match sent {
             Ok(sent) if sent == total => {}
-            Ok(sent) => self.keep(&mut out, epoll, sent, total, &[], &parts)?,
-            Err(error) => return Err(self.lose(&mut out, broken(error))),
+            Ok(sent) => self.keep(out, epoll, sent, total, &[], &parts)?,
+            Err(error) => return Err(self.lose(out, broken(error))),
         }
         Ok(total)
+    }
+
+    /// Sends what has been sealed, or what the socket takes of it, and keeps the rest.
+    fn send_sealed(&self, out: &mut Outgoing, epoll: &Epoll) -> Result<(), FabricError> {
+        let mut sealed = std::mem::take(&mut out.sealed);
+        let sent = if out.backlog.is_empty() { self.try_send(&[IoSlice::new(&sealed)]) } else { Ok(0) };
+        let kept = match sent {
+            Ok(sent) if sent == sealed.len() => Ok(()),
+            Ok(sent) => self.keep(out, epoll, sent, sealed.len(), &sealed, &[]),
+            Err(error) => Err(self.lose(out, broken(error))),
+        };
+        sealed.clear();
+        out.sealed = sealed;
+        kept
     }
 
     fn try_frame(&self, header: &[u8], len: usize, parts: &[&[u8]]) -> Result<usize, Errno> {

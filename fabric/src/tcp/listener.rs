@@ -8,8 +8,10 @@ use std::time::Duration;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
 
 use super::TcpTransport;
+use super::handshake::Credentials;
 use super::hello::{Identity, MAX_VERSION, is_version};
 use super::mesh::Mesh;
+use crate::secure::{PrivateKey, PublicKey};
 use crate::{FabricError, MAX_NODES, NodeId};
 
 /// Socket buffer asked for in each direction, in bytes: 256 pages in flight before a sender has to keep a
@@ -36,8 +38,21 @@ pub struct MeshConfig {
     /// Version of the software, which must be exactly the same on every node: 1 to 64 visible ASCII
     /// characters.
     pub version: String,
+    /// How the nodes of this run know each other.
+    pub keys: MeshKeys,
+    /// Whether frames travel in the clear, unprotected but for the handshake; the same on every node.
+    pub plaintext: bool,
     /// How long the whole mesh may take.
     pub timeout: Duration,
+}
+
+/// The keys of one run of one machine.
+#[derive(Clone, Debug)]
+pub struct MeshKeys {
+    /// This node's.
+    pub own: PrivateKey,
+    /// Every node's, by node, this one's included.
+    pub nodes: Vec<PublicKey>,
 }
 
 /// A bound and listening fabric address, from which [`Listener::mesh`] makes the transport.
@@ -83,20 +98,24 @@ impl Listener {
 
     /// Connects this node to every other, with one connection per lane, and closes the listening socket.
     ///
-    /// The node with the higher id connects. Connections that do not belong here (another machine, garbage,
-    /// silence, a lane that is connected already) are closed with a warning in the log and disturb nothing.
+    /// The node with the higher id connects. Connections that do not belong here (another machine, another key,
+    /// another version, a replay, garbage, silence, a lane that is connected already) are closed with a warning in
+    /// the log and disturb nothing.
     /// On return every connection of this node is up; other nodes may still be connecting among themselves.
     ///
     /// # Errors
-    /// [`FabricError::Setup`] when a node of this machine has another version (on both sides, naming both
-    /// versions), when the time is over (naming the missing peers and what was last seen of them), and when
-    /// `config` is out of range.
+    /// [`FabricError::Setup`] when the time is over (naming the missing peers and what was last seen of them, such as
+    /// another version), and when `config` is out of range.
     pub fn mesh(self, config: MeshConfig) -> Result<TcpTransport, FabricError> {
         let nodes = config.addresses.len();
         let wrong = if nodes == 0 || nodes > MAX_NODES {
             Some(format!("a machine has 1 to {MAX_NODES} nodes, this one {nodes}"))
         } else if config.node.index() >= nodes {
             Some(format!("this is {}, but the machine has {nodes} nodes", config.node))
+        } else if config.keys.nodes.len() != nodes {
+            Some(format!("the machine has {nodes} nodes, and keys of {}", config.keys.nodes.len()))
+        } else if config.keys.nodes[config.node.index()] != config.keys.own.public() {
+            Some(format!("the key of {} is not the one that its peers know", config.node))
         } else if config.lanes == 0 {
             Some("a machine needs at least one lane".to_owned())
         } else if !is_version(config.version.as_bytes()) {
@@ -116,9 +135,11 @@ impl Listener {
             nodes: nodes as u16,
             lanes: config.lanes,
             version: config.version,
+            plaintext: config.plaintext,
         };
-        let sockets = Mesh::new(self.socket, identity, config.addresses, config.timeout).run()?;
-        TcpTransport::new(config.node, sockets)
+        let own = Credentials { identity, own: config.keys.own, nodes: config.keys.nodes };
+        let sessions = Mesh::new(self.socket, own, config.addresses, config.timeout).run()?;
+        TcpTransport::new(config.node, config.plaintext, sessions)
     }
 }
 
@@ -134,7 +155,7 @@ pub(super) fn begin_connect(address: SocketAddr) -> nix::Result<TcpStream> {
     }
 }
 
-/// Sets a greeted connection up for frames.
+/// Sets a connection up for greetings and frames.
 pub(super) fn tune(socket: &TcpStream) -> std::io::Result<()> {
     // Every frame is wanted at once: never wait for an acknowledgement to fill a segment.
     socket.set_nodelay(true)?;

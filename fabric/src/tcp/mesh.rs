@@ -1,12 +1,12 @@
 //! Builds the mesh: one thread, nonblocking sockets, one deadline for everything.
 //!
 //! ```text
-//! inbound:  accepted ── 128 bytes ──> checked ──> answered ──> slot
-//! outbound: pause ──> connecting ──> hello sent ── 128 bytes ──> checked ──> slot
+//! inbound:  accepted ── handshake ──> slot
+//! outbound: pause ──> connecting ──> hello sent ── handshake ──> slot
 //!             ^────── any failure: noted for the peer, tried again ──┘
 //! ```
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -14,29 +14,39 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::hello::{GREETING, Greeting, Identity, Kind, Rejection, may_begin};
+use super::handshake::{Called, Caller, Credentials, Met, Step};
+use super::hello::Rejection;
 use super::listener::{begin_connect, tune};
 use crate::{FabricError, LaneId, NodeId};
 
-/// How long a connection may take to say hello.
+/// How long a connection may take to say who it is, and to prove it.
 const HELLO_TIME: Duration = Duration::from_secs(5);
 
-/// Connections that have not said hello yet, beyond those that are expected; the oldest has to go first.
+/// Connections that have not proven who they are, beyond those that are expected; the oldest has to go first.
 const STRANGERS: usize = 64;
 
 /// Pause before a failed connection is tried again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
+/// What is wrong with a peer that has received frames of a lane that is new here.
+const NOT_NEW: &str = "it has received frames on this lane before: it is not at the beginning of this run";
+
+/// One connection, ready for frames.
+pub(super) struct Session {
+    pub(super) socket: TcpStream,
+    pub(super) met: Met,
+}
+
 /// A mesh that is being built.
 pub(super) struct Mesh {
     listener: TcpListener,
-    identity: Identity,
+    own: Credentials,
     deadline: Instant,
     timeout: Duration,
     /// Finished connections, by lane and node.
-    sockets: Vec<Vec<Option<TcpStream>>>,
-    /// How many are missing in `sockets`.
+    sessions: Vec<Vec<Option<Session>>>,
+    /// How many are missing in `sessions`.
     missing: usize,
     inbound: Vec<Inbound>,
     outbound: Vec<Outbound>,
@@ -44,11 +54,11 @@ pub(super) struct Mesh {
     trouble: Vec<Option<String>>,
 }
 
-/// An accepted connection that has not said hello yet.
+/// An accepted connection whose handshake is not finished.
 struct Inbound {
     socket: TcpStream,
     address: SocketAddr,
-    greeting: PartialGreeting,
+    state: Called,
     until: Instant,
 }
 
@@ -66,63 +76,21 @@ enum State {
     Connecting(TcpStream),
     /// Hello was sent. There is no deadline but the mesh's: the peer may not have come to its mesh yet,
     /// while its listening socket takes the connection already.
-    Greeted(TcpStream, PartialGreeting),
-}
-
-/// A greeting of which some bytes have arrived.
-struct PartialGreeting {
-    bytes: [u8; GREETING],
-    have: usize,
-}
-
-impl PartialGreeting {
-    fn new() -> PartialGreeting {
-        PartialGreeting { bytes: [0; GREETING], have: 0 }
-    }
-
-    /// Reads what has arrived, never beyond the greeting, because frames follow. `Ok(None)`: not all yet.
-    fn read(&mut self, mut socket: &TcpStream) -> Result<Option<Greeting>, String> {
-        while self.have < GREETING {
-            match socket.read(&mut self.bytes[self.have..]) {
-                Ok(0) => return Err("it closed the connection before the end of its greeting".into()),
-                Ok(n) => self.have += n,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(format!("its connection failed ({error})")),
-            }
-        }
-        if self.have < GREETING {
-            return if may_begin(&self.bytes[..self.have]) {
-                Ok(None)
-            } else {
-                Err("it does not speak the fabric's protocol".into())
-            };
-        }
-        Greeting::decode(&self.bytes).map(Some)
-    }
-}
-
-/// Sends a greeting on a connection that has sent nothing else, so that it fits.
-fn greet(mut socket: &TcpStream, greeting: &Greeting) -> Result<(), String> {
-    match socket.write(&greeting.encode()) {
-        Ok(GREETING) => Ok(()),
-        Ok(_) => Err("its connection takes no greeting".into()),
-        Err(error) => Err(format!("its connection failed ({error})")),
-    }
+    Greeted(TcpStream, Caller),
 }
 
 impl Mesh {
     pub(super) fn new(
         listener: TcpListener,
-        identity: Identity,
+        own: Credentials,
         addresses: Vec<SocketAddr>,
         timeout: Duration,
     ) -> Mesh {
         let now = Instant::now();
-        let lanes = usize::from(identity.lanes);
-        let lower = addresses.iter().zip(0..identity.node.0);
+        let lanes = usize::from(own.identity.lanes);
+        let lower = addresses.iter().zip(0..own.identity.node.0);
         let outbound = lower
-            .flat_map(|(address, peer)| (0..identity.lanes).map(move |lane| (*address, peer, lane)))
+            .flat_map(|(address, peer)| (0..own.identity.lanes).map(move |lane| (*address, peer, lane)))
             .map(|(address, peer, lane)| Outbound {
                 peer: NodeId(peer),
                 lane,
@@ -135,17 +103,17 @@ impl Mesh {
             listener,
             deadline: now + timeout,
             timeout,
-            sockets: (0..lanes).map(|_| addresses.iter().map(|_| None).collect()).collect(),
+            sessions: (0..lanes).map(|_| addresses.iter().map(|_| None).collect()).collect(),
             missing: lanes * (addresses.len() - 1),
             inbound: Vec::new(),
             outbound,
             trouble: addresses.iter().map(|_| None).collect(),
-            identity,
+            own,
         }
     }
 
     /// Runs until every connection is there: `[lane][node]`.
-    pub(super) fn run(mut self) -> Result<Vec<Vec<Option<TcpStream>>>, FabricError> {
+    pub(super) fn run(mut self) -> Result<Vec<Vec<Option<Session>>>, FabricError> {
         while self.missing > 0 {
             let now = Instant::now();
             if now >= self.deadline {
@@ -154,10 +122,10 @@ impl Mesh {
             self.begin_due(now)?;
             self.wait(now)?;
             self.accept()?;
-            self.work_inbound()?;
-            self.work_outbound()?;
+            self.work_inbound();
+            self.work_outbound();
         }
-        Ok(self.sockets)
+        Ok(self.sessions)
     }
 
     /// Begins the connections whose pause is over.
@@ -206,8 +174,8 @@ impl Mesh {
         loop {
             match self.listener.accept() {
                 Ok((socket, address)) => {
-                    if let Err(error) = socket.set_nonblocking(true) {
-                        tracing::warn!(%address, %error, "connection closed: it cannot be made nonblocking");
+                    if let Err(error) = socket.set_nonblocking(true).and_then(|()| tune(&socket)) {
+                        tracing::warn!(%address, %error, "connection closed: it cannot be set up");
                         continue;
                     }
                     if self.inbound.len() >= self.missing + STRANGERS {
@@ -215,8 +183,7 @@ impl Mesh {
                         tracing::warn!(address = %oldest.address, "connection closed: too many say nothing");
                     }
                     let until = Instant::now() + HELLO_TIME;
-                    let greeting = PartialGreeting::new();
-                    self.inbound.push(Inbound { socket, address, greeting, until });
+                    self.inbound.push(Inbound { socket, address, state: Called::new(), until });
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
@@ -238,54 +205,45 @@ impl Mesh {
         }
     }
 
-    /// Reads hellos, and answers those that are whole.
-    fn work_inbound(&mut self) -> Result<(), FabricError> {
+    /// Takes every inbound connection a step further.
+    fn work_inbound(&mut self) {
         for mut inbound in std::mem::take(&mut self.inbound) {
-            let outcome = match inbound.greeting.read(&inbound.socket) {
+            let sessions = &self.sessions;
+            let received = |peer: NodeId, lane: LaneId| match &sessions[usize::from(lane)][peer.index()] {
+                None => Ok(0),
+                Some(_) => Err(format!("{peer} is connected on lane {lane} already")),
+            };
+            let why = match inbound.state.step(&inbound.socket, &self.own, received) {
                 Ok(None) if Instant::now() < inbound.until => {
                     self.inbound.push(inbound);
                     continue;
                 }
-                Ok(None) => Err(Rejection::Stranger("it said no hello in time".into())),
-                Ok(Some(hello)) => self.admit(&inbound.socket, &hello),
-                Err(why) => Err(Rejection::Stranger(why)),
-            };
-            match outcome {
-                Ok((peer, lane)) => self.connected(peer, lane, inbound.socket)?,
-                Err(Rejection::Stranger(why)) => {
-                    tracing::warn!(address = %inbound.address, "connection closed: {why}");
+                Ok(None) => "it did not say in time who it is".into(),
+                Ok(Some(met)) if met.received == 0 => {
+                    self.connected(met, inbound.socket);
+                    continue;
                 }
-                Err(Rejection::Version(why)) => return Err(FabricError::Setup(why)),
-            }
+                Ok(Some(_)) => NOT_NEW.into(),
+                Err(Rejection::Stranger(why)) => why,
+                Err(Rejection::Claim { from, why }) => {
+                    // Unproven, so it is kept for the operator and otherwise not believed.
+                    if let Some(trouble) = self.trouble.get_mut(from.index()) {
+                        *trouble = Some(why.clone());
+                    }
+                    why
+                }
+            };
+            tracing::warn!(address = %inbound.address, "connection closed: {why}");
         }
-        Ok(())
-    }
-
-    /// Checks a hello and answers it.
-    fn admit(&self, socket: &TcpStream, hello: &Greeting) -> Result<(NodeId, LaneId), Rejection> {
-        let checked = self.identity.check_hello(hello);
-        if let Err(Rejection::Version(why)) = &checked {
-            let refusal = self.identity.greeting(Kind::Refuse, hello.from, hello.lane);
-            if let Err(error) = greet(socket, &refusal) {
-                tracing::warn!("{why}; it was not told so: {error}");
-            }
-        }
-        let (peer, lane) = checked?;
-        if self.sockets[usize::from(lane)][peer.index()].is_some() {
-            return Err(Rejection::Stranger(format!("{peer} is connected on lane {lane} already")));
-        }
-        greet(socket, &self.identity.greeting(Kind::Accept, peer, lane)).map_err(Rejection::Stranger)?;
-        Ok((peer, lane))
     }
 
     /// Takes every outbound connection a step further.
-    fn work_outbound(&mut self) -> Result<(), FabricError> {
+    fn work_outbound(&mut self) {
         for mut outbound in std::mem::take(&mut self.outbound) {
-            match outbound.step(&self.identity) {
-                Ok(Some(socket)) => self.connected(outbound.peer, outbound.lane, socket)?,
+            match outbound.step(&self.own) {
+                Ok(Some((met, socket))) => self.connected(met, socket),
                 Ok(None) => self.outbound.push(outbound),
-                Err(Rejection::Version(why)) => return Err(FabricError::Setup(why)),
-                Err(Rejection::Stranger(why)) => {
+                Err(Rejection::Stranger(why) | Rejection::Claim { why, .. }) => {
                     tracing::debug!(peer = outbound.peer.0, address = %outbound.address, "not connected: {why}");
                     self.trouble[outbound.peer.index()] = Some(why);
                     outbound.retry(Instant::now());
@@ -293,28 +251,26 @@ impl Mesh {
                 }
             }
         }
-        Ok(())
     }
 
-    fn connected(&mut self, peer: NodeId, lane: LaneId, socket: TcpStream) -> Result<(), FabricError> {
-        tune(&socket).map_err(|source| FabricError::Io { what: "setting up a peer's connection", source })?;
-        self.sockets[usize::from(lane)][peer.index()] = Some(socket);
+    fn connected(&mut self, met: Met, socket: TcpStream) {
+        let (lane, peer) = (usize::from(met.lane), met.peer.index());
+        self.sessions[lane][peer] = Some(Session { socket, met });
         self.missing -= 1;
-        Ok(())
     }
 
     fn timed_out(&self) -> FabricError {
-        let missing: Vec<String> = (0..self.identity.nodes)
+        let missing: Vec<String> = (0..self.own.identity.nodes)
             .map(NodeId)
-            .filter(|peer| *peer != self.identity.node)
+            .filter(|peer| *peer != self.own.identity.node)
             .filter_map(|peer| {
-                let absent = self.sockets.iter().filter(|lane| lane[peer.index()].is_none()).count();
+                let absent = self.sessions.iter().filter(|lane| lane[peer.index()].is_none()).count();
                 let seen = match &self.trouble[peer.index()] {
                     Some(why) => why.clone(),
-                    None if peer > self.identity.node && absent == self.sockets.len() => {
+                    None if peer > self.own.identity.node && absent == self.sessions.len() => {
                         "it has not connected to this node".to_owned()
                     }
-                    None => format!("{absent} of {} lanes are missing", self.sockets.len()),
+                    None => format!("{absent} of {} lanes are missing", self.sessions.len()),
                 };
                 (absent > 0).then(|| format!("{peer} ({seen})"))
             })
@@ -323,15 +279,15 @@ impl Mesh {
             "after {:.1} s {} still misses {}; see that those nodes run and that their addresses can be \
              reached from here",
             self.timeout.as_secs_f64(),
-            self.identity.node,
+            self.own.identity.node,
             missing.join(", ")
         ))
     }
 }
 
 impl Outbound {
-    /// What can be done now without waiting; a socket when it is finished.
-    fn step(&mut self, identity: &Identity) -> Result<Option<TcpStream>, Rejection> {
+    /// What can be done now without waiting; the connection when it is finished.
+    fn step(&mut self, own: &Credentials) -> Result<Option<(Met, TcpStream)>, Rejection> {
         let stranger = Rejection::Stranger;
         match std::mem::replace(&mut self.state, State::Pausing(Instant::now())) {
             State::Pausing(until) => self.state = State::Pausing(until),
@@ -343,16 +299,16 @@ impl Outbound {
                 if let Some(error) = socket.take_error().unwrap_or_else(Some) {
                     return Err(stranger(format!("cannot connect to {}: {error}", self.address)));
                 }
-                greet(&socket, &identity.greeting(Kind::Hello, self.peer, self.lane)).map_err(stranger)?;
-                self.state = State::Greeted(socket, PartialGreeting::new());
+                tune(&socket).map_err(|error| stranger(format!("its connection failed ({error})")))?;
+                let caller = Caller::new(&socket, own, self.peer, self.lane)?;
+                self.state = State::Greeted(socket, caller);
             }
-            State::Greeted(socket, mut greeting) => {
-                let Some(answer) = greeting.read(&socket).map_err(stranger)? else {
-                    self.state = State::Greeted(socket, greeting);
-                    return Ok(None);
-                };
-                identity.check_answer(&answer, self.peer, self.lane)?;
-                return Ok(Some(socket));
+            State::Greeted(socket, caller) => {
+                match caller.step(&socket, own, (self.peer, self.lane), || 0)? {
+                    Step::Waits(caller) => self.state = State::Greeted(socket, caller),
+                    Step::Met(met) if met.received != 0 => return Err(stranger(NOT_NEW.into())),
+                    Step::Met(met) => return Ok(Some((*met, socket))),
+                }
             }
         }
         Ok(None)

@@ -1,12 +1,13 @@
 //! Frames over TCP: one connection per lane and peer.
 //!
 //! - [`Listener`] binds this node's address; [`Listener::mesh`] connects every node to every other and
-//!   returns the [`TcpTransport`] (`listener`, `mesh`; the handshake is in `hello`).
+//!   returns the [`TcpTransport`] (`listener`, `mesh`; who may connect is in `hello` and `handshake`).
 //! - `link`: one connection's sending side, with its backlog.
 //! - `lane`: one lane's receiving side over all peers; `frames` cuts the byte stream into frames.
 //!
-//! On the wire a frame is its length (`u32`, little-endian, `1..=MAX_FRAME`) and its bytes. Any other length
-//! ends the session with that peer.
+//! On the wire a frame is its length (`u32`, little-endian, `1..=MAX_FRAME`), its bytes, sealed to the peer, and the
+//! seal's 16 bytes; in plaintext mode its bytes as they are and no seal. A length or seal that is wrong ends the session
+//! with that peer.
 //!
 //! # A connection's life
 //!
@@ -14,11 +15,11 @@
 //!  higher id                                lower id
 //!  connect ──────────────────────────────> accept
 //!  hello{machine, version, from, to, lane} ─> checked ── wrong ──> warning, closed
-//!  checked <───────────────────────────────── accept{..}
+//!  handshake <─────────────────────────────> handshake ── another key, a replay ──> warning, closed
 //!     │                                         │
 //!     └──────── frames in both directions ──────┘
 //!                        │
-//!        EOF, reset, bad length, backlog too long
+//!        EOF, reset, bad length or seal, backlog too long
 //!                        │
 //!             lost: send() says so each time, poll() once
 //! ```
@@ -28,19 +29,20 @@
 //! the answer to them before it leaves.
 
 mod frames;
+mod handshake;
 mod hello;
 mod lane;
 mod link;
 mod listener;
 mod mesh;
 
-use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::transport::check_frame;
 use crate::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
 use lane::{Lane, LaneReceiver};
-pub use listener::{Listener, MeshConfig};
+pub use listener::{Listener, MeshConfig, MeshKeys};
+use mesh::Session;
 
 /// The fabric of one node over TCP. Made by [`Listener::mesh`].
 ///
@@ -53,15 +55,20 @@ pub struct TcpTransport {
 }
 
 impl TcpTransport {
-    /// Takes the finished connections, `sockets[lane][node]` with `None` for `node` itself.
-    fn new(node: NodeId, sockets: Vec<Vec<Option<TcpStream>>>) -> Result<TcpTransport, FabricError> {
-        let nodes = sockets.first().map_or(0, Vec::len);
-        let lanes = sockets
-            .into_iter()
-            .zip(0..)
-            .map(|(sockets, lane)| Lane::new(lane, sockets).map(Arc::new))
-            .collect::<Result<Vec<_>, _>>()?;
-        let receivers = lanes.iter().map(|lane| Some(LaneReceiver::new(lane.clone()))).collect();
+    /// Takes the finished connections, `sessions[lane][node]` with `None` for `node` itself.
+    fn new(
+        node: NodeId,
+        plaintext: bool,
+        sessions: Vec<Vec<Option<Session>>>,
+    ) -> Result<TcpTransport, FabricError> {
+        let nodes = sessions.first().map_or(0, Vec::len);
+        let (mut lanes, mut receivers) = (Vec::new(), Vec::new());
+        for (sessions, lane) in sessions.into_iter().zip(0..) {
+            let (lane, openers) = Lane::new(lane, plaintext, sessions)?;
+            let lane = Arc::new(lane);
+            receivers.push(Some(LaneReceiver::new(lane.clone(), openers)));
+            lanes.push(lane);
+        }
         Ok(TcpTransport { node, nodes, lanes, receivers: Mutex::new(receivers) })
     }
 }

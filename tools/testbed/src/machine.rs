@@ -8,6 +8,9 @@ use crate::rack::Rack;
 /// Memory of an emulated host beyond that of its nodes, in MiB: its own system, the programs, page tables.
 const HOST_MIB: u32 = 1200;
 
+/// Where every host of a machine of several hosts has the machine's key.
+pub const KEY: &str = "/run/gestalt-test.key";
+
 /// One node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
@@ -100,7 +103,7 @@ impl Machine {
             text += "fabric = \"rdma\"\n";
         }
         if self.hosts > 1 {
-            text += &format!("listen = \"{}\"\n", self.join_address());
+            text += &format!("listen = \"{}\"\nkey = \"{KEY}\"\n", self.join_address());
         }
         for (index, node) in self.nodes.iter().enumerate() {
             let place = if self.host_of(index) == 0 { "local" } else { "remote" };

@@ -18,6 +18,7 @@ use crate::coordinator::event::{Interrupt, Outcome};
 use crate::coordinator::spawn::ProcessSpawner;
 use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
+use crate::keys::{KeyFile, MachineKey};
 use crate::machine_file::{self, parse_fabric};
 use crate::rdma::FabricKind;
 use crate::terminal::{self, Output};
@@ -82,6 +83,12 @@ pub struct RunArgs {
     /// How long nodes may take to join
     #[arg(long, value_parser = parse_duration)]
     join_timeout: Option<Duration>,
+    /// The machine's key, of `gestalt key new`; needed if nodes on other hosts take part
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Let pages and interrupts travel between nodes unprotected; for networks of your own
+    #[arg(long)]
+    plaintext_fabric: bool,
     /// Write counters of the run to this file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -98,6 +105,16 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
     let config = args.config()?;
     config.check()?;
     check_files(&config)?;
+    let key = match &config.key {
+        Some(path) => KeyFile::read(path)?.for_machine()?,
+        // For this run alone; the nodes that it starts get theirs from it.
+        None => MachineKey::generate()?,
+    };
+    if config.plaintext_fabric {
+        tracing::warn!(
+            "the fabric is in plaintext: who can reach its network can read and change the guest's memory"
+        );
+    }
     let report = args.report.as_deref().map(open_report).transpose()?;
     signals::block().context("signals cannot be blocked")?;
     let program = std::env::current_exe().context("this program's own file cannot be found")?;
@@ -105,7 +122,7 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
     arguments.extend((0..verbose).map(|_| "-v".to_string()));
     let spawner = ProcessSpawner::new(program, arguments);
     let local: Vec<_> = config.nodes.iter().filter(|node| node.place == Place::Local).cloned().collect();
-    let coordinator = Coordinator::bind(config, Box::new(spawner))?;
+    let coordinator = Coordinator::bind(config, key, Box::new(spawner))?;
     if !local.is_empty() {
         let needs = Needs {
             cpus: local.iter().map(|node| node.spec.cpus).max().unwrap_or(0),
@@ -214,6 +231,8 @@ impl RunArgs {
         config.listen = self.listen.or(config.listen);
         config.shards = self.shards.or(config.shards);
         config.initrd = self.initrd.clone().or(config.initrd);
+        config.key = self.key.clone().or(config.key);
+        config.plaintext_fabric |= self.plaintext_fabric;
         config.join_timeout = self.join_timeout.or(config.join_timeout);
         Ok(config)
     }

@@ -434,7 +434,7 @@ impl Session {
     }
 
     fn join_command(&self, node: usize) -> String {
-        format!("gestalt node --join {} --name {}", self.join, self.config.nodes[node].spec.name)
+        format!("gestalt node --join {} --name {} --key FILE", self.join, self.config.nodes[node].spec.name)
     }
 
     fn names(&self, which: impl Fn(&Node) -> bool) -> String {

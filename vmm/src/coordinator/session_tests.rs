@@ -34,6 +34,7 @@ fn hello(name: &str) -> Hello {
 fn fabric(port: u16) -> Joined {
     Joined {
         fabric: SocketAddr::from(([127, 0, 0, 1], port)),
+        fabric_key: [port as u8; 32],
         cpuid: Vec::new(),
         arch_capabilities: 0,
         tsc_khz: 2_000_000,
