@@ -14,6 +14,7 @@ macro_rules! for_each_transport {
     ($($test:ident),+ $(,)?) => {
         mod tcp { $(#[test] fn $test() { super::$test(crate::common::Kind::Tcp); })+ }
         mod tcp_plain { $(#[test] fn $test() { super::$test(crate::common::Kind::TcpPlain); })+ }
+        mod tcp_rails { $(#[test] fn $test() { super::$test(crate::common::Kind::TcpRails); })+ }
         mod sim { $(#[test] fn $test() { super::$test(crate::common::Kind::Sim); })+ }
         mod rdma {
             $(#[test] fn $test() {

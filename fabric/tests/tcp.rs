@@ -219,8 +219,8 @@ fn a_peer_that_comes_late_is_waited_for() {
     let port = getsockname::<SockaddrIn>(reserved.as_raw_fd()).unwrap().port();
     let here = SocketAddr::from(([127, 0, 0, 1], port));
 
-    let one = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let addresses = [here, one.local_addr()];
+    let one = Listener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap();
+    let addresses = [here, one.local_addrs()[0]];
     let one_config = config(1, &addresses, 2);
     // First there is something else that hangs up, then nothing, then node 0.
     let other = TcpListener::bind(here).unwrap();
@@ -233,25 +233,26 @@ fn a_peer_that_comes_late_is_waited_for() {
             socket.read_exact(&mut [0; 128 + 48]).unwrap();
         }
         drop(other);
-        let zero = Listener::bind(here).unwrap().mesh(config(0, &addresses, 2)).unwrap();
+        let zero = Listener::bind(&[here]).unwrap().mesh(config(0, &addresses, 2)).unwrap();
         expect_sound(&zero, &meshing.join().unwrap().unwrap(), 2);
     });
 }
 
 #[test]
 fn an_address_in_use_is_named() {
-    let first = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let error = Listener::bind(first.local_addr()).unwrap_err().to_string();
-    assert!(error.contains(&first.local_addr().to_string()) && error.contains("in use"), "{error}");
-    let foreign = Listener::bind("192.0.2.1:0".parse().unwrap()).unwrap_err().to_string();
+    let first = Listener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap();
+    let error = Listener::bind(first.local_addrs()).unwrap_err().to_string();
+    assert!(error.contains(&first.local_addrs()[0].to_string()) && error.contains("in use"), "{error}");
+    let foreign = Listener::bind(&["192.0.2.1:0".parse().unwrap()]).unwrap_err().to_string();
     assert!(foreign.contains("192.0.2.1"), "{foreign}");
 }
 
 #[test]
 fn configurations_out_of_range_are_refused_at_once() {
-    let wrong: [fn(&mut MeshConfig); 8] = [
+    let wrong: [fn(&mut MeshConfig); 9] = [
         |c| c.addresses.clear(),
-        |c| c.addresses = vec![c.addresses[0]; 513],
+        |c| c.addresses = vec![c.addresses[0].clone(); 513],
+        |c| c.addresses[1].push(([127, 0, 0, 1], 1).into()),
         |c| c.node = NodeId(2),
         |c| c.lanes = 0,
         |c| c.version.clear(),

@@ -26,7 +26,8 @@
 //! cpus = 2                            # 0: a memory-only node
 //! memory = "512M"
 //! where = "remote"                    # default "local": started by `gestalt run`
-//! fabric = "192.0.2.2:7701"           # where its fabric listens; an address, with or without port
+//! fabric = "192.0.2.2:7701"           # where its fabric listens; an address, with or without port,
+//!                                     # or one for each rail: ["192.0.2.2", "198.51.100.2"]
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
@@ -72,7 +73,21 @@ struct NodeForm {
     budget: Option<SizeForm>,
     #[serde(default, rename = "where")]
     place: PlaceForm,
-    fabric: Option<String>,
+    #[serde(default)]
+    fabric: RailsForm,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "an address such as \"192.0.2.2\", or a list of them")]
+enum RailsForm {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl Default for RailsForm {
+    fn default() -> Self {
+        RailsForm::Several(Vec::new())
+    }
 }
 
 #[derive(Deserialize)]
@@ -158,7 +173,12 @@ fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
     };
     let memory = size(&form.memory)?;
     let budget = form.budget.as_ref().map(size).transpose()?;
-    let fabric_listen = form.fabric.as_deref().map(parse_fabric).transpose().map_err(at)?;
+    let rails = match &form.fabric {
+        RailsForm::One(address) => std::slice::from_ref(address),
+        RailsForm::Several(addresses) => addresses,
+    };
+    let rails = rails.iter().map(|address| parse_fabric(address));
+    let fabric_listen = rails.collect::<Result<_, _>>().map_err(at)?;
     let place = match form.place {
         PlaceForm::Local => Place::Local,
         PlaceForm::Remote => Place::Remote,
@@ -232,9 +252,19 @@ mod tests {
         assert_eq!(config.nodes[1].spec.memory, 128 << 20);
         assert_eq!([0, 1].map(|node| config.nodes[node].budget), [None, Some(150 << 20)]);
         assert_eq!(config.nodes[1].place, Place::Remote);
-        assert_eq!(config.nodes[1].fabric_listen, Some("192.0.2.2:0".parse().unwrap()));
+        assert_eq!(config.nodes[0].fabric_listen, []);
+        assert_eq!(config.nodes[1].fabric_listen, ["192.0.2.2:0".parse().unwrap()]);
         assert_eq!((config.key.as_deref(), config.plaintext_fabric), (Some(Path::new("machine.key")), true));
         assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn several_rails_are_a_list() {
+        let text = GOOD.replace("\"192.0.2.2\"", "[\"192.0.2.2\", \"198.51.100.2:7\"]");
+        let rails = ["192.0.2.2:0", "198.51.100.2:7"].map(|address| address.parse().unwrap());
+        assert_eq!(parse(&text).unwrap().nodes[1].fabric_listen, rails);
+        let said = refusal(&GOOD.replace("\"192.0.2.2\"", "3"));
+        assert!(said.contains("an address such as"), "{said}");
     }
 
     #[test]

@@ -71,15 +71,15 @@ pub struct Assignment {
     pub node: u16,
     /// The machine.
     pub machine: Machine,
-    /// Where this node's fabric listener binds; port 0 lets the kernel choose.
-    pub fabric_listen: SocketAddr,
+    /// Where this node's fabric listens, by rail; port 0 lets the kernel choose.
+    pub fabric_listen: Vec<SocketAddr>,
 }
 
 /// What a node contributes to the decisions that need all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joined {
-    /// Where its peers reach its fabric listener.
-    pub fabric: SocketAddr,
+    /// Where its peers reach its fabric, by rail.
+    pub fabric: Vec<SocketAddr>,
     /// The public key by which its peers know it during this run.
     pub fabric_key: [u8; KEY],
     /// What KVM can offer there: `kvm::HostCpu::cpuid`.
@@ -100,9 +100,9 @@ pub struct Start {
 }
 
 impl Start {
-    /// The nodes' fabric addresses by node index.
-    pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.nodes.iter().map(|node| node.fabric).collect()
+    /// The nodes' fabric addresses by node index and rail.
+    pub fn addresses(&self) -> Vec<Vec<SocketAddr>> {
+        self.nodes.iter().map(|node| node.fabric.clone()).collect()
     }
 
     /// The nodes' public keys by node index.

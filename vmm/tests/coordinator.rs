@@ -395,7 +395,7 @@ fn lone_coordinator(then: impl FnOnce(TcpStream) + Send + 'static) -> String {
         let keys = machine_key().coordinator(["n0"].into_iter()).unwrap();
         let (_, mut session) = wire::receive_hello(&stream, &keys).unwrap();
         let config = MachineConfig { silence: Duration::from_secs(1), ..machine(1, Place::Remote) };
-        let assigned = Assigned { node: 0, machine: config.machine([7; 16]), fabric_listen: None };
+        let assigned = Assigned { node: 0, machine: config.machine([7; 16]), fabric_listen: Vec::new() };
         wire::answer(&stream, &mut session.sender, &Answer::Assigned(Box::new(assigned))).unwrap();
         then(stream);
     });

@@ -16,6 +16,8 @@ pub enum Net {
     Tcp,
     /// The same in the clear.
     TcpPlain,
+    /// TCP sealed, over two rails: frames are kept until they are acknowledged.
+    TcpRails,
     /// Queues in memory; every node is a few threads of one process.
     InProcess,
 }
@@ -26,6 +28,7 @@ impl Net {
         match self {
             Net::Tcp => "tcp",
             Net::TcpPlain => "tcp in the clear",
+            Net::TcpRails => "tcp, 2 rails",
             Net::InProcess => "in process",
         }
     }
@@ -68,7 +71,7 @@ impl Cell {
     pub fn start(kind: Kind, cpus: &[usize]) -> Result<Cell> {
         let mut peers = Vec::new();
         match kind.net {
-            Net::Tcp | Net::TcpPlain => {
+            Net::Tcp | Net::TcpPlain | Net::TcpRails => {
                 peers.push(Peer::Here(Box::new(Worker::new(None))));
                 for _ in 1..kind.nodes {
                     peers.push(Peer::process()?);
@@ -81,11 +84,11 @@ impl Cell {
             }
         }
         let mut cell = Cell { peers, cpus: cpus.to_vec(), next: OTHER_PAGES };
-        let mut addresses: Vec<SocketAddr> = Vec::new();
+        let mut addresses: Vec<Vec<SocketAddr>> = Vec::new();
         if kind.net != Net::InProcess {
             for peer in &mut cell.peers {
-                match peer.call(Command::Listen(kind.side))? {
-                    Reply::Address(address) => addresses.push(address),
+                match peer.call(Command::Listen(kind.side, if kind.net == Net::TcpRails { 2 } else { 1 }))? {
+                    Reply::Addresses(rails) => addresses.push(rails),
                     other => bail!("a node answered {other:?} instead of its address"),
                 }
             }

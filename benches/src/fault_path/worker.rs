@@ -54,17 +54,17 @@ impl Worker {
     fn try_obey(&mut self, command: Command) -> Result<Reply> {
         let any = ([127, 0, 0, 1], 0).into();
         match command {
-            Command::Listen(Side::Ours) => {
-                let listener = Listener::bind(any)?;
-                let address = listener.local_addr();
+            Command::Listen(Side::Ours, rails) => {
+                let listener = Listener::bind(&vec![any; rails])?;
+                let addresses = listener.local_addrs().to_vec();
                 self.door = Some(Door::Fabric(listener));
-                return Ok(Reply::Address(address));
+                return Ok(Reply::Addresses(addresses));
             }
-            Command::Listen(Side::Floor) => {
+            Command::Listen(Side::Floor, _) => {
                 let listener = TcpListener::bind(any)?;
                 let address = listener.local_addr()?;
                 self.door = Some(Door::Plain(listener));
-                return Ok(Reply::Address(address));
+                return Ok(Reply::Addresses(vec![address]));
             }
             Command::Start(setup) => self.start(&setup)?,
             Command::Fill(pages) => self.each(pages, |word| word.store(0x1234_5678, Ordering::Relaxed))?,

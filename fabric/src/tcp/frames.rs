@@ -6,6 +6,9 @@ use crate::secure::{Opener, SecureError, TAG};
 /// Bytes in front of each frame: its length, little-endian.
 pub(super) const HEADER: usize = 4;
 
+/// Set in the header of what is no frame but the peer's count of frames received; only lanes that retain frames have it.
+pub(super) const ACKNOWLEDGES: u32 = 1 << 31;
+
 /// The longest frame with its header and its seal.
 const MAX_WIRE: usize = HEADER + MAX_FRAME + TAG;
 
@@ -38,11 +41,32 @@ pub(super) struct FrameBuffer {
     end: usize,
     /// Opens the frames, if they are sealed.
     opener: Option<Opener>,
+    /// Whether acknowledgements may come.
+    acknowledges: bool,
+    /// The last one.
+    acknowledged: Option<u64>,
 }
 
 impl FrameBuffer {
-    pub(super) fn new(opener: Option<Opener>) -> FrameBuffer {
-        FrameBuffer { bytes: vec![0; CAPACITY].into_boxed_slice(), start: 0, end: 0, opener }
+    /// Frames are sealed if there is an `opener`; acknowledgements may come between them if `acknowledges`.
+    pub(super) fn new(opener: Option<Opener>, acknowledges: bool) -> FrameBuffer {
+        let bytes = vec![0; CAPACITY].into_boxed_slice();
+        FrameBuffer { bytes, start: 0, end: 0, opener, acknowledges, acknowledged: None }
+    }
+
+    /// Begins again with a new connection.
+    pub(super) fn restart(&mut self, opener: Option<Opener>) {
+        (self.start, self.end, self.opener, self.acknowledged) = (0, 0, opener, None);
+    }
+
+    /// Whether acknowledgements may come.
+    pub(super) fn acknowledges(&self) -> bool {
+        self.acknowledges
+    }
+
+    /// How many frames the peer has received, if it has said so since the last call.
+    pub(super) fn take_acknowledged(&mut self) -> Option<u64> {
+        self.acknowledged.take()
     }
 
     /// Where to put what arrives next; never empty. [`FrameBuffer::filled`] says how much came.
@@ -70,7 +94,9 @@ impl FrameBuffer {
         let mut frames = 0;
         let seal = if self.opener.is_some() { TAG } else { 0 };
         while let Some(header) = self.bytes[self.start..self.end].first_chunk::<HEADER>().copied() {
-            let len = u32::from_le_bytes(header);
+            let word = u32::from_le_bytes(header);
+            let acknowledges = self.acknowledges && word == ACKNOWLEDGES | size_of::<u64>() as u32;
+            let len = if acknowledges { word & !ACKNOWLEDGES } else { word };
             if len == 0 || len as usize > MAX_FRAME {
                 return Err(BadFrame::Length(len));
             }
@@ -81,10 +107,15 @@ impl FrameBuffer {
             // Advanced first, so that a sink that panics and is caught does not see the frame twice.
             self.start += whole;
             let body = &mut self.bytes[at..self.start];
-            match &mut self.opener {
-                None => sink(body),
-                Some(opener) => sink(opener.open(&header, body).map_err(BadFrame::Seal)?),
+            let body = match &mut self.opener {
+                None => body,
+                Some(opener) => opener.open(&header, body).map_err(BadFrame::Seal)?,
+            };
+            if acknowledges {
+                self.acknowledged = body.first_chunk().copied().map(u64::from_le_bytes);
+                continue;
             }
+            sink(body);
             frames += 1;
         }
         if self.start == self.end {
@@ -104,7 +135,7 @@ mod tests {
 
     /// Feeds `stream` in pieces of at most `chunks` bytes (cyclic), as a socket would, and returns the frames.
     fn split(stream: &[u8], chunks: &[usize]) -> Result<Vec<Vec<u8>>, BadFrame> {
-        let (mut buffer, mut out, mut rest) = (FrameBuffer::new(None), Vec::new(), stream);
+        let (mut buffer, mut out, mut rest) = (FrameBuffer::new(None, false), Vec::new(), stream);
         for chunk in chunks.iter().cycle() {
             if rest.is_empty() {
                 break;

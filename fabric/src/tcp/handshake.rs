@@ -48,6 +48,13 @@ pub(super) struct Met {
     pub(super) received: u64,
 }
 
+impl Met {
+    /// What seals and opens frames; nothing does if they travel in the clear.
+    pub(super) fn streams(self, plaintext: bool) -> (Option<Sealer>, Option<Opener>) {
+        if plaintext { (None, None) } else { (Some(self.sealer), Some(self.opener)) }
+    }
+}
+
 /// The called side of a connection.
 pub(super) enum Called {
     /// Waits for the hello.
@@ -88,7 +95,7 @@ impl Called {
         &mut self,
         socket: &TcpStream,
         own: &Credentials,
-        received: impl Fn(NodeId, LaneId) -> Result<u64, String>,
+        received: impl FnOnce(NodeId, LaneId) -> Result<u64, String>,
     ) -> Result<Option<Met>, Rejection> {
         let stranger = Rejection::Stranger;
         if let Called::Hello(partial) = self {
@@ -165,7 +172,7 @@ impl Caller {
         socket: &TcpStream,
         own: &Credentials,
         (peer, lane): (NodeId, LaneId),
-        received: impl Fn() -> u64,
+        received: impl FnOnce(NodeId, LaneId) -> Result<u64, String>,
     ) -> Result<Step, Rejection> {
         let stranger = Rejection::Stranger;
         let mut state = self;
@@ -186,7 +193,8 @@ impl Caller {
             })?;
             let partial = Partial::new();
             let mut proven = Box::new(Proven { peer, lane, sealer, opener, partial });
-            proven.say(socket, received()).map_err(stranger)?;
+            let ours = received(peer, lane).map_err(stranger)?;
+            proven.say(socket, ours).map_err(stranger)?;
             state = Caller::Confirmation(proven);
         }
         let Caller::Confirmation(mut proven) = state else {

@@ -27,6 +27,8 @@ pub enum Kind {
     Tcp,
     /// TCP over loopback in the clear.
     TcpPlain,
+    /// TCP over two addresses of the loopback device, sealed.
+    TcpRails,
     /// In process.
     Sim,
     /// RDMA through one device of this host, set up over TCP. Ask [`rdma_is_there`] first.
@@ -57,6 +59,13 @@ impl Kind {
                     .collect()
             }
             Kind::Rdma => rdma_all(Kind::Tcp.cluster(nodes, lanes), &RdmaSettings::default()),
+            Kind::TcpRails => {
+                let (listeners, addresses) = rail_listeners(nodes, 2);
+                mesh_all(listeners, |node| rail_config(node, &addresses, lanes))
+                    .into_iter()
+                    .map(|made| Box::new(made.unwrap()) as Box<dyn Transport>)
+                    .collect()
+            }
             Kind::Sim => sim::cluster(nodes, lanes)
                 .unwrap()
                 .into_iter()
@@ -81,16 +90,30 @@ pub fn rdma_all(sessions: Vec<Box<dyn Transport>>, settings: &RdmaSettings) -> V
 /// Listeners on free loopback ports, and their addresses.
 pub fn listeners(nodes: usize) -> (Vec<Listener>, Vec<SocketAddr>) {
     let listeners: Vec<_> =
-        (0..nodes).map(|_| Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap()).collect();
-    let addresses = listeners.iter().map(Listener::local_addr).collect();
+        (0..nodes).map(|_| Listener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap()).collect();
+    let addresses = listeners.iter().map(|listener| listener.local_addrs()[0]).collect();
     (listeners, addresses)
+}
+
+/// Listeners of several rails each, and their addresses by node and rail.
+pub fn rail_listeners(nodes: usize, rails: usize) -> (Vec<Listener>, Vec<Vec<SocketAddr>>) {
+    let any: Vec<SocketAddr> = (1..=rails as u8).map(|rail| ([127, 0, 0, rail], 0).into()).collect();
+    let listeners: Vec<_> = (0..nodes).map(|_| Listener::bind(&any).unwrap()).collect();
+    let addresses = listeners.iter().map(|listener| listener.local_addrs().to_vec()).collect();
+    (listeners, addresses)
+}
+
+/// A sound configuration of `node` with these addresses by node and rail.
+pub fn rail_config(node: usize, addresses: &[Vec<SocketAddr>], lanes: u16) -> MeshConfig {
+    let first: Vec<SocketAddr> = addresses.iter().map(|rails| rails[0]).collect();
+    MeshConfig { addresses: addresses.to_vec(), ..config(node, &first, lanes) }
 }
 
 /// A sound configuration of `node`.
 pub fn config(node: usize, addresses: &[SocketAddr], lanes: u16) -> MeshConfig {
     MeshConfig {
         node: NodeId(node as u16),
-        addresses: addresses.to_vec(),
+        addresses: addresses.iter().map(|address| vec![*address]).collect(),
         lanes,
         machine: [0x5a; 16],
         version: VERSION.to_owned(),
@@ -261,6 +284,13 @@ impl Tap {
             Ok(frames) => assert_eq!(frames, count, "poll returns how many frames it delivered"),
             Err(error) => self.losses.push(error),
         }
+    }
+
+    /// Polls once, and gives what has come.
+    pub fn poll_some(&mut self) -> Vec<(NodeId, Vec<u8>)> {
+        self.poll();
+        assert!(self.losses.is_empty(), "{:?}", self.losses);
+        std::mem::take(&mut self.arrived)
     }
 
     /// The next `count` frames; sleeps on the descriptor, and panics when they do not come. A loss that is

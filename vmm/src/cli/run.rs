@@ -65,7 +65,7 @@ pub struct RunArgs {
     #[arg(long, conflicts_with_all = ["machine", "node"], value_parser = parse_size)]
     budget: Option<u64>,
     /// One node: name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS[:PORT]]; give it once per
-    /// node
+    /// node, and fabric= once per rail
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
     /// A node that says nothing for so long is lost
@@ -249,7 +249,7 @@ impl RunArgs {
             },
             budget: self.budget,
             place: Place::Local,
-            fabric_listen: None,
+            fabric_listen: Vec::new(),
         };
         (0..self.nodes.unwrap_or(1)).map(node).collect()
     }
@@ -263,7 +263,7 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
         spec: NodeSpec { name: String::new(), cpus: DEFAULT_CPUS, memory: DEFAULT_MEMORY },
         budget: None,
         place: Place::Local,
-        fabric_listen: None,
+        fabric_listen: Vec::new(),
     };
     for part in text.split(',') {
         let (key, value) =
@@ -279,7 +279,7 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
             ("where", "local") => node.place = Place::Local,
             ("where", "remote") => node.place = Place::Remote,
             ("where", value) => return Err(wrong(format!("where={value} is neither local nor remote"))),
-            ("fabric", value) => node.fabric_listen = Some(parse_fabric(value)?),
+            ("fabric", value) => node.fabric_listen.push(parse_fabric(value)?),
             (key, _) => return Err(wrong(format!("a node has no {key:?}"))),
         }
     }
@@ -293,10 +293,12 @@ mod tests {
 
     #[test]
     fn a_node_flag_describes_a_node() {
-        let node = parse_node("name=a,cpus=0,memory=1G,where=remote,fabric=192.0.2.2:1").unwrap();
+        let node =
+            parse_node("name=a,cpus=0,memory=1G,where=remote,fabric=192.0.2.2:1,fabric=192.0.3.2").unwrap();
         assert_eq!(node.spec, NodeSpec { name: "a".into(), cpus: 0, memory: 1 << 30 });
         assert_eq!(node.place, Place::Remote);
-        assert_eq!(node.fabric_listen, Some("192.0.2.2:1".parse().unwrap()));
+        let rails = ["192.0.2.2:1", "192.0.3.2:0"].map(|address| address.parse().unwrap());
+        assert_eq!(node.fabric_listen, rails);
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub struct JoinOptions {
     pub hello: Hello,
     /// What proves it, and who the coordinator must be.
     pub key: NodeKey,
-    /// Where the fabric listens, if this host's operator wants to say; goes before the machine file.
-    pub fabric_listen: Option<SocketAddr>,
+    /// Where the fabric listens, by rail, if this host's operator wants to say; goes before the machine file.
+    pub fabric_listen: Vec<SocketAddr>,
     /// How long to try, if nobody listens there yet or the machine is between two starts.
     pub patience: Duration,
     /// What happens to a process whose `node::run` does not return although it should.
@@ -155,7 +155,9 @@ fn open(
     stream.set_read_timeout(Some(silence))?;
     stream.set_write_timeout(Some(silence))?;
     let local = SocketAddr::new(stream.local_addr()?.ip(), 0);
-    let fabric_listen = options.fabric_listen.or(assigned.fabric_listen).unwrap_or(local);
+    let wishes =
+        [&options.fabric_listen, &assigned.fabric_listen].into_iter().find(|rails| !rails.is_empty());
+    let fabric_listen = wishes.cloned().unwrap_or_else(|| vec![local]);
     let (control, ControlEnd { from_node, to_node, lost }) = Control::pair();
     let ended = Arc::new(AtomicBool::new(false));
     let (reading, node_left) = (stream.try_clone()?, ended.clone());

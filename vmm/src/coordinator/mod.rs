@@ -344,7 +344,7 @@ impl Driver {
         let assigned = Assigned {
             node: node as u16,
             machine: self.machine.clone(),
-            fabric_listen: self.config.nodes[node].fabric_listen,
+            fabric_listen: self.config.nodes[node].fabric_listen.clone(),
         };
         let tell = self.tell.clone();
         let tell = move |event| {

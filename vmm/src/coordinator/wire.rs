@@ -84,8 +84,8 @@ pub struct Assigned {
     pub node: u16,
     /// The machine.
     pub machine: Machine,
-    /// Where the machine file wants its fabric to listen.
-    pub fabric_listen: Option<SocketAddr>,
+    /// Where the machine file wants its fabric to listen, by rail; it may say nothing.
+    pub fabric_listen: Vec<SocketAddr>,
 }
 
 /// Why a connection cannot go on, as a clause about the peer: `it closed the connection`.

@@ -61,14 +61,14 @@ impl Host {
     pub fn open(assignment: &Assignment) -> anyhow::Result<Host> {
         let kvm = caps::open()?;
         let cpu = HostCpu::probe(&kvm)?;
-        let listener = Listener::bind(assignment.fabric_listen)?;
+        let listener = Listener::bind(&assignment.fabric_listen)?;
         Ok(Host { kvm, cpu, listener, key: PrivateKey::generate()? })
     }
 
     /// What the other nodes must know of it.
     pub fn joined(&self) -> Joined {
         Joined {
-            fabric: self.listener.local_addr(),
+            fabric: self.listener.local_addrs().to_vec(),
             fabric_key: self.key.public().0,
             cpuid: self.cpu.cpuid.clone(),
             arch_capabilities: self.cpu.arch_capabilities,
@@ -242,11 +242,11 @@ impl Node {
 fn mesh(
     listener: Listener,
     assignment: &Assignment,
-    addresses: Vec<SocketAddr>,
+    addresses: Vec<Vec<SocketAddr>>,
     keys: MeshKeys,
 ) -> anyhow::Result<Arc<dyn Transport>> {
     let machine = &assignment.machine;
-    let local = listener.local_addr().ip();
+    let local = listener.local_addrs().first().map(SocketAddr::ip);
     let session: Arc<dyn Transport> = Arc::new(listener.mesh(MeshConfig {
         node: NodeId(assignment.node),
         addresses,
@@ -259,7 +259,7 @@ fn mesh(
     })?);
     let Some(rdma) = &machine.rdma else { return Ok(session) };
     let settings = rdma.settings(&machine.spec.nodes[usize::from(assignment.node)].name);
-    Ok(Arc::new(RdmaTransport::connect(session, &settings, Some(local), MESH)?))
+    Ok(Arc::new(RdmaTransport::connect(session, &settings, local, MESH)?))
 }
 
 /// The guest's TSC at this node; its frequency is node 0's.

@@ -23,7 +23,7 @@ pub fn machine(nodes: usize, place: Place) -> MachineConfig {
         spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
         budget: None,
         place,
-        fabric_listen: None,
+        fabric_listen: Vec::new(),
     };
     MachineConfig {
         kernel: "vmlinuz".into(),
@@ -51,7 +51,7 @@ pub fn options(address: &str, name: &str) -> JoinOptions {
         address: address.into(),
         hello: hello(name),
         key: machine_key().node(name).unwrap(),
-        fabric_listen: None,
+        fabric_listen: Vec::new(),
         patience: PATIENCE,
         watchdog: Watchdog::None,
     }
@@ -60,7 +60,7 @@ pub fn options(address: &str, name: &str) -> JoinOptions {
 /// What every node says and waits for before its guest runs.
 pub fn prepare(control: &Control) -> Result<(), ControlError> {
     control.send(ToCoordinator::Joined(Joined {
-        fabric: "127.0.0.1:9".parse().unwrap(),
+        fabric: vec!["127.0.0.1:9".parse().unwrap()],
         fabric_key: [9; 32],
         cpuid: Vec::new(),
         arch_capabilities: 0,
