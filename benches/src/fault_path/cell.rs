@@ -27,8 +27,8 @@ impl Net {
     pub fn name(self) -> &'static str {
         match self {
             Net::Tcp => "tcp",
-            Net::TcpPlain => "tcp in the clear",
-            Net::TcpRails => "tcp, 2 rails",
+            Net::TcpPlain => "tcp plain",
+            Net::TcpRails => "tcp rails",
             Net::InProcess => "in process",
         }
     }
