@@ -1,7 +1,7 @@
 //! What a page fault costs that another node must answer, beside the floor of this host: see
 //! `benches::fault_path`.
 //!
-//! `cargo bench -p benches --bench fault_path -- [--rounds N] [--tcp] [--in-process] [--busy] [--blocking]`
+//! `cargo bench -p benches --bench fault_path -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process] [--busy] [--blocking]`
 
 use std::time::Instant;
 
@@ -38,12 +38,18 @@ fn main() -> Result<()> {
         match argument.as_str() {
             "--rounds" => rounds = arguments.next().unwrap_or_default().parse()?,
             "--tcp" => nets.push(Net::Tcp),
+            "--tcp-plain" => nets.push(Net::TcpPlain),
+            "--tcp-rails" => nets.push(Net::TcpRails),
             "--in-process" => nets.push(Net::InProcess),
             "--busy" => pollings.push(Polling::Busy),
             "--blocking" => pollings.push(Polling::Blocking),
             // What `cargo bench` adds, and `cargo test --all-targets` does not.
             "--bench" => measure = true,
-            other => bail!("{other}: expected --rounds N, --tcp, --in-process, --busy or --blocking"),
+            other => {
+                bail!(
+                    "{other}: expected --rounds N, --tcp, --tcp-plain, --tcp-rails, --in-process, --busy or --blocking"
+                )
+            }
         }
     }
     if !measure {
@@ -55,7 +61,7 @@ fn main() -> Result<()> {
         return Ok(());
     }
     if nets.is_empty() {
-        nets = vec![Net::Tcp, Net::InProcess];
+        nets = vec![Net::Tcp, Net::TcpPlain, Net::TcpRails, Net::InProcess];
     }
     if pollings.is_empty() {
         pollings = vec![Polling::Busy, Polling::Blocking];

@@ -10,6 +10,7 @@
 //!
 //! Reports go to `target/report` of the workspace.
 
+pub mod fabric;
 pub mod fault_path;
 pub mod perftest;
 pub mod place;

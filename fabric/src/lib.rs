@@ -29,6 +29,7 @@
 mod error;
 mod priority;
 pub mod rdma;
+pub mod secure;
 pub mod sim;
 pub mod tcp;
 pub mod trace;

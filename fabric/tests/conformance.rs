@@ -13,6 +13,8 @@ use fabric::{FabricError, MAX_BACKLOG, MAX_FRAME, NodeId, Transport, TransportSt
 macro_rules! for_each_transport {
     ($($test:ident),+ $(,)?) => {
         mod tcp { $(#[test] fn $test() { super::$test(crate::common::Kind::Tcp); })+ }
+        mod tcp_plain { $(#[test] fn $test() { super::$test(crate::common::Kind::TcpPlain); })+ }
+        mod tcp_rails { $(#[test] fn $test() { super::$test(crate::common::Kind::TcpRails); })+ }
         mod sim { $(#[test] fn $test() { super::$test(crate::common::Kind::Sim); })+ }
         mod rdma {
             $(#[test] fn $test() {

@@ -8,32 +8,12 @@ use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Tap, VERSION, config, listeners, mesh_all, readable};
+use common::{PATIENCE, Raw, Tap, config, connect, hello, listeners, mesh_all, plain_hello, readable};
 use fabric::tcp::{Listener, MeshConfig, TcpTransport};
 use fabric::{FabricError, MAX_FRAME, NodeId, Transport};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, setsockopt, socket, sockopt,
 };
-
-/// A hello as this version of the protocol defines it, byte by byte, and not by the code under test.
-fn hello(from: u16, to: u16, lane: u16, lanes: u16, nodes: u16) -> Vec<u8> {
-    let mut bytes = b"GESTALTF".to_vec();
-    bytes.extend(1u32.to_le_bytes());
-    bytes.extend(1u32.to_le_bytes());
-    bytes.extend([0x5a; 16]);
-    for short in [from, to, lane, lanes, nodes, VERSION.len() as u16] {
-        bytes.extend(short.to_le_bytes());
-    }
-    bytes.extend(VERSION.as_bytes());
-    bytes.resize(128, 0);
-    bytes
-}
-
-fn connect(address: SocketAddr) -> TcpStream {
-    let socket = TcpStream::connect(address).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket
-}
 
 /// Sends `bytes` and expects nothing but the end of the connection.
 fn expect_closed(mut socket: TcpStream, bytes: &[u8]) {
@@ -51,10 +31,18 @@ fn half_a_mesh<R>(
     lanes: u16,
     test: impl FnOnce(Listener, &[SocketAddr]) -> R,
 ) -> (Result<TcpTransport, FabricError>, R) {
+    half_a_mesh_with(|addresses| config(0, addresses, lanes), test)
+}
+
+/// The same with node 0's configuration made by `zero_config`.
+fn half_a_mesh_with<R>(
+    zero_config: impl FnOnce(&[SocketAddr]) -> MeshConfig,
+    test: impl FnOnce(Listener, &[SocketAddr]) -> R,
+) -> (Result<TcpTransport, FabricError>, R) {
     let (mut listeners, addresses) = listeners(2);
     let one = listeners.pop().unwrap();
     let zero = listeners.pop().unwrap();
-    let zero_config = config(0, &addresses, lanes);
+    let zero_config = zero_config(&addresses);
     thread::scope(|scope| {
         let meshing = scope.spawn(move || zero.mesh(zero_config));
         let result = test(one, &addresses);
@@ -82,7 +70,11 @@ fn strangers_are_turned_away_and_the_mesh_completes() {
     version_length[42] = 200;
     let mut tail = hello(1, 0, 0, 2, 2);
     tail[127] = 1;
-    let garbage: [Vec<u8>; 13] = [
+    let mut gap = hello(1, 0, 0, 2, 2);
+    gap[107] = 1;
+    let mut cover = hello(1, 0, 0, 2, 2);
+    cover[108] = 3;
+    let garbage: [Vec<u8>; 16] = [
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         vec![0xff; 128],
         vec![0; 5000],
@@ -90,6 +82,9 @@ fn strangers_are_turned_away_and_the_mesh_completes() {
         kind,
         version_length,
         tail,
+        gap,
+        cover,
+        plain_hello(1, 0, 0, 2, 2),
         hello(2, 0, 0, 2, 2),
         hello(0, 0, 0, 2, 2),
         hello(1, 1, 0, 2, 2),
@@ -154,17 +149,14 @@ fn a_stranger_who_hangs_up_at_once_is_forgotten() {
 #[test]
 fn a_second_connection_for_a_lane_is_closed_and_the_first_one_stays() {
     let (zero, _open) = half_a_mesh(2, |_, addresses| {
-        let mut first = connect(addresses[0]);
-        first.write_all(&hello(1, 0, 1, 2, 2)).unwrap();
-        let mut answer = [0; 128];
-        first.read_exact(&mut answer).unwrap();
-        assert_eq!((&answer[..8], answer[12]), (&b"GESTALTF"[..], 2), "an accept");
-        expect_closed(connect(addresses[0]), &hello(1, 0, 1, 2, 2));
+        let mut first = Raw::connect(addresses[0], 1, 0, &hello(1, 0, 1, 2, 2));
+        let mut second = Raw::half(connect(addresses[0]), 1, 0, &hello(1, 0, 1, 2, 2));
+        let tag = second.sealer.seal(b"gestalt lane", &mut [0; 8]).unwrap();
+        expect_closed(second.socket, &[&[0; 8][..], &tag].concat());
         // The other lane completes the mesh; then the first connection carries frames.
-        let mut other = connect(addresses[0]);
-        other.write_all(&hello(1, 0, 0, 2, 2)).unwrap();
-        other.read_exact(&mut answer).unwrap();
-        first.write_all(&[3, 0, 0, 0, b'a', b'b', b'c']).unwrap();
+        let other = Raw::connect(addresses[0], 1, 0, &hello(1, 0, 0, 2, 2));
+        let frame = first.frame(b"abc");
+        first.socket.write_all(&frame).unwrap();
         (first, other)
     });
     let zero = zero.unwrap();
@@ -172,10 +164,11 @@ fn a_second_connection_for_a_lane_is_closed_and_the_first_one_stays() {
 }
 
 #[test]
-fn another_version_is_an_error_that_names_both_on_both_sides() {
+fn another_version_is_named_with_this_one_on_both_sides() {
     let (listeners, addresses) = listeners(2);
     let made = mesh_all(listeners, |node| MeshConfig {
         version: format!("0.{node}.7"),
+        timeout: Duration::from_secs(1),
         ..config(node, &addresses, 2)
     });
     for result in made {
@@ -185,20 +178,19 @@ fn another_version_is_an_error_that_names_both_on_both_sides() {
 }
 
 #[test]
-fn another_protocol_is_an_error_that_names_both() {
+fn another_protocol_is_told_so_and_stops_nothing() {
     let mut newer = hello(1, 0, 0, 1, 2);
     newer[8] = 9;
     newer[120] = 77;
-    let (zero, answer) = half_a_mesh(1, |_, addresses| {
+    let (zero, one) = half_a_mesh(1, |listener, addresses| {
         let mut socket = connect(addresses[0]);
         socket.write_all(&newer).unwrap();
         let mut answer = Vec::new();
         socket.read_to_end(&mut answer).unwrap();
-        answer
+        assert_eq!((answer.len(), answer[12]), (128, 3), "it was told so with a refusal");
+        listener.mesh(config(1, addresses, 1)).unwrap()
     });
-    assert_eq!((answer.len(), answer[12]), (128, 3), "it was told so with a refusal");
-    let Err(FabricError::Setup(why)) = zero else { panic!("two protocols made a mesh") };
-    assert!(why.contains("protocol 9") && why.contains("protocol 1"), "{why}");
+    expect_sound(&zero.unwrap(), &one, 1);
 }
 
 #[test]
@@ -227,8 +219,8 @@ fn a_peer_that_comes_late_is_waited_for() {
     let port = getsockname::<SockaddrIn>(reserved.as_raw_fd()).unwrap().port();
     let here = SocketAddr::from(([127, 0, 0, 1], port));
 
-    let one = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let addresses = [here, one.local_addr()];
+    let one = Listener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap();
+    let addresses = [here, one.local_addrs()[0]];
     let one_config = config(1, &addresses, 2);
     // First there is something else that hangs up, then nothing, then node 0.
     let other = TcpListener::bind(here).unwrap();
@@ -238,32 +230,35 @@ fn a_peer_that_comes_late_is_waited_for() {
             assert!(readable(other.as_raw_fd(), PATIENCE.as_millis() as u16), "node 1 does not try again");
             let (mut socket, _) = other.accept().unwrap();
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
-            socket.read_exact(&mut [0; 128]).unwrap();
+            socket.read_exact(&mut [0; 128 + 48]).unwrap();
         }
         drop(other);
-        let zero = Listener::bind(here).unwrap().mesh(config(0, &addresses, 2)).unwrap();
+        let zero = Listener::bind(&[here]).unwrap().mesh(config(0, &addresses, 2)).unwrap();
         expect_sound(&zero, &meshing.join().unwrap().unwrap(), 2);
     });
 }
 
 #[test]
 fn an_address_in_use_is_named() {
-    let first = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    let error = Listener::bind(first.local_addr()).unwrap_err().to_string();
-    assert!(error.contains(&first.local_addr().to_string()) && error.contains("in use"), "{error}");
-    let foreign = Listener::bind("192.0.2.1:0".parse().unwrap()).unwrap_err().to_string();
+    let first = Listener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap();
+    let error = Listener::bind(first.local_addrs()).unwrap_err().to_string();
+    assert!(error.contains(&first.local_addrs()[0].to_string()) && error.contains("in use"), "{error}");
+    let foreign = Listener::bind(&["192.0.2.1:0".parse().unwrap()]).unwrap_err().to_string();
     assert!(foreign.contains("192.0.2.1"), "{foreign}");
 }
 
 #[test]
 fn configurations_out_of_range_are_refused_at_once() {
-    let wrong: [fn(&mut MeshConfig); 6] = [
+    let wrong: [fn(&mut MeshConfig); 9] = [
         |c| c.addresses.clear(),
-        |c| c.addresses = vec![c.addresses[0]; 513],
+        |c| c.addresses = vec![c.addresses[0].clone(); 513],
+        |c| c.addresses[1].push(([127, 0, 0, 1], 1).into()),
         |c| c.node = NodeId(2),
         |c| c.lanes = 0,
         |c| c.version.clear(),
         |c| c.version = "v".repeat(65),
+        |c| c.keys.nodes.truncate(1),
+        |c| c.keys.nodes.swap(0, 1),
     ];
     for change in wrong {
         let (mut listeners, addresses) = listeners(2);
@@ -273,16 +268,18 @@ fn configurations_out_of_range_are_refused_at_once() {
     }
 }
 
+/// Node 0 with frames in the clear, and a peer made by hand.
+fn plain_pair() -> (TcpTransport, TcpStream) {
+    let plain = |addresses: &[SocketAddr]| MeshConfig { plaintext: true, ..config(0, addresses, 1) };
+    let (zero, raw) =
+        half_a_mesh_with(plain, |_, addresses| Raw::connect(addresses[0], 1, 0, &plain_hello(1, 0, 0, 1, 2)));
+    (zero.unwrap(), raw.socket)
+}
+
 #[test]
 fn an_impossible_frame_length_loses_that_peer_after_its_sound_frames() {
     for bad in [0u32, MAX_FRAME as u32 + 1, u32::MAX] {
-        let (zero, mut socket) = half_a_mesh(1, |_, addresses| {
-            let mut socket = connect(addresses[0]);
-            socket.write_all(&hello(1, 0, 0, 1, 2)).unwrap();
-            socket.read_exact(&mut [0; 128]).unwrap();
-            socket
-        });
-        let zero = zero.unwrap();
+        let (zero, mut socket) = plain_pair();
         let mut tap = Tap::new(&zero, 0);
         socket.write_all(&[2, 0, 0, 0, b'o', b'k']).unwrap();
         socket.write_all(&bad.to_le_bytes()).unwrap();
@@ -297,27 +294,16 @@ fn an_impossible_frame_length_loses_that_peer_after_its_sound_frames() {
 
 #[test]
 fn a_peer_that_ends_in_the_middle_of_a_frame_is_lost_with_that_said() {
-    let (zero, mut socket) = half_a_mesh(1, |_, addresses| {
-        let mut socket = connect(addresses[0]);
-        socket.write_all(&hello(1, 0, 0, 1, 2)).unwrap();
-        socket.read_exact(&mut [0; 128]).unwrap();
-        socket
-    });
+    let (zero, mut socket) = plain_pair();
     socket.write_all(&[200, 0, 0, 0, 1, 2, 3]).unwrap();
     drop(socket);
-    let error = Tap::new(&zero.unwrap(), 0).expect_loss().to_string();
+    let error = Tap::new(&zero, 0).expect_loss().to_string();
     assert!(error.contains("in the middle of a frame"), "{error}");
 }
 
 #[test]
 fn a_dropped_transport_leaves_no_socket_open() {
-    let (zero, mut socket) = half_a_mesh(1, |_, addresses| {
-        let mut socket = connect(addresses[0]);
-        socket.write_all(&hello(1, 0, 0, 1, 2)).unwrap();
-        socket.read_exact(&mut [0; 128]).unwrap();
-        socket
-    });
-    let zero = zero.unwrap();
+    let (zero, mut socket) = plain_pair();
     let receiver = zero.take_receiver(0);
     zero.send(NodeId(1), 0, &[b"bye"]).unwrap();
     drop(zero);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use coherence::engine;
 use coherence::page::{Homes, PAGE_SIZE};
 use fabric::NodeId;
+use fabric::tcp::MAX_RAILS;
 use firmware::{MachineSpec, NodeSpec};
 
 use crate::node_api::Machine;
@@ -63,9 +64,9 @@ pub struct NodeConfig {
     pub budget: Option<u64>,
     /// Who starts it.
     pub place: Place,
-    /// Where its fabric listens. Without one it is the address that its control connection comes from, which
-    /// is loopback as long as everything is on one host.
-    pub fabric_listen: Option<SocketAddr>,
+    /// Where its fabric listens, an address for each rail. Without any it is the one that its control connection
+    /// comes from, which is loopback as long as everything is on one host.
+    pub fabric_listen: Vec<SocketAddr>,
 }
 
 /// The whole machine, with how to start it.
@@ -94,6 +95,11 @@ pub struct MachineConfig {
     pub shards: Option<u16>,
     /// How long a node keeps a page that it just won.
     pub hold: Duration,
+    /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can give to
+    /// nodes on its own host only.
+    pub key: Option<PathBuf>,
+    /// Whether the fabric's frames travel in the clear.
+    pub plaintext_fabric: bool,
     /// How long the nodes may take to join; `None` for [`DEFAULT_JOIN_LOCAL`] or [`DEFAULT_JOIN_REMOTE`].
     pub join_timeout: Option<Duration>,
     /// What carries the fabric's frames.
@@ -120,6 +126,8 @@ impl Default for MachineConfig {
             join_timeout: None,
             fabric: FabricKind::default(),
             rdma: RdmaConfig::default(),
+            key: None,
+            plaintext_fabric: false,
         }
     }
 }
@@ -176,8 +184,33 @@ impl MachineConfig {
     }
 
     fn check_addresses(&self) -> Result<(), ConfigError> {
+        let rails = self.rails();
+        if let Some(other) = self.nodes.iter().find(|node| node.fabric_listen.len().max(1) != rails) {
+            return wrong(format!(
+                "node \"{}\" has {} rails and another node {rails}: give all nodes as many fabric addresses, in the \
+                 same order",
+                other.spec.name,
+                other.fabric_listen.len().max(1)
+            ));
+        }
+        if rails > MAX_RAILS {
+            return wrong(format!(
+                "{rails} rails are not possible: give a node at most {MAX_RAILS} addresses"
+            ));
+        }
+        if rails > 1
+            && self.nodes.iter().flat_map(|node| &node.fabric_listen).any(|a| a.ip().is_unspecified())
+        {
+            return wrong("a rail must be the address of a network card: 0.0.0.0 is all of them");
+        }
         let remote = self.nodes.iter().find(|node| node.place == Place::Remote);
         let Some(remote) = remote.map(|node| &node.spec.name) else { return Ok(()) };
+        if self.key.is_none() {
+            return wrong(format!(
+                "node \"{remote}\" joins from elsewhere and must prove who it is: make a key with `gestalt key new \
+                 FILE`, name it with key = \"FILE\" (--key), and give the node that key too"
+            ));
+        }
         let Some(listen) = self.listen else {
             return wrong(format!(
                 "node \"{remote}\" joins from elsewhere and needs to know where: give an address and port, \
@@ -186,7 +219,7 @@ impl MachineConfig {
         };
         let nowhere = |node: &&NodeConfig| {
             node.place == Place::Local
-                && node.fabric_listen.is_none_or(|address| address.ip().is_unspecified())
+                && node.fabric_listen.first().is_none_or(|address| address.ip().is_unspecified())
         };
         if listen.ip().is_unspecified()
             && let Some(local) = self.nodes.iter().find(nowhere)
@@ -226,6 +259,7 @@ impl MachineConfig {
             hold: self.hold,
             silence: self.silence,
             rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),
+            plaintext_fabric: self.plaintext_fabric,
         }
     }
 
@@ -239,6 +273,11 @@ impl MachineConfig {
     /// The index of the node of this name.
     pub fn node_named(&self, name: &str) -> Option<usize> {
         self.nodes.iter().position(|node| node.spec.name == name)
+    }
+
+    /// How many rails every node has.
+    pub fn rails(&self) -> usize {
+        self.nodes.iter().map(|node| node.fabric_listen.len()).max().unwrap_or(0).max(1)
     }
 
     /// Whether somebody has to start nodes elsewhere.
@@ -352,7 +391,7 @@ mod tests {
             spec: NodeSpec { name: name.into(), cpus: 1, memory: 256 << 20 },
             budget: None,
             place,
-            fabric_listen: None,
+            fabric_listen: Vec::new(),
         }
     }
 
@@ -419,7 +458,14 @@ mod tests {
             (machine(vec![node("a b", Place::Local)]), "cannot be a node's name"),
             (machine(vec![node("n0", Place::Local), node("n0", Place::Local)]), "n0"),
             (machine(vec![]), "no node"),
-            (machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]), "needs to know where"),
+            (machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]), "must prove who it is"),
+            (
+                MachineConfig {
+                    key: Some("k".into()),
+                    ..machine(vec![node("n0", Place::Local), node("n1", Place::Remote)])
+                },
+                "needs to know where",
+            ),
         ];
         for (config, part) in cases {
             let said = refusal(&config);
@@ -430,10 +476,23 @@ mod tests {
     #[test]
     fn a_wildcard_address_needs_fabric_addresses_when_others_join() {
         let mut config = machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]);
+        config.key = Some("machine.key".into());
         config.listen = Some("0.0.0.0:7700".parse().unwrap());
         assert!(refusal(&config).contains("cannot reach node \"n0\""));
-        config.nodes[0].fabric_listen = Some("192.0.2.1:0".parse().unwrap());
+        config.nodes[0].fabric_listen = vec!["192.0.2.1:0".parse().unwrap()];
         assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn all_nodes_have_as_many_rails() {
+        let mut config = machine(vec![node("n0", Place::Local), node("n1", Place::Local)]);
+        let rails = |addresses: &[&str]| addresses.iter().map(|address| address.parse().unwrap()).collect();
+        config.nodes[0].fabric_listen = rails(&["192.0.2.1:0", "198.51.100.1:0"]);
+        assert!(refusal(&config).contains("node \"n1\" has 1 rails and another node 2"));
+        config.nodes[1].fabric_listen = rails(&["192.0.2.2:0", "0.0.0.0:0"]);
+        assert!(refusal(&config).contains("0.0.0.0 is all of them"));
+        config.nodes[1].fabric_listen = rails(&["192.0.2.2:0", "198.51.100.2:0"]);
+        assert_eq!((config.check(), config.rails()), (Ok(()), 2));
     }
 
     #[test]

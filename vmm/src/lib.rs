@@ -13,6 +13,7 @@
 //! | [`coordinator`], [`terminal`] | `gestalt run`: brings the nodes up and holds them to the end |
 //! | [`node_api`] | what coordinator and node say to each other |
 //! | [`node`] | one node, from its assignment to the machine's end: start reading here |
+//! | [`keys`] | how coordinator and nodes know each other |
 //! | [`doctor`] | whether a node can run on this host |
 //! | [`kvm`] | KVM behind safe types |
 //! | [`vcpu`] | one thread a vCPU |
@@ -32,6 +33,7 @@ pub mod coordinator;
 pub mod devices;
 pub mod doctor;
 pub mod irq;
+pub mod keys;
 pub mod kvm;
 pub mod machine_file;
 pub mod node;

@@ -10,6 +10,8 @@
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
 //! join_timeout = "10min"
+//! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
+//! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own
 //! distances = [[10, 20], [20, 10]]    # SLIT
 //! fabric = "rdma"                     # default "tcp"; the table [rdma] is described in `rdma.rs`
 //!
@@ -24,7 +26,8 @@
 //! cpus = 2                            # 0: a memory-only node
 //! memory = "512M"
 //! where = "remote"                    # default "local": started by `gestalt run`
-//! fabric = "192.0.2.2:7701"           # where its fabric listens; an address, with or without port
+//! fabric = "192.0.2.2:7701"           # where its fabric listens; an address, with or without port,
+//!                                     # or one for each rail: ["192.0.2.2", "198.51.100.2"]
 //!
 //! [[disk]]
 //! path = "root.img"                   # raw image or block device on its node's host; relative to this file
@@ -66,6 +69,9 @@ struct FileForm {
     shards: Option<u16>,
     hold: Option<String>,
     join_timeout: Option<String>,
+    key: Option<PathBuf>,
+    #[serde(default)]
+    plaintext_fabric: bool,
     #[serde(default)]
     fabric: FabricKind,
     rdma: Option<RdmaForm>,
@@ -115,7 +121,21 @@ struct NodeForm {
     budget: Option<SizeForm>,
     #[serde(default, rename = "where")]
     place: PlaceForm,
-    fabric: Option<String>,
+    #[serde(default)]
+    fabric: RailsForm,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "an address such as \"192.0.2.2\", or a list of them")]
+enum RailsForm {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl Default for RailsForm {
+    fn default() -> Self {
+        RailsForm::Several(Vec::new())
+    }
 }
 
 #[derive(Deserialize)]
@@ -156,6 +176,7 @@ pub fn read(path: &Path) -> Result<MachineConfig, ConfigError> {
             *path = beside(folder, std::mem::take(path));
         }
     }
+    config.key = config.key.map(|key| beside(folder, key));
     Ok(config)
 }
 
@@ -186,6 +207,8 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         distances: form.distances,
         silence: duration("silence", form.silence, default.silence)?,
         shards: form.shards.or(default.shards),
+        key: form.key,
+        plaintext_fabric: form.plaintext_fabric,
         hold: duration("hold", form.hold, default.hold)?,
         join_timeout: match form.join_timeout {
             None => None,
@@ -222,7 +245,12 @@ fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
     };
     let memory = size(&form.memory)?;
     let budget = form.budget.as_ref().map(size).transpose()?;
-    let fabric_listen = form.fabric.as_deref().map(parse_fabric).transpose().map_err(at)?;
+    let rails = match &form.fabric {
+        RailsForm::One(address) => std::slice::from_ref(address),
+        RailsForm::Several(addresses) => addresses,
+    };
+    let rails = rails.iter().map(|address| parse_fabric(address));
+    let fabric_listen = rails.collect::<Result<_, _>>().map_err(at)?;
     let place = match form.place {
         PlaceForm::Local => Place::Local,
         PlaceForm::Remote => Place::Remote,
@@ -265,6 +293,8 @@ mod tests {
         cmdline = "console=ttyS0 quiet"
         listen = "127.0.0.1:7700"
         silence = "4s"
+        key = "machine.key"
+        plaintext_fabric = true
         [[node]]
         name = "n0"
         cpus = 2
@@ -302,7 +332,9 @@ mod tests {
         assert_eq!(config.nodes[1].spec.memory, 128 << 20);
         assert_eq!([0, 1].map(|node| config.nodes[node].budget), [None, Some(150 << 20)]);
         assert_eq!(config.nodes[1].place, Place::Remote);
-        assert_eq!(config.nodes[1].fabric_listen, Some("192.0.2.2:0".parse().unwrap()));
+        assert_eq!(config.nodes[0].fabric_listen, []);
+        assert_eq!(config.nodes[1].fabric_listen, ["192.0.2.2:0".parse().unwrap()]);
+        assert_eq!((config.key.as_deref(), config.plaintext_fabric), (Some(Path::new("machine.key")), true));
         let disk = Kind::Disk {
             path: "root.img".into(),
             readonly: false,
@@ -314,6 +346,15 @@ mod tests {
         assert_eq!(config.devices[1], PeripheralConfig { node: None, kind: net });
         assert_eq!(config.devices[2], PeripheralConfig { node: None, kind: Kind::Entropy });
         assert_eq!(config.check(), Ok(()));
+    }
+
+    #[test]
+    fn several_rails_are_a_list() {
+        let text = GOOD.replace("\"192.0.2.2\"", "[\"192.0.2.2\", \"198.51.100.2:7\"]");
+        let rails = ["192.0.2.2:0", "198.51.100.2:7"].map(|address| address.parse().unwrap());
+        assert_eq!(parse(&text).unwrap().nodes[1].fabric_listen, rails);
+        let said = refusal(&GOOD.replace("\"192.0.2.2\"", "3"));
+        assert!(said.contains("an address such as"), "{said}");
     }
 
     #[test]
@@ -373,5 +414,6 @@ mod tests {
         assert_eq!(config.initrd, Some(folder.path().join("initrd.img")));
         let root = folder.path().join("root.img");
         assert!(matches!(&config.devices[0].kind, Kind::Disk { path, .. } if *path == root));
+        assert_eq!(config.key, Some(folder.path().join("machine.key")));
     }
 }

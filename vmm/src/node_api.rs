@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
+use fabric::secure::{KEY, PublicKey};
 use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
@@ -62,6 +63,8 @@ pub struct Machine {
     pub silence: Duration,
     /// Which RDMA ports carry the fabric's frames; `None` if TCP does.
     pub rdma: Option<RdmaConfig>,
+    /// Whether the fabric's frames travel in the clear, unprotected once the peers have proven who they are.
+    pub plaintext_fabric: bool,
 }
 
 /// What a node is told when the coordinator accepts it.
@@ -71,15 +74,17 @@ pub struct Assignment {
     pub node: u16,
     /// The machine.
     pub machine: Machine,
-    /// Where this node's fabric listener binds; port 0 lets the kernel choose.
-    pub fabric_listen: SocketAddr,
+    /// Where this node's fabric listens, by rail; port 0 lets the kernel choose.
+    pub fabric_listen: Vec<SocketAddr>,
 }
 
 /// What a node contributes to the decisions that need all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joined {
-    /// Where its peers reach its fabric listener.
-    pub fabric: SocketAddr,
+    /// Where its peers reach its fabric, by rail.
+    pub fabric: Vec<SocketAddr>,
+    /// The public key by which its peers know it during this run.
+    pub fabric_key: [u8; KEY],
     /// What KVM can offer there: `kvm::HostCpu::cpuid`.
     pub cpuid: Vec<CpuidEntry>,
     /// IA32_ARCH_CAPABILITIES there; 0 if it has none.
@@ -98,9 +103,14 @@ pub struct Start {
 }
 
 impl Start {
-    /// The nodes' fabric addresses by node index.
-    pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.nodes.iter().map(|node| node.fabric).collect()
+    /// The nodes' fabric addresses by node index and rail.
+    pub fn addresses(&self) -> Vec<Vec<SocketAddr>> {
+        self.nodes.iter().map(|node| node.fabric.clone()).collect()
+    }
+
+    /// The nodes' public keys by node index.
+    pub fn fabric_keys(&self) -> Vec<PublicKey> {
+        self.nodes.iter().map(|node| PublicKey(node.fabric_key)).collect()
     }
 }
 

@@ -230,7 +230,7 @@ mod tests {
         let node = |name: &str| NodeConfig {
             spec: NodeSpec { name: name.into(), cpus: 2, memory: 256 << 20 },
             place: Place::Local,
-            fabric_listen: None,
+            fabric_listen: Vec::new(),
             budget: None,
         };
         MachineConfig {

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -19,6 +20,7 @@ use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 use vmm::coordinator::wire::{self, Answer};
 use vmm::doctor::{Needs, check_can_run};
+use vmm::keys::KeyFile;
 use vmm::node_api::FromCoordinator;
 
 fn gestalt(arguments: &[&str]) -> Command {
@@ -152,16 +154,21 @@ fn a_node_without_a_coordinator_gives_up() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     drop(listener);
-    let said = refusal(&["node", "--join", &address, "--name", "n0", "--join-timeout", "500ms"]);
+    let folder = tempfile::tempdir().unwrap();
+    let key = &key_file(folder.path());
+    let said =
+        refusal(&["node", "--join", &address, "--name", "n0", "--key", key, "--join-timeout", "500ms"]);
     assert!(said.contains(&format!("no coordinator was reached at {address}")), "{said}");
-    let said = refusal(&["node", "--join", "nonsense", "--name", "n0", "--join-timeout", "500ms"]);
+    let said =
+        refusal(&["node", "--join", "nonsense", "--name", "n0", "--key", key, "--join-timeout", "500ms"]);
     assert!(said.contains("\"nonsense\" is not an address"), "{said}");
-    let said = refusal(&["node", "--join", &address, "--name", "a b"]);
+    let said = refusal(&["node", "--join", &address, "--name", "a b", "--key", key]);
     assert!(said.contains("\"a b\" cannot be a node's name"), "{said}");
 }
 
 #[test]
 fn a_node_tells_a_coordinator_of_another_kind_or_version_apart() {
+    let folder = tempfile::tempdir().unwrap();
     for (reply, part) in [
         (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "does not speak Gestalt's control protocol"),
         (&b"\x19\0\0\0\0install one version, now"[..], "refused this node: install one version, now"),
@@ -174,15 +181,49 @@ fn a_node_tells_a_coordinator_of_another_kind_or_version_apart() {
             // Until the node has read it and left.
             let _ = stream.read_to_end(&mut Vec::new());
         });
-        let said = refusal(&["node", "--join", &address, "--name", "n0"]);
+        let said = refusal(&["node", "--join", &address, "--name", "n0", "--key", &key_file(folder.path())]);
+        std::fs::remove_file(folder.path().join("machine.key")).unwrap();
         assert!(said.contains(part), "{said}");
         answering.join().unwrap();
     }
 }
 
+/// The file of the test machines' key.
+fn key_file(folder: &Path) -> String {
+    let path = folder.join("machine.key");
+    KeyFile::Machine(common::machine_key()).write_new(&path).unwrap();
+    path.to_str().unwrap().into()
+}
+
+#[test]
+fn keys_are_made_for_their_owner_alone_and_shown_without_their_secret() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (machine, node) = (path("machine.key"), path("n1.key"));
+    assert!(output(&["key", "new", &machine]).status.success());
+    assert!(output(&["key", "node", &machine, "n1", &node]).status.success());
+    let show = |file: &str| String::from_utf8(output(&["key", "show", file]).stdout).unwrap();
+    let coordinator = show(&machine).lines().last().unwrap().to_owned();
+    assert!(coordinator.starts_with("coordinator ") && show(&node).contains(&coordinator));
+    assert!(show(&node).starts_with("key of node n1\n"));
+    for file in [&machine, &node] {
+        let text = std::fs::read_to_string(file).unwrap();
+        let secret = text.split_whitespace().find(|word| word.len() == 64).unwrap();
+        assert!(!show(file).contains(secret), "the secret shows");
+    }
+    assert!(refusal(&["key", "new", &machine]).contains("never overwritten"));
+    assert!(refusal(&["key", "node", &node, "n2", &path("n2.key")]).contains("node n1 alone"));
+    let said = refusal(&["node", "--join", "127.0.0.1:1", "--name", "n0", "--key", &node]);
+    assert!(said.contains("that of node n1"), "{said}");
+    std::fs::set_permissions(&machine, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let said = refusal(&["key", "show", &machine]);
+    assert!(said.contains("chmod 600"), "{said}");
+}
+
 /// A `gestalt run` whose nodes are all elsewhere: in threads of this test.
 struct Run {
     child: Child,
+    _keys: tempfile::TempDir,
     address: String,
     stderr: Receiver<String>,
 }
@@ -190,6 +231,8 @@ struct Run {
 impl Run {
     fn start(nodes: usize, stdin: Stdio, stdout: Stdio, more: &[&str]) -> Run {
         let mut command = gestalt(&["run", "--kernel", "vmlinuz", "--listen", "127.0.0.1:0"]);
+        let keys = tempfile::tempdir().unwrap();
+        command.args(["--key", &key_file(keys.path())]);
         for index in 0..nodes {
             command.args(["--node", &format!("name=n{index},cpus=1,memory=256M,where=remote")]);
         }
@@ -198,7 +241,7 @@ impl Run {
         let (tell, stderr) = channel::unbounded();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| tell.send(line)));
-        let mut run = Run { child, address: String::new(), stderr };
+        let mut run = Run { child, address: String::new(), stderr, _keys: keys };
         let hint = run.line_with("gestalt node --join");
         run.address = hint.split("--join ").nth(1).unwrap().split(' ').next().unwrap().into();
         run
@@ -257,7 +300,10 @@ fn a_lost_node_ends_the_run_with_an_error_within_five_seconds() {
     let mut run = Run::start(2, Stdio::null(), Stdio::null(), &[]);
     let node = echo_node(&run.address, "n0");
     let lost = TcpStream::connect(&run.address).unwrap();
-    let Answer::Assigned(_) = wire::introduce(&lost, &hello("n1")).unwrap() else { panic!("refused") };
+    let key = common::machine_key().node("n1").unwrap();
+    let (Answer::Assigned(_), _) = wire::introduce(&lost, &key, &hello("n1")).unwrap() else {
+        panic!("refused")
+    };
     let begin = Instant::now();
     drop(lost);
     let said = run.line_with("gestalt: ");

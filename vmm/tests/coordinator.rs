@@ -9,16 +9,17 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, echo_guest, echo_node, hello, machine, options, prepare};
+use common::{PATIENCE, echo_guest, echo_node, hello, machine, machine_key, options, prepare};
 use crossbeam::channel::{self, Receiver, Sender};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vmm::config::{MachineConfig, Place};
 use vmm::coordinator::event::{Interrupt, Outcome, ProcessEnd};
-use vmm::coordinator::join::{JoinError, join};
+use vmm::coordinator::join::{JoinError, JoinOptions, join};
 use vmm::coordinator::spawn::{NodeProcess, Spawner, start};
 use vmm::coordinator::wire::{self, Answer, Assigned};
 use vmm::coordinator::{Console, Coordinator, CoordinatorError, Ended};
+use vmm::keys::{MachineKey, NodeKey};
 use vmm::node_api::{Assignment, Control, FromCoordinator, ToCoordinator};
 
 /// What a fake node does once it has joined; its process is ended when it returns `true`.
@@ -33,13 +34,18 @@ struct Fakes {
 }
 
 impl Spawner for Fakes {
-    fn spawn(&mut self, name: &str, join_at: SocketAddr) -> std::io::Result<Arc<dyn NodeProcess>> {
+    fn spawn(
+        &mut self,
+        name: &str,
+        join_at: SocketAddr,
+        key: &NodeKey,
+    ) -> std::io::Result<Arc<dyn NodeProcess>> {
         let mut command = Command::new("sleep");
         command.arg("1000");
-        let process = start(command, name)?;
+        let process = start(command, name, b"")?;
         self.started.lock().unwrap().push((name.into(), process.clone()));
         let (behaviour, own) = (self.behaviour.clone(), process.clone());
-        let options = options(&join_at.to_string(), name);
+        let options = JoinOptions { key: key.clone(), ..options(&join_at.to_string(), name) };
         thread::spawn(move || {
             let Ok((assignment, control)) = join(&options) else { return };
             if behaviour(&assignment, &control) {
@@ -80,7 +86,7 @@ impl Machine {
         // Processes end with the thread that starts them: the coordinator's own.
         thread::spawn(move || {
             let fakes = Box::new(Fakes { behaviour, started: spawned });
-            let coordinator = Coordinator::bind(config, fakes).unwrap();
+            let coordinator = Coordinator::bind(config, machine_key(), fakes).unwrap();
             say_address.send(coordinator.address().unwrap().to_string()).unwrap();
             let output = Box::new(move |bytes| write.send(bytes).unwrap_or(()));
             let console = Console { input, interrupts, attach: Box::new(|_| {}), output, dumps };
@@ -199,7 +205,10 @@ fn a_node_that_falls_silent_ends_the_machine_within_five_seconds() {
     let loud = echo_node(&machine.address, "n0");
     // By hand, without the heartbeats of the real thing.
     let mut silent = TcpStream::connect(&machine.address).unwrap();
-    let Answer::Assigned(_) = wire::introduce(&silent, &hello("n1")).unwrap() else { panic!("refused") };
+    let key = machine_key().node("n1").unwrap();
+    let (Answer::Assigned(_), _) = wire::introduce(&silent, &key, &hello("n1")).unwrap() else {
+        panic!("refused")
+    };
     silent.set_write_timeout(Some(PATIENCE)).unwrap();
     let begin = Instant::now();
     let why = machine.failure();
@@ -269,13 +278,17 @@ fn an_interrupt_ends_all_nodes() {
 
 /// What the coordinator answers to raw bytes before it closes the connection.
 fn answer_to(address: &str, bytes: &[u8]) -> String {
+    String::from_utf8_lossy(&answer_bytes(address, bytes)).into_owned()
+}
+
+fn answer_bytes(address: &str, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(bytes).unwrap();
     let mut answer = Vec::new();
     // A reset is an end as well: the coordinator closed with our garbage unread.
     let _ = stream.read_to_end(&mut answer);
-    String::from_utf8_lossy(&answer).into_owned()
+    answer
 }
 
 fn frame(payload: &[u8]) -> Vec<u8> {
@@ -291,7 +304,17 @@ fn strangers_are_told_off_and_do_not_disturb_a_running_machine() {
         Err(JoinError::Refused { why, .. }) => why,
         other => panic!("{other:?}"),
     };
-    assert!(refused(options(address, "n7")).contains("its nodes are n0"));
+    assert!(refused(options(address, "n7")).contains("its key is of no node of this machine"));
+    let claims = |name: &str, key: NodeKey| JoinOptions { key, ..options(address, name) };
+    let stranger = MachineKey::from_bytes([1; 32]).node("n0").unwrap();
+    // Another machine's: it expects another coordinator, which this one is not.
+    assert!(refused(claims("n0", stranger.clone())).contains("key is not that of this machine"));
+    let coordinator = machine_key().node("n0").unwrap().coordinator;
+    let stranger = NodeKey { coordinator, ..stranger };
+    assert!(refused(claims("n0", stranger)).contains("its key is of no node of this machine"));
+    let own = machine_key().node("n0").unwrap();
+    let said = refused(claims("n9", own));
+    assert!(said.contains("the key of node n0 and claims the place of \"n9\""), "{said}");
     assert!(refused(options(address, "n0")).contains("has joined already"));
     // One that never says anything, and keeps its connection.
     let _silent = TcpStream::connect(address).unwrap();
@@ -308,10 +331,45 @@ fn strangers_are_told_off_and_do_not_disturb_a_running_machine() {
 }
 
 #[test]
+fn a_replayed_introduction_joins_nothing() {
+    let machine = Machine::start(machine(2, Place::Remote), echo());
+    // What node n0 says on its way in is written down.
+    let tap = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at_tap = tap.local_addr().unwrap().to_string();
+    let (said, coordinator) = (Arc::new(Mutex::new(Vec::new())), machine.address.clone());
+    let said_to_tap = said.clone();
+    thread::spawn(move || {
+        let (mut near, _) = tap.accept().unwrap();
+        let mut far = TcpStream::connect(coordinator).unwrap();
+        let (mut back_from, mut back_to) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+        thread::spawn(move || std::io::copy(&mut back_from, &mut back_to));
+        let mut piece = [0; 4096];
+        while let Ok(length @ 1..) = near.read(&mut piece) {
+            said_to_tap.lock().unwrap().extend_from_slice(&piece[..length]);
+            far.write_all(&piece[..length]).unwrap();
+        }
+    });
+    let first = echo_node(&at_tap, "n0");
+    let said = said.lock().unwrap().clone();
+    let answer = answer_bytes(&machine.address, &said);
+    // The second handshake message, which only the true node can use, and no word more.
+    assert_eq!(answer.len(), 4 + 1 + 48);
+    let second = echo_node(&machine.address, "n1");
+    machine.expect("hello");
+    machine.type_text("!");
+    assert_eq!(machine.end().outcome, Outcome::PoweredOff);
+    first.join().unwrap().unwrap();
+    second.join().unwrap().unwrap();
+}
+
+#[test]
 fn a_node_that_sends_garbage_after_joining_is_named() {
     let machine = Machine::start(machine(1, Place::Remote), echo());
     let mut stream = TcpStream::connect(&machine.address).unwrap();
-    let Answer::Assigned(_) = wire::introduce(&stream, &hello("n0")).unwrap() else { panic!("refused") };
+    let key = machine_key().node("n0").unwrap();
+    let (Answer::Assigned(_), _) = wire::introduce(&stream, &key, &hello("n0")).unwrap() else {
+        panic!("refused")
+    };
     stream.write_all(&[0xff; 64]).unwrap();
     let why = machine.failure();
     assert!(why.starts_with("node n0 was lost: it sent a frame of 4294967295 bytes"), "{why}");
@@ -322,7 +380,7 @@ fn an_address_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let config = MachineConfig { listen: taken.local_addr().ok(), ..machine(1, Place::Local) };
     let fakes = Fakes { behaviour: echo(), started: Started::default() };
-    match Coordinator::bind(config, Box::new(fakes)) {
+    match Coordinator::bind(config, machine_key(), Box::new(fakes)) {
         Err(CoordinatorError::InUse(address)) => assert_eq!(Some(address), taken.local_addr().ok()),
         other => panic!("{:?}", other.map(|coordinator| coordinator.address())),
     }
@@ -334,10 +392,11 @@ fn lone_coordinator(then: impl FnOnce(TcpStream) + Send + 'static) -> String {
     let address = listener.local_addr().unwrap().to_string();
     thread::spawn(move || {
         let (stream, _) = listener.accept().unwrap();
-        wire::receive_hello(&stream).unwrap();
+        let keys = machine_key().coordinator(["n0"].into_iter()).unwrap();
+        let (_, mut session) = wire::receive_hello(&stream, &keys).unwrap();
         let config = MachineConfig { silence: Duration::from_secs(1), ..machine(1, Place::Remote) };
-        let assigned = Assigned { node: 0, machine: config.machine([7; 16]), fabric_listen: None };
-        wire::answer(&stream, &Answer::Assigned(Box::new(assigned))).unwrap();
+        let assigned = Assigned { node: 0, machine: config.machine([7; 16]), fabric_listen: Vec::new() };
+        wire::answer(&stream, &mut session.sender, &Answer::Assigned(Box::new(assigned))).unwrap();
         then(stream);
     });
     address
@@ -377,7 +436,7 @@ fn processes_end_with_the_thread_that_started_them() {
     let process = thread::spawn(|| {
         let mut command = Command::new("sleep");
         command.arg("1000");
-        start(command, "n0").unwrap()
+        start(command, "n0", b"").unwrap()
     });
     assert_eq!(process.join().unwrap().wait(), ProcessEnd::Signal(9));
 }
@@ -386,7 +445,7 @@ fn processes_end_with_the_thread_that_started_them() {
 fn a_process_can_be_killed_and_waited_for_any_number_of_times() {
     let mut command = Command::new("sh");
     command.args(["-c", "exit 3"]);
-    let process = start(command, "n0").unwrap();
+    let process = start(command, "n0", b"").unwrap();
     assert_eq!(process.wait(), ProcessEnd::Code(3));
     process.kill();
     assert_eq!(process.wait(), ProcessEnd::Code(3));

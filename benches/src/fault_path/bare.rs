@@ -65,7 +65,11 @@ impl Bare {
     ) -> Result<Bare> {
         let mut wire: Box<dyn Wire> = match (transport, listener) {
             (Some(transport), _) => Box::new(Queues::new(transport)?),
-            (None, Some(listener)) => Box::new(Sockets::mesh(setup.node, listener, &setup.addresses)?),
+            (None, Some(listener)) => {
+                let addresses: Vec<_> =
+                    setup.addresses.iter().filter_map(|rails| rails.first().copied()).collect();
+                Box::new(Sockets::mesh(setup.node, listener, &addresses)?)
+            }
             (None, None) => bail!("a node must listen before it starts"),
         };
         let uffd = Arc::new(Uffd::open().map_err(anyhow::Error::msg)?);

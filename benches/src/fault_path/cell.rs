@@ -12,8 +12,12 @@ use crate::place;
 /// What carries the messages.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Net {
-    /// TCP on the loopback device; every node is a process.
+    /// TCP on the loopback device, sealed; every node is a process.
     Tcp,
+    /// The same in the clear.
+    TcpPlain,
+    /// TCP sealed, over two rails: frames are kept until they are acknowledged.
+    TcpRails,
     /// Queues in memory; every node is a few threads of one process.
     InProcess,
 }
@@ -23,6 +27,8 @@ impl Net {
     pub fn name(self) -> &'static str {
         match self {
             Net::Tcp => "tcp",
+            Net::TcpPlain => "tcp plain",
+            Net::TcpRails => "tcp rails",
             Net::InProcess => "in process",
         }
     }
@@ -65,7 +71,7 @@ impl Cell {
     pub fn start(kind: Kind, cpus: &[usize]) -> Result<Cell> {
         let mut peers = Vec::new();
         match kind.net {
-            Net::Tcp => {
+            Net::Tcp | Net::TcpPlain | Net::TcpRails => {
                 peers.push(Peer::Here(Box::new(Worker::new(None))));
                 for _ in 1..kind.nodes {
                     peers.push(Peer::process()?);
@@ -78,11 +84,11 @@ impl Cell {
             }
         }
         let mut cell = Cell { peers, cpus: cpus.to_vec(), next: OTHER_PAGES };
-        let mut addresses: Vec<SocketAddr> = Vec::new();
-        if kind.net == Net::Tcp {
+        let mut addresses: Vec<Vec<SocketAddr>> = Vec::new();
+        if kind.net != Net::InProcess {
             for peer in &mut cell.peers {
-                match peer.call(Command::Listen(kind.side))? {
-                    Reply::Address(address) => addresses.push(address),
+                match peer.call(Command::Listen(kind.side, if kind.net == Net::TcpRails { 2 } else { 1 }))? {
+                    Reply::Addresses(rails) => addresses.push(rails),
                     other => bail!("a node answered {other:?} instead of its address"),
                 }
             }
@@ -96,6 +102,7 @@ impl Cell {
             hold_us: kind.hold_us,
             copies: kind.copies,
             addresses: addresses.clone(),
+            plaintext: kind.net == Net::TcpPlain,
             cpus: place::share(cpus, node, kind.nodes),
         };
         for (node, peer) in cell.peers.iter_mut().enumerate().skip(1) {

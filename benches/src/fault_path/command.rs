@@ -78,8 +78,10 @@ pub struct Setup {
     pub hold_us: u64,
     /// Pages of other nodes that it may have; any number if none is given.
     pub copies: Option<u64>,
-    /// Where each node listens; empty in process.
-    pub addresses: Vec<SocketAddr>,
+    /// Where each node listens, by rail; empty in process.
+    pub addresses: Vec<Vec<SocketAddr>>,
+    /// Whether frames travel in the clear.
+    pub plaintext: bool,
     /// CPUs for the node's threads.
     pub cpus: Vec<usize>,
 }
@@ -96,8 +98,8 @@ pub struct Pages {
 /// What a node is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Command {
-    /// Listen, and say where.
-    Listen(Side),
+    /// Listen on so many rails, and say where.
+    Listen(Side, usize),
     /// Connect to the others and start.
     Start(Setup),
     /// Write a word to each page, not timed.
@@ -128,8 +130,8 @@ pub enum Command {
 /// What a node answers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Reply {
-    /// Where it listens.
-    Address(SocketAddr),
+    /// Where it listens, by rail.
+    Addresses(Vec<SocketAddr>),
     /// It was done.
     Done,
     /// How long it took.

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use coherence::memory::DualMemory;
 use coherence::page::PAGE_SIZE;
+use fabric::secure::PrivateKey;
 use fabric::sim::SimTransport;
-use fabric::tcp::{Listener, MeshConfig};
+use fabric::tcp::{Listener, MeshConfig, MeshKeys};
 use fabric::{NodeId, Transport, trace};
 
 use super::bare::Bare;
@@ -53,17 +54,17 @@ impl Worker {
     fn try_obey(&mut self, command: Command) -> Result<Reply> {
         let any = ([127, 0, 0, 1], 0).into();
         match command {
-            Command::Listen(Side::Ours) => {
-                let listener = Listener::bind(any)?;
-                let address = listener.local_addr();
+            Command::Listen(Side::Ours, rails) => {
+                let listener = Listener::bind(&vec![any; rails])?;
+                let addresses = listener.local_addrs().to_vec();
                 self.door = Some(Door::Fabric(listener));
-                return Ok(Reply::Address(address));
+                return Ok(Reply::Addresses(addresses));
             }
-            Command::Listen(Side::Floor) => {
+            Command::Listen(Side::Floor, _) => {
                 let listener = TcpListener::bind(any)?;
                 let address = listener.local_addr()?;
                 self.door = Some(Door::Plain(listener));
-                return Ok(Reply::Address(address));
+                return Ok(Reply::Addresses(vec![address]));
             }
             Command::Start(setup) => self.start(&setup)?,
             Command::Fill(pages) => self.each(pages, |word| word.store(0x1234_5678, Ordering::Relaxed))?,
@@ -120,6 +121,8 @@ impl Worker {
                     lanes: 1,
                     machine: [7; 16],
                     version: "bench".into(),
+                    keys: keys(setup.node, setup.addresses.len()),
+                    plaintext: setup.plaintext,
                     timeout: Duration::from_secs(10),
                 })?);
                 Part::Ours(Ours::start(setup, memory, transport)?)
@@ -164,6 +167,12 @@ impl Worker {
         self.each(pages, |word| _ = word.load(Ordering::Relaxed))?;
         Ok(Reply::Times(per_operation(begin.elapsed(), pages.count)))
     }
+}
+
+/// Keys that are no secret: who can connect to the bench is on this host.
+pub fn keys(node: u16, nodes: usize) -> MeshKeys {
+    let key = |node: usize| PrivateKey::from_bytes([node as u8 + 1; 32]);
+    MeshKeys { own: key(node.into()), nodes: (0..nodes).map(|node| key(node).public()).collect() }
 }
 
 fn per_operation(elapsed: Duration, count: u64) -> Times {

@@ -1,12 +1,16 @@
-//! Cuts a byte stream into frames, in place.
+//! Cuts a byte stream into frames, in place, and opens those that are sealed.
 
 use crate::MAX_FRAME;
+use crate::secure::{Opener, SecureError, TAG};
 
 /// Bytes in front of each frame: its length, little-endian.
 pub(super) const HEADER: usize = 4;
 
-/// The longest frame with its header.
-const MAX_WIRE: usize = HEADER + MAX_FRAME;
+/// Set in the header of what is no frame but the peer's count of frames received; only lanes that retain frames have it.
+pub(super) const ACKNOWLEDGES: u32 = 1 << 31;
+
+/// The longest frame with its header and its seal.
+const MAX_WIRE: usize = HEADER + MAX_FRAME + TAG;
 
 /// Bytes of one connection's receive buffer: room for a partial frame of any length and three whole ones
 /// of the longest kind. Only the pages that are really used cost memory, and a connection with little
@@ -19,20 +23,50 @@ pub(super) fn header(len: usize) -> [u8; HEADER] {
     (len as u32).to_le_bytes()
 }
 
-/// A length that no sound peer sends: zero, or more than [`MAX_FRAME`].
-#[derive(Copy, Clone, Debug, Eq, PartialEq)]
-pub(super) struct BadLength(pub(super) u32);
+/// What no sound peer sends. As text, the end of a sentence that begins with who sent it.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub(super) enum BadFrame {
+    /// A length of zero, or more than [`MAX_FRAME`].
+    #[error("it sent a frame of {0} bytes, which no node does")]
+    Length(u32),
+    /// A frame that was not sealed by the peer for this place.
+    #[error("{0}")]
+    Seal(SecureError),
+}
 
 /// The bytes of one connection that have arrived and are not delivered yet: `bytes[start..end]`.
 pub(super) struct FrameBuffer {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Opens the frames, if they are sealed.
+    opener: Option<Opener>,
+    /// Whether acknowledgements may come.
+    acknowledges: bool,
+    /// The last one.
+    acknowledged: Option<u64>,
 }
 
 impl FrameBuffer {
-    pub(super) fn new() -> FrameBuffer {
-        FrameBuffer { bytes: vec![0; CAPACITY].into_boxed_slice(), start: 0, end: 0 }
+    /// Frames are sealed if there is an `opener`; acknowledgements may come between them if `acknowledges`.
+    pub(super) fn new(opener: Option<Opener>, acknowledges: bool) -> FrameBuffer {
+        let bytes = vec![0; CAPACITY].into_boxed_slice();
+        FrameBuffer { bytes, start: 0, end: 0, opener, acknowledges, acknowledged: None }
+    }
+
+    /// Begins again with a new connection.
+    pub(super) fn restart(&mut self, opener: Option<Opener>) {
+        (self.start, self.end, self.opener, self.acknowledged) = (0, 0, opener, None);
+    }
+
+    /// Whether acknowledgements may come.
+    pub(super) fn acknowledges(&self) -> bool {
+        self.acknowledges
+    }
+
+    /// How many frames the peer has received, if it has said so since the last call.
+    pub(super) fn take_acknowledged(&mut self) -> Option<u64> {
+        self.acknowledged.take()
     }
 
     /// Where to put what arrives next; never empty. [`FrameBuffer::filled`] says how much came.
@@ -55,19 +89,33 @@ impl FrameBuffer {
     /// [`FrameBuffer::filled`]: it also makes the space for the next.
     ///
     /// # Errors
-    /// [`BadLength`] at a header that cannot be; the frames before it were delivered, and the rest of the
-    /// stream has no meaning.
-    pub(super) fn deliver(&mut self, mut sink: impl FnMut(&[u8])) -> Result<usize, BadLength> {
+    /// [`BadFrame`]: the frames before it were delivered, and the rest of the stream has no meaning.
+    pub(super) fn deliver(&mut self, mut sink: impl FnMut(&[u8])) -> Result<usize, BadFrame> {
         let mut frames = 0;
-        while let Some((header, rest)) = self.bytes[self.start..self.end].split_first_chunk::<HEADER>() {
-            let len = u32::from_le_bytes(*header);
+        let seal = if self.opener.is_some() { TAG } else { 0 };
+        while let Some(header) = self.bytes[self.start..self.end].first_chunk::<HEADER>().copied() {
+            let word = u32::from_le_bytes(header);
+            let acknowledges = self.acknowledges && word == ACKNOWLEDGES | size_of::<u64>() as u32;
+            let len = if acknowledges { word & !ACKNOWLEDGES } else { word };
             if len == 0 || len as usize > MAX_FRAME {
-                return Err(BadLength(len));
+                return Err(BadFrame::Length(len));
             }
-            let Some(frame) = rest.get(..len as usize) else { break };
+            let (at, whole) = (self.start + HEADER, HEADER + len as usize + seal);
+            if self.end - self.start < whole {
+                break;
+            }
             // Advanced first, so that a sink that panics and is caught does not see the frame twice.
-            self.start += HEADER + frame.len();
-            sink(frame);
+            self.start += whole;
+            let body = &mut self.bytes[at..self.start];
+            let body = match &mut self.opener {
+                None => body,
+                Some(opener) => opener.open(&header, body).map_err(BadFrame::Seal)?,
+            };
+            if acknowledges {
+                self.acknowledged = body.first_chunk().copied().map(u64::from_le_bytes);
+                continue;
+            }
+            sink(body);
             frames += 1;
         }
         if self.start == self.end {
@@ -86,8 +134,8 @@ mod tests {
     use proptest::prelude::*;
 
     /// Feeds `stream` in pieces of at most `chunks` bytes (cyclic), as a socket would, and returns the frames.
-    fn split(stream: &[u8], chunks: &[usize]) -> Result<Vec<Vec<u8>>, BadLength> {
-        let (mut buffer, mut out, mut rest) = (FrameBuffer::new(), Vec::new(), stream);
+    fn split(stream: &[u8], chunks: &[usize]) -> Result<Vec<Vec<u8>>, BadFrame> {
+        let (mut buffer, mut out, mut rest) = (FrameBuffer::new(None, false), Vec::new(), stream);
         for chunk in chunks.iter().cycle() {
             if rest.is_empty() {
                 break;
@@ -140,7 +188,7 @@ mod tests {
             let mut bytes = stream(&frames);
             bytes.extend(bad.to_le_bytes());
             bytes.extend([1; 100]);
-            prop_assert_eq!(split(&bytes, &[chunk]), Err(BadLength(bad)));
+            prop_assert_eq!(split(&bytes, &[chunk]), Err(BadFrame::Length(bad)));
         }
     }
 

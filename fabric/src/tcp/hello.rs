@@ -1,4 +1,4 @@
-//! The handshake: one fixed-size greeting each way, before any frame.
+//! Greetings: one of fixed size each way at the beginning of a connection, in the clear.
 //!
 //! The connecting node says who it is, whom and which lane it wants, which run of which machine it belongs
 //! to, and which software it is. The other node answers with the same fields from its side. The places of
@@ -7,8 +7,12 @@
 //!
 //! ```text
 //! offset  0 magic   8 protocol  12 kind  16 machine id  32 from  34 to  36 lane  38 lanes  40 nodes
-//!        42 version length  44 version (ASCII)  108 zeros  128 end        (integers are little-endian)
+//!        42 version length  44 version (ASCII)  108 cover (1 sealed, 2 plaintext)  110 zeros  128 end
+//!        (integers are little-endian)
 //! ```
+//!
+//! A greeting claims; what proves it follows in `handshake`. Until then a greeting may cost its own connection and
+//! nothing else, whatever it says.
 
 use crate::{LaneId, NodeId};
 
@@ -18,10 +22,13 @@ pub(super) const GREETING: usize = 128;
 /// The longest version text, in bytes.
 pub(super) const MAX_VERSION: usize = 64;
 
+/// Where a greeting says how frames travel.
+const COVER: usize = 108;
+
 const MAGIC: [u8; 8] = *b"GESTALTF";
 
 /// The version of the fabric's wire format: the greeting and the framing.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 
 /// What a greeting is for.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
@@ -46,6 +53,8 @@ pub(super) struct Greeting {
     pub(super) lanes: u16,
     pub(super) nodes: u16,
     pub(super) version: String,
+    /// Whether frames are to travel in the clear.
+    pub(super) plaintext: bool,
 }
 
 /// What every greeting of this node has in common.
@@ -56,6 +65,7 @@ pub(super) struct Identity {
     pub(super) nodes: u16,
     pub(super) lanes: u16,
     pub(super) version: String,
+    pub(super) plaintext: bool,
 }
 
 /// Why a greeting was not accepted, as the end of a sentence.
@@ -63,8 +73,13 @@ pub(super) struct Identity {
 pub(super) enum Rejection {
     /// It is no business of this node: the connection is closed and everything goes on.
     Stranger(String),
-    /// A node of this machine runs other software: the machine cannot start.
-    Version(String),
+    /// The same of one that says it is a node of this machine, but with other software or without the key.
+    Claim {
+        /// Who it says it is; it may be no node at all.
+        from: NodeId,
+        /// What is wrong.
+        why: String,
+    },
 }
 
 impl Identity {
@@ -80,6 +95,7 @@ impl Identity {
             lanes: self.lanes,
             nodes: self.nodes,
             version: self.version.clone(),
+            plaintext: self.plaintext,
         }
     }
 
@@ -126,16 +142,25 @@ impl Identity {
             ));
         }
         if theirs.protocol != PROTOCOL || theirs.version != self.version {
-            return Err(Rejection::Version(format!(
+            let why = format!(
                 "{} runs version {} (fabric protocol {}), this is {} with version {} (fabric protocol \
                  {PROTOCOL}): install the same version on every node",
                 theirs.from, theirs.version, theirs.protocol, self.node, self.version
-            )));
+            );
+            return Err(Rejection::Claim { from: theirs.from, why });
         }
         if theirs.to != self.node || theirs.nodes != self.nodes || theirs.lanes != self.lanes {
             return Err(Rejection::Stranger(format!(
                 "it wants {} of {} nodes with {} lanes, this is {} of {} nodes with {} lanes",
                 theirs.to, theirs.nodes, theirs.lanes, self.node, self.nodes, self.lanes
+            )));
+        }
+        if theirs.plaintext != self.plaintext {
+            let cover = |plaintext| if plaintext { "in the clear" } else { "sealed" };
+            return Err(Rejection::Stranger(format!(
+                "it wants frames {}, this node wants them {}",
+                cover(theirs.plaintext),
+                cover(self.plaintext)
             )));
         }
         Ok(())
@@ -169,6 +194,7 @@ impl Greeting {
             put(&short.to_le_bytes());
         }
         put(self.version.as_bytes());
+        out[COVER] = if self.plaintext { 2 } else { 1 };
         out
     }
 
@@ -192,8 +218,15 @@ impl Greeting {
             .split_at_checked(usize::from(u16_at(42)))
             .filter(|(version, _)| is_version(version))
             .ok_or("it sent a greeting with a malformed version")?;
-        if protocol == PROTOCOL && rest.iter().any(|byte| *byte != 0) {
-            return Err("it sent a greeting with bytes after its end".into());
+        let cover = u16_at(COVER);
+        if protocol == PROTOCOL {
+            let (fill, end) = (&rest[..rest.len() - (GREETING - COVER)], &bytes[COVER + 2..]);
+            if fill.iter().chain(end).any(|byte| *byte != 0) {
+                return Err("it sent a greeting with bytes after its end".into());
+            }
+            if !(1..=2).contains(&cover) {
+                return Err(format!("it wants frames in an unknown way, {cover}"));
+            }
         }
         Ok(Greeting {
             kind,
@@ -205,6 +238,7 @@ impl Greeting {
             lanes: u16_at(38),
             nodes: u16_at(40),
             version: version.iter().map(|byte| char::from(*byte)).collect(),
+            plaintext: cover == 2,
         })
     }
 }
@@ -215,7 +249,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn identity(node: u16) -> Identity {
-        Identity { machine: [7; 16], node: NodeId(node), nodes: 3, lanes: 4, version: "0.1.0".into() }
+        Identity {
+            machine: [7; 16],
+            node: NodeId(node),
+            nodes: 3,
+            lanes: 4,
+            version: "0.1.0".into(),
+            plaintext: false,
+        }
     }
 
     #[test]
@@ -230,7 +271,7 @@ mod tests {
     #[test]
     fn each_wrong_field_is_refused() {
         let good = identity(2).greeting(Kind::Hello, NodeId(1), 3);
-        let wrong: [fn(&mut Greeting); 9] = [
+        let wrong: [fn(&mut Greeting); 10] = [
             |h| h.kind = Kind::Accept,
             |h| h.machine[15] ^= 1,
             |h| h.from = NodeId(3),
@@ -240,6 +281,7 @@ mod tests {
             |h| h.lane = 4,
             |h| h.lanes = 5,
             |h| h.nodes = 4,
+            |h| h.plaintext = true,
         ];
         for change in wrong {
             let mut hello = good.clone();
@@ -255,7 +297,7 @@ mod tests {
     fn another_version_is_named_with_this_one() {
         let mut hello = identity(2).greeting(Kind::Hello, NodeId(1), 3);
         hello.version = "0.2.0".into();
-        let Err(Rejection::Version(why)) = identity(1).check_hello(&hello) else { panic!("accepted") };
+        let Err(Rejection::Claim { why, .. }) = identity(1).check_hello(&hello) else { panic!("accepted") };
         assert!(why.contains("0.2.0") && why.contains("0.1.0"), "{why}");
     }
 
@@ -272,10 +314,12 @@ mod tests {
         #[test]
         fn what_is_decoded_is_what_was_encoded(
             tail in prop::array::uniform32(any::<u8>()), kind in 0u32..5, len in 0u16..70, begin in any::<bool>(),
+            cover in 0u8..4,
         ) {
             let mut bytes = [0; GREETING];
             if begin { bytes[..8].copy_from_slice(&MAGIC); }
-            bytes[8] = 1;
+            bytes[8] = 2;
+            bytes[COVER] = cover;
             bytes[12..16].copy_from_slice(&kind.to_le_bytes());
             bytes[16..48].copy_from_slice(&tail);
             bytes[42..44].copy_from_slice(&len.to_le_bytes());
@@ -283,7 +327,8 @@ mod tests {
             if let Ok(greeting) = Greeting::decode(&bytes) {
                 prop_assert_eq!(greeting.encode(), bytes);
             } else {
-                prop_assert!(!begin || !(1..4).contains(&kind) || !(1..=64).contains(&len) || (len < 4));
+                let fine = begin && (1..4).contains(&kind) && (4..=64).contains(&len) && (1..3).contains(&cover);
+                prop_assert!(!fine);
             }
         }
     }

@@ -1,14 +1,20 @@
-//! One lane: its connections to all peers, and the receiver over them.
+//! One lane: its links to all peers, and the receiver over them.
 
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::frames::{BadLength, FrameBuffer, HEADER};
-use super::link::{Link, Received};
+use super::frames::HEADER;
+use super::handshake::Met;
+use super::incoming::Received;
+use super::keeper::Mailbox;
+use super::link::Link;
+use super::mesh::Session;
 use crate::transport::Counters;
 use crate::{FabricError, LaneId, NodeId, Receiver, TransportStats};
 
@@ -34,45 +40,61 @@ const EVENTS: usize = 64;
 /// Frames sent with one system call. Each is three parts to the kernel, which takes 1024.
 pub(super) const MOST_AT_ONCE: usize = 64;
 
-/// What senders and the receiver of a lane share.
+/// What the lane's epoll says when a peer was given up; no node has this number.
+const NEWS: u64 = u64::MAX;
+
+/// What senders, the receiver and the keeper of a lane share.
 pub(super) struct Lane {
+    id: LaneId,
     /// Watches every live link: readable always, writable while the link has a backlog. Level-triggered.
     epoll: Epoll,
     /// By node; `None` for this node itself.
     links: Vec<Option<Link>>,
     counters: Counters,
+    /// Who is told of broken connections, where there are several rails.
+    mailbox: Option<Arc<Mailbox>>,
+    /// Readable while a peer may have been given up that the receiver has not reported.
+    news: EventFd,
+    has_news: AtomicBool,
 }
 
 impl Lane {
-    /// Takes the lane's connections, by node.
-    pub(super) fn new(lane: LaneId, sockets: Vec<Option<TcpStream>>) -> Result<Lane, FabricError> {
+    /// Takes the lane's connections, by node. With a `mailbox` they may be replaced.
+    pub(super) fn new(
+        id: LaneId,
+        plaintext: bool,
+        sessions: Vec<Option<Session>>,
+        mailbox: Option<Arc<Mailbox>>,
+    ) -> Result<Lane, FabricError> {
         let io = |what| move |error: Errno| FabricError::Io { what, source: error.into() };
         let epoll =
             Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(io("creating a lane's epoll descriptor"))?;
-        let mut links = Vec::with_capacity(sockets.len());
-        for (socket, peer) in sockets.into_iter().zip(0..) {
-            let link = socket.map(|socket| Link::new(NodeId(peer), socket));
+        let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
+            .map_err(io("creating an eventfd"))?;
+        epoll.add(&news, EpollEvent::new(EpollFlags::EPOLLIN, NEWS)).map_err(io("watching an eventfd"))?;
+        let mut links = Vec::with_capacity(sessions.len());
+        for (session, peer) in sessions.into_iter().zip(0..) {
+            let link = session.map(|session| Link::new(NodeId(peer), session, plaintext, mailbox.is_some()));
             if let Some(link) = &link {
-                epoll
-                    .add(link, EpollEvent::new(EpollFlags::EPOLLIN, peer.into()))
-                    .map_err(io("watching a peer's connection"))?;
+                link.register(&epoll).map_err(io("watching a peer's connection"))?;
             }
             links.push(link);
         }
-        tracing::debug!(lane, nodes = links.len(), "lane is up");
-        Ok(Lane { epoll, links, counters: Counters::default() })
+        tracing::debug!(lane = id, nodes = links.len(), plaintext, "lane is up");
+        let has_news = AtomicBool::new(false);
+        Ok(Lane { id, epoll, links, counters: Counters::default(), mailbox, news, has_news })
     }
 
     /// Sends a frame of `len` bytes, checked by the caller; see [`Link::send`].
     pub(super) fn send(&self, to: NodeId, len: usize, parts: &[&[u8]]) -> Result<(), FabricError> {
-        self.link(to)?.send(&self.epoll, len, parts)?;
+        self.link(to)?.send(&self.epoll, len, parts).inspect_err(|_| self.tell())?;
         self.counters.sent(1, (HEADER + len) as u64);
         Ok(())
     }
 
     /// Sends up to [`MOST_AT_ONCE`] frames, checked by the caller; see [`Link::send_all`].
     pub(super) fn send_all(&self, to: NodeId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
-        let bytes = self.link(to)?.send_all(&self.epoll, frames)?;
+        let bytes = self.link(to)?.send_all(&self.epoll, frames).inspect_err(|_| self.tell())?;
         self.counters.sent(frames.len() as u64, bytes as u64);
         Ok(())
     }
@@ -86,13 +108,59 @@ impl Lane {
     pub(super) fn add_stats(&self, stats: &mut TransportStats) {
         self.counters.add_to(stats);
     }
+
+    /// Whether the lane to `peer` must move.
+    pub(super) fn is_down(&self, peer: NodeId) -> bool {
+        self.link(peer).is_ok_and(Link::is_down)
+    }
+
+    /// See [`Link::suspend`].
+    pub(super) fn suspend(&self, peer: NodeId) -> Result<u64, String> {
+        self.link(peer).map_err(|error| error.to_string())?.suspend(&self.epoll)
+    }
+
+    /// See [`Link::resume`].
+    pub(super) fn resume(
+        &self,
+        peer: NodeId,
+        socket: TcpStream,
+        met: Met,
+        plaintext: bool,
+    ) -> Result<(), FabricError> {
+        let resumed = self.link(peer)?.resume(&self.epoll, socket, met, plaintext);
+        resumed.inspect_err(|_| self.tell())
+    }
+
+    /// The peer is lost: no connection to it will come any more.
+    pub(super) fn give_up(&self, peer: NodeId, why: &str) {
+        if let Ok(link) = self.link(peer) {
+            link.end(why.to_owned());
+            self.tell();
+        }
+    }
+
+    /// Wakes the receiver to look for lost peers: where a lane may be without a connection, nothing else would.
+    fn tell(&self) {
+        if self.mailbox.is_some() {
+            // Fails only if it has been rung 2^64 times. Before the mark: who sees the mark can hush the bell.
+            let _ = self.news.write(1);
+            self.has_news.store(true, SeqCst);
+        }
+    }
+
+    /// The receiver has looked, or begins to.
+    fn hush(&self) {
+        if self.has_news.load(SeqCst) {
+            self.has_news.store(false, SeqCst);
+            // Fails only if it was not rung.
+            let _ = self.news.read();
+        }
+    }
 }
 
 /// The receiving side of a lane.
 pub(super) struct LaneReceiver {
     lane: Arc<Lane>,
-    /// By node; `None` for this node and for lost peers.
-    buffers: Vec<Option<FrameBuffer>>,
     /// The peers that are not lost, as indexes.
     live: Vec<usize>,
     events: [EpollEvent; EVENTS],
@@ -100,55 +168,49 @@ pub(super) struct LaneReceiver {
 
 impl LaneReceiver {
     pub(super) fn new(lane: Arc<Lane>) -> LaneReceiver {
-        let buffers: Vec<_> =
-            lane.links.iter().map(|link| link.as_ref().map(|_| FrameBuffer::new())).collect();
-        let live = (0..buffers.len()).filter(|peer| buffers[*peer].is_some()).collect();
-        LaneReceiver { lane, buffers, live, events: [EpollEvent::empty(); EVENTS] }
+        let live = (0..lane.links.len()).filter(|peer| lane.links[*peer].is_some()).collect();
+        LaneReceiver { lane, live, events: [EpollEvent::empty(); EVENTS] }
     }
 
     /// One receive from `peer`, and its frames to `sink`.
     fn receive(&mut self, peer: usize, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError> {
-        let (Some(link), Some(buffer)) = (&self.lane.links[peer], &mut self.buffers[peer]) else {
-            return Ok(0);
-        };
-        match link.receive(buffer.space()) {
-            Received::Nothing => Ok(0),
-            Received::Bytes(n) => {
-                buffer.filled(n);
-                let (mut frames, mut bytes) = (0, 0);
-                let delivered = buffer.deliver(|frame| {
-                    frames += 1;
-                    bytes += (HEADER + frame.len()) as u64;
-                    sink(link.peer(), frame);
-                });
-                self.lane.counters.received(frames, bytes);
-                let Err(BadLength(len)) = delivered else { return Ok(frames as usize) };
-                let error = link.end(format!("it sent a frame of {len} bytes, which no node does"));
-                self.forget(peer);
-                Err(error)
+        let Some(link) = self.lane.links.get(peer).and_then(Option::as_ref) else { return Ok(0) };
+        match link.receive(&self.lane.epoll, &mut |frame| sink(link.peer, frame)) {
+            Received::Frames(frames, bytes) => {
+                if frames > 0 {
+                    self.lane.counters.received(frames, bytes);
+                }
+                Ok(frames as usize)
+            }
+            Received::Broken => {
+                if let Some(mailbox) = &self.lane.mailbox {
+                    mailbox.broken(link.peer, self.lane.id);
+                }
+                Ok(0)
             }
             Received::End(error) => {
-                let error = match error {
-                    FabricError::PeerLost { peer, why } if buffer.has_partial_frame() => {
-                        FabricError::PeerLost { peer, why: format!("{why} in the middle of a frame") }
-                    }
-                    other => other,
-                };
-                self.forget(peer);
+                link.forget(&self.lane.epoll);
+                self.live.retain(|live| *live != peer);
                 Err(error)
             }
         }
     }
 
-    /// Stops receiving from a lost peer.
-    fn forget(&mut self, peer: usize) {
-        self.buffers[peer] = None;
-        self.live.retain(|live| *live != peer);
-        if let Some(link) = &self.lane.links[peer]
-            && let Err(error) = self.lane.epoll.delete(link)
-        {
-            tracing::debug!(peer, %error, "a lost connection was not watched");
+    /// Reports the next lost peer, if there is one that has no connection which would tell.
+    fn hear_news(&mut self) -> Result<(), FabricError> {
+        self.lane.hush();
+        for at in 0..self.live.len() {
+            let peer = self.live[at];
+            let lost = self.lane.links[peer].as_ref().and_then(|link| link.lock().lost.clone());
+            if let (Some(why), Some(link)) = (lost, &self.lane.links[peer]) {
+                // There may be more of them.
+                self.lane.tell();
+                link.forget(&self.lane.epoll);
+                self.live.remove(at);
+                return Err(link.loss(why));
+            }
         }
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<usize, FabricError> {
@@ -176,10 +238,15 @@ impl Receiver for LaneReceiver {
                 }
                 frames += self.receive(peer, sink)?;
             }
+            self.lane.hush();
             return Ok(frames);
         }
         for at in 0..self.wait()? {
             let event = self.events[at];
+            if event.data() == NEWS {
+                self.hear_news()?;
+                continue;
+            }
             let peer = event.data() as usize;
             if event.events().contains(EpollFlags::EPOLLOUT)
                 && let Some(link) = &self.lane.links[peer]

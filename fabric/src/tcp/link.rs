@@ -1,17 +1,27 @@
-//! One connection: the sending side with its backlog, and how it ends.
+//! One lane to one peer: the sending side with its backlog, and how it ends. The receiving side is in `incoming`.
+//!
+//! ```text
+//!             one rail                                       several rails
+//! send ──> socket ── full ──> backlog        send ──> retained ──> socket ── full ──> backlog
+//!                                                        └── again after the lane has moved
+//! ```
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{MsgFlags, recv, sendmsg};
+use nix::sys::socket::{MsgFlags, sendmsg};
 
-use super::frames::{HEADER, header};
+use super::frames::{ACKNOWLEDGES, FrameBuffer, HEADER, header};
+use super::incoming::Incoming;
+use super::mesh::Session;
+use super::retained::Retained;
+use crate::secure::{Sealer, TAG};
 use crate::{FabricError, MAX_BACKLOG, NodeId};
 
 /// Parts of a frame that go to the kernel as they are; a frame of more parts is gathered first.
@@ -20,40 +30,79 @@ const MAX_PARTS: usize = 15;
 /// A backlog that grew past this gives its memory back when it has been sent.
 const KEPT_CAPACITY: usize = 1 << 20;
 
-/// One connection to one peer. Threads send through it; the lane's receiver receives and flushes.
+/// Frames are sealed and sent together until they are this many bytes: so much stays in the CPU's cache.
+const SEALED_AT_ONCE: usize = 128 * 1024;
+
+/// One lane to one peer. Threads send through it; the lane's receiver receives and flushes.
+///
+/// Ordering: who needs both locks takes `inn` first.
 pub(super) struct Link {
-    peer: NodeId,
-    socket: TcpStream,
+    pub(super) peer: NodeId,
     out: Mutex<Outgoing>,
+    inn: Mutex<Incoming>,
     /// Whether the backlog holds bytes: lets the receiver look without the lock. Written under the lock.
     behind: AtomicBool,
 }
 
 #[derive(Default)]
-struct Outgoing {
-    /// What the socket did not take, oldest first; it may begin in the middle of a frame.
-    backlog: VecDeque<u8>,
+pub(super) struct Outgoing {
+    /// The present connection; `None` while the lane moves to another rail.
+    pub(super) socket: Option<Arc<TcpStream>>,
+    /// Seals frames, if they are to be sealed. Ordering: frames go to the socket, or to the backlog, in the order in
+    /// which they were sealed.
+    pub(super) sealer: Option<Sealer>,
+    /// Where frames are sealed; kept so that no frame needs an allocation.
+    sealed: Vec<u8>,
+    /// What the socket did not take, oldest first, as it is to travel; it may begin in the middle of a frame.
+    pub(super) backlog: VecDeque<u8>,
+    /// What may have to be sent again; `None` with one rail.
+    pub(super) retained: Option<Retained>,
     /// Why the peer is lost, once it is. Then the backlog is empty and the socket is shut down.
-    lost: Option<String>,
+    pub(super) lost: Option<String>,
 }
 
-/// What one receive call found.
-pub(super) enum Received {
-    /// This many bytes, at least one.
-    Bytes(usize),
-    /// Nothing now.
-    Nothing,
-    /// The end: the peer is lost.
-    End(FabricError),
+impl Outgoing {
+    /// Appends the frame in `parts`, of `len` bytes together, to what is sealed, as it is to travel. The copy is the
+    /// one that sealing in place needs. `Err` is why the peer must be given up.
+    fn seal(&mut self, header: [u8; HEADER], len: usize, parts: &[&[u8]]) -> Result<(), String> {
+        self.sealed.reserve(HEADER + len + TAG);
+        self.sealed.extend_from_slice(&header);
+        let begin = self.sealed.len();
+        parts.iter().for_each(|part| self.sealed.extend_from_slice(part));
+        if let Some(sealer) = &mut self.sealer {
+            let tag = sealer.seal(&header, &mut self.sealed[begin..]).map_err(|error| error.to_string())?;
+            self.sealed.extend_from_slice(&tag);
+        }
+        Ok(())
+    }
+
+    /// Forgets the connection: what the peer did not get of it is retained, or the peer is lost.
+    pub(super) fn drop_connection(&mut self) {
+        if let Some(socket) = self.socket.take()
+            && let Err(error) = socket.shutdown(Shutdown::Both)
+            && error.kind() != ErrorKind::NotConnected
+        {
+            tracing::debug!(%error, "shutdown of a lost connection");
+        }
+        self.backlog = VecDeque::new();
+        self.sealed.clear();
+    }
 }
 
 impl Link {
-    pub(super) fn new(peer: NodeId, socket: TcpStream) -> Link {
-        Link { peer, socket, out: Mutex::default(), behind: AtomicBool::new(false) }
-    }
-
-    pub(super) fn peer(&self) -> NodeId {
-        self.peer
+    /// A lane over its first connection. Frames travel in the clear if `plaintext`, and are retained if it has
+    /// `several_rails`.
+    pub(super) fn new(peer: NodeId, session: Session, plaintext: bool, several_rails: bool) -> Link {
+        let socket = Arc::new(session.socket);
+        let (sealer, opener) = session.met.streams(plaintext);
+        let out = Outgoing {
+            socket: Some(socket.clone()),
+            sealer,
+            retained: several_rails.then(Retained::default),
+            ..Outgoing::default()
+        };
+        let inn = Incoming::new(socket, FrameBuffer::new(opener, several_rails));
+        Link { peer, out: Mutex::new(out), inn: Mutex::new(inn), behind: AtomicBool::new(false) }
     }
 
     /// Sends a frame of `len` bytes in `parts`, or what the socket takes of it, and keeps the rest.
@@ -61,21 +110,57 @@ impl Link {
     /// Ordering: the lock is held over the system call, so frames reach the socket in lock order, and once
     /// there is a backlog nothing passes it.
     pub(super) fn send(&self, epoll: &Epoll, len: usize, parts: &[&[u8]]) -> Result<(), FabricError> {
-        let mut out = self.lock();
-        if let Some(why) = &out.lost {
-            return Err(self.loss(why.clone()));
+        let out = &mut *self.usable()?;
+        if let Some(retained) = &mut out.retained {
+            retained.push(len, parts);
+            return self.pump(out, epoll);
+        }
+        if out.sealer.is_some() {
+            out.seal(header(len), len, parts).map_err(|why| self.lose(out, why))?;
+            return self.send_sealed(out, epoll);
         }
         let header = header(len);
-        let sent = if out.backlog.is_empty() { self.try_frame(&header, len, parts) } else { Ok(0) };
+        let sent = if out.backlog.is_empty() { self.try_frame(out, &header, len, parts) } else { Ok(0) };
         match sent {
             Ok(sent) if sent == HEADER + len => Ok(()),
-            Ok(sent) => self.keep(&mut out, epoll, sent, HEADER + len, &header, parts),
-            Err(error) => Err(self.lose(&mut out, broken(error))),
+            Ok(sent) => self.keep(out, epoll, sent, HEADER + len, &header, parts),
+            Err(error) => Err(self.lose(out, broken(error))),
         }
     }
 
     /// Sends frames with one system call, as [`Link::send`] would one after the other; how many bytes they made.
     pub(super) fn send_all(&self, epoll: &Epoll, frames: &[[&[u8]; 2]]) -> Result<usize, FabricError> {
+        let out = &mut *self.usable()?;
+        if out.sealer.is_none() && out.retained.is_none() {
+            return self.send_all_plain(out, epoll, frames);
+        }
+        let (mut total, tag) = (0, if out.sealer.is_some() { TAG } else { 0 });
+        for frame in frames {
+            let len = frame[0].len() + frame[1].len();
+            total += HEADER + len + tag;
+            if let Some(retained) = &mut out.retained {
+                retained.push(len, frame);
+                continue;
+            }
+            out.seal(header(len), len, frame).map_err(|why| self.lose(out, why))?;
+            if out.sealed.len() >= SEALED_AT_ONCE {
+                self.send_sealed(out, epoll)?;
+            }
+        }
+        if out.retained.is_some() {
+            self.pump(out, epoll)?
+        } else {
+            self.send_sealed(out, epoll)?
+        }
+        Ok(total)
+    }
+
+    fn send_all_plain(
+        &self,
+        out: &mut Outgoing,
+        epoll: &Epoll,
+        frames: &[[&[u8]; 2]],
+    ) -> Result<usize, FabricError> {
         let headers: Vec<[u8; HEADER]> =
             frames.iter().map(|[first, second]| header(first.len() + second.len())).collect();
         let frames = headers.iter().zip(frames);
@@ -83,39 +168,94 @@ impl Link {
             frames.flat_map(|(header, [first, second])| [header, *first, *second]).collect();
         let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
         let total = parts.iter().map(|part| part.len()).sum();
-        let mut out = self.lock();
-        if let Some(why) = &out.lost {
-            return Err(self.loss(why.clone()));
-        }
-        let sent = if out.backlog.is_empty() { self.try_send(&slices) } else { Ok(0) };
+        let sent = if out.backlog.is_empty() { try_send(out, &slices) } else { Ok(0) };
         match sent {
             Ok(sent) if sent == total => {}
-            Ok(sent) => self.keep(&mut out, epoll, sent, total, &[], &parts)?,
-            Err(error) => return Err(self.lose(&mut out, broken(error))),
+            Ok(sent) => self.keep(out, epoll, sent, total, &[], &parts)?,
+            Err(error) => return Err(self.lose(out, broken(error))),
         }
         Ok(total)
     }
 
-    fn try_frame(&self, header: &[u8], len: usize, parts: &[&[u8]]) -> Result<usize, Errno> {
+    /// Gives the connection retained frames while it takes them.
+    pub(super) fn pump(&self, out: &mut Outgoing, epoll: &Epoll) -> Result<(), FabricError> {
+        if out.retained.as_ref().is_some_and(|retained| retained.len() > MAX_BACKLOG) {
+            return Err(self.lose(out, too_far_behind()));
+        }
+        while out.socket.is_some() && out.backlog.is_empty() {
+            // Out of its place while frames of it are sealed into its neighbour.
+            let Some(mut retained) = out.retained.take() else { break };
+            let mut sealed = Ok(());
+            while out.sealed.len() < SEALED_AT_ONCE
+                && sealed.is_ok()
+                && let Some([front, back]) = retained.unsent()
+            {
+                let len = front.len() + back.len();
+                sealed = out.seal(header(len), len, &[front, back]);
+                retained.sent();
+            }
+            out.retained = Some(retained);
+            sealed.map_err(|why| self.lose(out, why))?;
+            if out.sealed.is_empty() {
+                break;
+            }
+            self.send_sealed(out, epoll)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the peer how many frames have been received. What cannot be sent now is not worth waiting for.
+    pub(super) fn acknowledge(&self, epoll: &Epoll, received: u64) {
+        let out = &mut *self.lock();
+        if out.lost.is_some() || out.socket.is_none() {
+            return;
+        }
+        let count = received.to_le_bytes();
+        let header = (ACKNOWLEDGES | count.len() as u32).to_le_bytes();
+        if let Err(why) = out.seal(header, count.len(), &[&count]) {
+            self.lose(out, why);
+            return;
+        }
+        // A failure shows at the next receive.
+        let _ = self.send_sealed(out, epoll);
+    }
+
+    /// Sends what has been sealed, or what the socket takes of it, and keeps the rest.
+    fn send_sealed(&self, out: &mut Outgoing, epoll: &Epoll) -> Result<(), FabricError> {
+        let mut sealed = std::mem::take(&mut out.sealed);
+        let sent = if out.backlog.is_empty() { try_send(out, &[IoSlice::new(&sealed)]) } else { Ok(0) };
+        let kept = match sent {
+            Ok(sent) if sent == sealed.len() => Ok(()),
+            Ok(sent) => self.keep(out, epoll, sent, sealed.len(), &sealed, &[]),
+            Err(error) => self.failed(out, error),
+        };
+        sealed.clear();
+        out.sealed = sealed;
+        kept
+    }
+
+    /// The connection failed: the lane moves if it can, and else the peer is lost. The receiver sees the end of the
+    /// connection and does what is to be done.
+    fn failed(&self, out: &mut Outgoing, error: Errno) -> Result<(), FabricError> {
+        if out.retained.is_none() {
+            return Err(self.lose(out, broken(error)));
+        }
+        out.drop_connection();
+        self.behind.store(false, Relaxed);
+        Ok(())
+    }
+
+    fn try_frame(&self, out: &Outgoing, header: &[u8], len: usize, parts: &[&[u8]]) -> Result<usize, Errno> {
         let mut slices = [IoSlice::new(header); MAX_PARTS + 1];
         if parts.len() > MAX_PARTS {
             let mut whole = Vec::with_capacity(len);
             parts.iter().for_each(|part| whole.extend_from_slice(part));
-            return self.try_send(&[slices[0], IoSlice::new(&whole)]);
+            return try_send(out, &[slices[0], IoSlice::new(&whole)]);
         }
         for (slice, part) in slices[1..].iter_mut().zip(parts) {
             *slice = IoSlice::new(part);
         }
-        self.try_send(&slices[..=parts.len()])
-    }
-
-    /// What the socket takes of `slices` now; 0 when it is full.
-    fn try_send(&self, slices: &[IoSlice<'_>]) -> Result<usize, Errno> {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match sendmsg::<()>(self.socket.as_raw_fd(), slices, &[], flags, None) {
-            Err(Errno::EAGAIN | Errno::EINTR | Errno::ENOBUFS) => Ok(0),
-            other => other,
-        }
+        try_send(out, &slices[..=parts.len()])
     }
 
     /// Appends a frame without its first `sent` bytes to the backlog.
@@ -129,8 +269,7 @@ impl Link {
         parts: &[&[u8]],
     ) -> Result<(), FabricError> {
         if out.backlog.len() + total - sent > MAX_BACKLOG {
-            let why = format!("it is more than {} MiB behind with what was sent to it", MAX_BACKLOG >> 20);
-            return Err(self.lose(out, why));
+            return Err(self.lose(out, too_far_behind()));
         }
         let first = out.backlog.is_empty();
         let mut skip = sent;
@@ -142,15 +281,15 @@ impl Link {
         if first {
             self.behind.store(true, Relaxed);
             // The receiver may be asleep: its descriptor must wake it when the socket has room again.
-            self.watch(epoll, EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT).map_err(|error| {
-                self.lose(out, format!("its connection cannot be watched: {}", error.desc()))
-            })?;
+            self.watch(out, epoll, EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT)?;
         }
         Ok(())
     }
 
-    fn watch(&self, epoll: &Epoll, flags: EpollFlags) -> Result<(), Errno> {
-        epoll.modify(&self.socket, &mut EpollEvent::new(flags, self.peer.0.into()))
+    fn watch(&self, out: &mut Outgoing, epoll: &Epoll, flags: EpollFlags) -> Result<(), FabricError> {
+        let Some(socket) = &out.socket else { return Ok(()) };
+        let watched = epoll.modify(socket, &mut EpollEvent::new(flags, self.peer.0.into()));
+        watched.map_err(|error| self.lose(out, format!("its connection cannot be watched: {}", error.desc())))
     }
 
     /// Whether there is a backlog to [`Link::flush`].
@@ -160,15 +299,15 @@ impl Link {
 
     /// Sends of the backlog what the socket takes. A failure shows at the next [`Link::receive`].
     pub(super) fn flush(&self, epoll: &Epoll) {
-        let mut out = self.lock();
+        let out = &mut *self.lock();
         if out.backlog.is_empty() {
             return;
         }
         let (front, back) = out.backlog.as_slices();
-        match self.try_send(&[IoSlice::new(front), IoSlice::new(back)]) {
+        match try_send(out, &[IoSlice::new(front), IoSlice::new(back)]) {
             Ok(sent) => drop(out.backlog.drain(..sent)),
             Err(error) => {
-                self.lose(&mut out, broken(error));
+                let _ = self.failed(out, error);
                 return;
             }
         }
@@ -177,64 +316,78 @@ impl Link {
                 out.backlog = VecDeque::new();
             }
             self.behind.store(false, Relaxed);
-            if let Err(error) = self.watch(epoll, EpollFlags::EPOLLIN) {
-                self.lose(&mut out, format!("its connection cannot be watched: {}", error.desc()));
+            if self.watch(out, epoll, EpollFlags::EPOLLIN).is_ok() {
+                // Its failure, too, shows at the next receive.
+                let _ = self.pump(out, epoll);
             }
         }
     }
 
-    /// Receives into `space`, which is not empty, what has arrived.
-    pub(super) fn receive(&self, space: &mut [u8]) -> Received {
-        match recv(self.socket.as_raw_fd(), space, MsgFlags::MSG_DONTWAIT) {
-            Ok(0) => Received::End(self.end("it closed the connection".to_owned())),
-            Ok(n) => Received::Bytes(n),
-            Err(Errno::EAGAIN | Errno::EINTR) => Received::Nothing,
-            Err(error) => Received::End(self.end(broken(error))),
-        }
-    }
-
-    /// Ends the connection because of `why`, unless it was lost before for another reason; returns the error
+    /// Ends the lane because of `why`, unless it was lost before for another reason; returns the error
     /// with the first reason.
     pub(super) fn end(&self, why: String) -> FabricError {
-        let mut out = self.lock();
+        let out = &mut *self.lock();
         match out.lost.clone() {
             Some(first) => self.loss(first),
-            None => self.lose(&mut out, why),
+            None => self.lose(out, why),
         }
     }
 
     /// Marks the peer as lost and shuts the socket down, which makes the receiver's descriptor readable: so
     /// a loss that a sender finds reaches the receiver as well.
-    fn lose(&self, out: &mut Outgoing, why: String) -> FabricError {
-        out.backlog = VecDeque::new();
+    pub(super) fn lose(&self, out: &mut Outgoing, why: String) -> FabricError {
+        out.drop_connection();
+        out.retained = None;
         self.behind.store(false, Relaxed);
         out.lost = Some(why.clone());
-        if let Err(error) = self.socket.shutdown(Shutdown::Both)
-            && error.kind() != ErrorKind::NotConnected
-        {
-            tracing::debug!(peer = self.peer.0, %error, "shutdown of a lost connection");
-        }
         self.loss(why)
     }
 
-    fn loss(&self, why: String) -> FabricError {
+    pub(super) fn loss(&self, why: String) -> FabricError {
         FabricError::PeerLost { peer: self.peer, why }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Outgoing> {
+    /// The sending side, unless the peer is lost.
+    fn usable(&self) -> Result<MutexGuard<'_, Outgoing>, FabricError> {
+        let out = self.lock();
+        match &out.lost {
+            Some(why) => Err(self.loss(why.clone())),
+            None => Ok(out),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Outgoing> {
         // No code under the lock can panic half-way through a change, so a poisoned lock is a sound one.
         self.out.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-impl AsFd for Link {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    pub(super) fn lock_incoming(&self) -> MutexGuard<'_, Incoming> {
+        // A sink may panic under the lock; the frame that it got is counted by then.
+        self.inn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The sending side has no backlog any more, as its connection is gone.
+    pub(super) fn not_behind(&self) {
+        self.behind.store(false, Relaxed);
     }
 }
 
+/// What the socket takes of `slices` now; 0 when it is full.
+fn try_send(out: &Outgoing, slices: &[IoSlice<'_>]) -> Result<usize, Errno> {
+    let Some(socket) = &out.socket else { return Err(Errno::EPIPE) };
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+    match sendmsg::<()>(socket.as_raw_fd(), slices, &[], flags, None) {
+        Err(Errno::EAGAIN | Errno::EINTR | Errno::ENOBUFS) => Ok(0),
+        other => other,
+    }
+}
+
+fn too_far_behind() -> String {
+    format!("it is more than {} MiB behind with what was sent to it", MAX_BACKLOG >> 20)
+}
+
 /// The reason of a loss for an error of the socket.
-fn broken(error: Errno) -> String {
+pub(super) fn broken(error: Errno) -> String {
     match error {
         Errno::ECONNRESET => "it reset the connection".to_owned(),
         Errno::EPIPE => "it closed the connection".to_owned(),

@@ -2,13 +2,15 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use fabric::rdma::{RdmaSettings, RdmaTransport};
-use fabric::tcp::{Listener, MeshConfig, TcpTransport};
+use fabric::secure::{Handshake, Opener, Pattern, PrivateKey, Sealer, TAG};
+use fabric::tcp::{Listener, MeshConfig, MeshKeys, TcpTransport};
 use fabric::{FabricError, LaneId, NodeId, Receiver, Transport, sim};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
@@ -21,8 +23,12 @@ pub const VERSION: &str = "0.1.0-test";
 /// A transport under test.
 #[derive(Copy, Clone, Debug)]
 pub enum Kind {
-    /// TCP over loopback.
+    /// TCP over loopback, sealed.
     Tcp,
+    /// TCP over loopback in the clear.
+    TcpPlain,
+    /// TCP over two addresses of the loopback device, sealed.
+    TcpRails,
     /// In process.
     Sim,
     /// RDMA through one device of this host, set up over TCP. Ask [`rdma_is_there`] first.
@@ -44,14 +50,22 @@ impl Kind {
     /// A connected machine, by node.
     pub fn cluster(self, nodes: usize, lanes: u16) -> Vec<Box<dyn Transport>> {
         match self {
-            Kind::Tcp => {
+            Kind::Tcp | Kind::TcpPlain => {
                 let (listeners, addresses) = listeners(nodes);
-                mesh_all(listeners, |node| config(node, &addresses, lanes))
+                let plaintext = matches!(self, Kind::TcpPlain);
+                mesh_all(listeners, |node| MeshConfig { plaintext, ..config(node, &addresses, lanes) })
                     .into_iter()
                     .map(|made| Box::new(made.unwrap()) as Box<dyn Transport>)
                     .collect()
             }
             Kind::Rdma => rdma_all(Kind::Tcp.cluster(nodes, lanes), &RdmaSettings::default()),
+            Kind::TcpRails => {
+                let (listeners, addresses) = rail_listeners(nodes, 2);
+                mesh_all(listeners, |node| rail_config(node, &addresses, lanes))
+                    .into_iter()
+                    .map(|made| Box::new(made.unwrap()) as Box<dyn Transport>)
+                    .collect()
+            }
             Kind::Sim => sim::cluster(nodes, lanes)
                 .unwrap()
                 .into_iter()
@@ -76,20 +90,135 @@ pub fn rdma_all(sessions: Vec<Box<dyn Transport>>, settings: &RdmaSettings) -> V
 /// Listeners on free loopback ports, and their addresses.
 pub fn listeners(nodes: usize) -> (Vec<Listener>, Vec<SocketAddr>) {
     let listeners: Vec<_> =
-        (0..nodes).map(|_| Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap()).collect();
-    let addresses = listeners.iter().map(Listener::local_addr).collect();
+        (0..nodes).map(|_| Listener::bind(&["127.0.0.1:0".parse().unwrap()]).unwrap()).collect();
+    let addresses = listeners.iter().map(|listener| listener.local_addrs()[0]).collect();
     (listeners, addresses)
+}
+
+/// Listeners of several rails each, and their addresses by node and rail.
+pub fn rail_listeners(nodes: usize, rails: usize) -> (Vec<Listener>, Vec<Vec<SocketAddr>>) {
+    let any: Vec<SocketAddr> = (1..=rails as u8).map(|rail| ([127, 0, 0, rail], 0).into()).collect();
+    let listeners: Vec<_> = (0..nodes).map(|_| Listener::bind(&any).unwrap()).collect();
+    let addresses = listeners.iter().map(|listener| listener.local_addrs().to_vec()).collect();
+    (listeners, addresses)
+}
+
+/// A sound configuration of `node` with these addresses by node and rail.
+pub fn rail_config(node: usize, addresses: &[Vec<SocketAddr>], lanes: u16) -> MeshConfig {
+    let first: Vec<SocketAddr> = addresses.iter().map(|rails| rails[0]).collect();
+    MeshConfig { addresses: addresses.to_vec(), ..config(node, &first, lanes) }
 }
 
 /// A sound configuration of `node`.
 pub fn config(node: usize, addresses: &[SocketAddr], lanes: u16) -> MeshConfig {
     MeshConfig {
         node: NodeId(node as u16),
-        addresses: addresses.to_vec(),
+        addresses: addresses.iter().map(|address| vec![*address]).collect(),
         lanes,
         machine: [0x5a; 16],
         version: VERSION.to_owned(),
+        keys: MeshKeys {
+            own: key(node),
+            nodes: (0..addresses.len()).map(|node| key(node).public()).collect(),
+        },
+        plaintext: false,
         timeout: PATIENCE,
+    }
+}
+
+/// The private key of a test node.
+pub fn key(node: usize) -> PrivateKey {
+    PrivateKey::from_bytes([node as u8 + 1; 32])
+}
+
+/// A hello as this version of the protocol defines it, byte by byte, and not by the code under test.
+pub fn hello(from: u16, to: u16, lane: u16, lanes: u16, nodes: u16) -> Vec<u8> {
+    let mut bytes = b"GESTALTF".to_vec();
+    bytes.extend(2u32.to_le_bytes());
+    bytes.extend(1u32.to_le_bytes());
+    bytes.extend([0x5a; 16]);
+    for short in [from, to, lane, lanes, nodes, VERSION.len() as u16] {
+        bytes.extend(short.to_le_bytes());
+    }
+    bytes.extend(VERSION.as_bytes());
+    bytes.resize(108, 0);
+    bytes.push(1);
+    bytes.resize(128, 0);
+    bytes
+}
+
+/// The same for frames in the clear.
+pub fn plain_hello(from: u16, to: u16, lane: u16, lanes: u16, nodes: u16) -> Vec<u8> {
+    let mut bytes = hello(from, to, lane, lanes, nodes);
+    bytes[108] = 2;
+    bytes
+}
+
+/// Connects with a time limit for whatever is read.
+pub fn connect(address: SocketAddr) -> TcpStream {
+    let socket = TcpStream::connect(address).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// A peer made by hand, on one lane.
+pub struct Raw {
+    /// Its connection.
+    pub socket: TcpStream,
+    /// Seals what it sends.
+    pub sealer: Sealer,
+    /// Opens what it gets.
+    pub opener: Opener,
+}
+
+impl Raw {
+    /// Says `hello` with the key of test node `from` to test node `to` at `address`, and shakes hands.
+    pub fn connect(address: SocketAddr, from: usize, to: usize, hello: &[u8]) -> Raw {
+        let mut raw = Raw::half(connect(address), from, to, hello);
+        raw.confirm();
+        raw
+    }
+
+    /// The same up to the other side's proof, without the confirmation.
+    pub fn half(mut socket: TcpStream, from: usize, to: usize, hello: &[u8]) -> Raw {
+        let to = key(to).public();
+        let mut shake = Handshake::call(Pattern::BothKnown, &key(from), &to, hello).unwrap();
+        socket.write_all(&[hello, &shake.write().unwrap()].concat()).unwrap();
+        let mut accept = [0; 128];
+        socket.read_exact(&mut accept).unwrap();
+        assert_eq!((&accept[..8], accept[12]), (&b"GESTALTF"[..], 2), "an accept");
+        let mut proof = [0; 48];
+        socket.read_exact(&mut proof).unwrap();
+        shake.read(&proof).unwrap();
+        let (sealer, opener) = shake.finish().unwrap();
+        Raw { socket, sealer, opener }
+    }
+
+    /// Confirms that it is there, and takes the other side's confirmation.
+    pub fn confirm(&mut self) {
+        let mut none = [0; 8];
+        let tag = self.sealer.seal(b"gestalt lane", &mut none).unwrap();
+        self.socket.write_all(&[&none[..], &tag].concat()).unwrap();
+        let mut theirs = [0; 8 + TAG];
+        self.socket.read_exact(&mut theirs).unwrap();
+        assert_eq!(self.opener.open(b"gestalt lane", &mut theirs).unwrap(), [0; 8]);
+    }
+
+    /// A sealed frame as it travels.
+    pub fn frame(&mut self, text: &[u8]) -> Vec<u8> {
+        let header = (text.len() as u32).to_le_bytes();
+        let mut body = text.to_vec();
+        let tag = self.sealer.seal(&header, &mut body).unwrap();
+        [&header[..], &body, &tag].concat()
+    }
+
+    /// The next frame that arrives.
+    pub fn take(&mut self) -> Vec<u8> {
+        let mut header = [0; 4];
+        self.socket.read_exact(&mut header).unwrap();
+        let mut body = vec![0; u32::from_le_bytes(header) as usize + TAG];
+        self.socket.read_exact(&mut body).unwrap();
+        self.opener.open(&header, &mut body).unwrap().to_vec()
     }
 }
 
@@ -155,6 +284,13 @@ impl Tap {
             Ok(frames) => assert_eq!(frames, count, "poll returns how many frames it delivered"),
             Err(error) => self.losses.push(error),
         }
+    }
+
+    /// Polls once, and gives what has come.
+    pub fn poll_some(&mut self) -> Vec<(NodeId, Vec<u8>)> {
+        self.poll();
+        assert!(self.losses.is_empty(), "{:?}", self.losses);
+        std::mem::take(&mut self.arrived)
     }
 
     /// The next `count` frames; sleeps on the descriptor, and panics when they do not come. A loss that is

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::host::{Event, Host, Input, Job};
-use crate::machine::Machine;
+use crate::machine::{KEY, Machine};
 use crate::proto::Spawn;
 use crate::report::{Console, Facts, Said};
 use crate::rig::Rig;
@@ -116,6 +116,9 @@ impl Boot {
         let (file, report) = (format!("share/machine-{number}.toml"), format!("share/report-{number}.json"));
         std::fs::write(rig.stage().join(&file), machine.file(&on_host("guest"), rig.emulated().is_some()))?;
         machine.make_disks(&rig.stage().join("share"))?;
+        if machine.hosts > 1 {
+            share_key(rig, machine)?;
+        }
         let started = Instant::now();
         let pid = format!("share/pid-{number}");
         let gestalt = host.bin().join("gestalt").display().to_string();
@@ -283,10 +286,23 @@ impl Boot {
     }
 }
 
+/// Makes a machine key on the first host and copies it to the others, as an operator would.
+fn share_key(rig: &Rig, machine: &Machine) -> Result<()> {
+    let limit = Duration::from_secs(30);
+    let (first, others) = rig.hosts().split_first().context("a rig without hosts")?;
+    let gestalt = first.bin().join("gestalt");
+    let make = format!("rm -f {KEY}; {} key new {KEY} && cat {KEY}", gestalt.display());
+    let key = first.output(&make, limit).context("making a key")?;
+    for host in &others[..machine.hosts - 1] {
+        host.output(&format!("umask 077; echo '{}' >{KEY}", key.trim()), limit).context("copying the key")?;
+    }
+    Ok(())
+}
+
 /// Starts the process of node `index` on a host of its own.
 fn join(host: &Host, machine: &Machine, index: usize) -> Result<Job> {
     let gestalt = host.bin().join("gestalt").display().to_string();
     let name = format!("n{index}");
-    let argv = [&gestalt, "node", "--join", &machine.join_address(), "--name", &name];
+    let argv = [&gestalt, "node", "--join", &machine.join_address(), "--name", &name, "--key", KEY];
     host.spawn(Spawn { argv: argv.map(String::from).to_vec(), ..Spawn::default() })
 }

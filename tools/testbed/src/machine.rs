@@ -17,6 +17,9 @@ fn disk_name(index: usize) -> String {
     format!("disk-{index}.img")
 }
 
+/// Where every host of a machine of several hosts has the machine's key.
+pub const KEY: &str = "/run/gestalt-test.key";
+
 /// One node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
@@ -112,7 +115,7 @@ impl Machine {
             text += "fabric = \"rdma\"\n";
         }
         if self.hosts > 1 {
-            text += &format!("listen = \"{}\"\n", self.join_address());
+            text += &format!("listen = \"{}\"\nkey = \"{KEY}\"\n", self.join_address());
         }
         for (index, node) in self.nodes.iter().enumerate() {
             let place = if self.host_of(index) == 0 { "local" } else { "remote" };

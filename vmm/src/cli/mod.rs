@@ -4,12 +4,14 @@
 //! |---|---|---|
 //! | `gestalt run` | [`run`] | brings a machine up and holds it: the coordinator |
 //! | `gestalt node` | [`node`] | one node of a machine |
+//! | `gestalt key` | [`key`] | makes and shows keys |
 //! | `gestalt doctor` | [`doctor`] | whether a node can run on this host |
 //!
 //! Exit codes: 0 the guest switched itself off, the operator left, or the host is fine; 1 failure, with one
 //! sentence on standard error; 2 a command line that cannot be understood; 128 + n ended by signal n.
 
 pub mod doctor;
+pub mod key;
 pub mod node;
 pub mod run;
 mod signals;
@@ -42,6 +44,9 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Be one node of a machine that `gestalt run` holds
     Node(node::NodeArgs),
+    /// Make and show the keys by which the nodes of a machine know each other
+    #[command(subcommand)]
+    Key(key::KeyCommand),
     /// Say whether a node can run on this host, and how to mend what is not right
     Doctor(doctor::DoctorArgs),
 }
@@ -53,6 +58,7 @@ pub fn main(node_main: NodeMain) -> ExitCode {
     let ended = match cli.command {
         Command::Run(args) => run::run(*args, cli.verbose),
         Command::Node(args) => node::node(args, node_main),
+        Command::Key(command) => key::key(&command),
         Command::Doctor(args) => Ok(doctor::doctor(&args)),
     };
     terminal::leave_raw();

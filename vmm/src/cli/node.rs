@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use crate::config::{check_name, parse_duration};
 use crate::coordinator::join::{JoinOptions, Watchdog, join};
 use crate::coordinator::wire::Hello;
 use crate::doctor::{self, Needs, probe};
+use crate::keys::KeyFile;
 use crate::machine_file::parse_fabric;
 use crate::node_api::{Control, ControlError, Exit, ToCoordinator};
 
@@ -27,9 +29,13 @@ pub struct NodeArgs {
     /// Which node of the machine to be
     #[arg(long)]
     name: String,
-    /// Where other nodes reach this one; default: the address that the coordinator is reached from
+    /// The node's key, or the machine's, of `gestalt key`; - reads it from standard input
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+    /// Where other nodes reach this one, once for each rail; default: what the machine file says, or else the address
+    /// that the coordinator is reached from
     #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = parse_fabric)]
-    fabric_listen: Option<SocketAddr>,
+    fabric_listen: Vec<SocketAddr>,
     /// How long to try if nobody answers
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     join_timeout: Duration,
@@ -44,6 +50,12 @@ pub struct NodeArgs {
 /// Why the node could not join, or failed. The coordinator has been told what it can be told.
 pub fn node(args: NodeArgs, node_main: NodeMain) -> anyhow::Result<u8> {
     check_name(&args.name)?;
+    let key = if args.key.as_os_str() == "-" {
+        KeyFile::read_from(std::io::stdin())
+    } else {
+        KeyFile::read(&args.key)
+    };
+    let key = key?.for_node(&args.name)?;
     let options = JoinOptions {
         address: args.join,
         hello: Hello {
@@ -52,6 +64,7 @@ pub fn node(args: NodeArgs, node_main: NodeMain) -> anyhow::Result<u8> {
             kernel: probe::kernel_release(),
             emulated: probe::emulated(),
         },
+        key,
         fabric_listen: args.fabric_listen,
         patience: args.join_timeout,
         watchdog: Watchdog::EndProcess,

@@ -18,6 +18,7 @@ use crate::coordinator::event::{Interrupt, Outcome};
 use crate::coordinator::spawn::ProcessSpawner;
 use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
+use crate::keys::{KeyFile, MachineKey};
 use crate::machine_file::{self, parse_fabric};
 use crate::peripherals::{Kind, PeripheralConfig, parse_disk, parse_net};
 use crate::rdma::FabricKind;
@@ -65,7 +66,7 @@ pub struct RunArgs {
     #[arg(long, conflicts_with_all = ["machine", "node"], value_parser = parse_size)]
     budget: Option<u64>,
     /// One node: name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS[:PORT]]; give it once per
-    /// node
+    /// node, and fabric= once per rail
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
     /// A disk: PATH[,node=NAME][,readonly][,serial=TEXT][,queues=NUMBER]; give it once per disk
@@ -92,6 +93,12 @@ pub struct RunArgs {
     /// How long nodes may take to join
     #[arg(long, value_parser = parse_duration)]
     join_timeout: Option<Duration>,
+    /// The machine's key, of `gestalt key new`; needed if nodes on other hosts take part
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Let pages and interrupts travel between nodes unprotected; for networks of your own
+    #[arg(long)]
+    plaintext_fabric: bool,
     /// Write counters of the run to this file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -108,6 +115,16 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
     let config = args.config()?;
     config.check()?;
     check_files(&config)?;
+    let key = match &config.key {
+        Some(path) => KeyFile::read(path)?.for_machine()?,
+        // For this run alone; the nodes that it starts get theirs from it.
+        None => MachineKey::generate()?,
+    };
+    if config.plaintext_fabric {
+        tracing::warn!(
+            "the fabric is in plaintext: who can reach its network can read and change the guest's memory"
+        );
+    }
     let report = args.report.as_deref().map(open_report).transpose()?;
     signals::block().context("signals cannot be blocked")?;
     let program = std::env::current_exe().context("this program's own file cannot be found")?;
@@ -115,7 +132,7 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
     arguments.extend((0..verbose).map(|_| "-v".to_string()));
     let spawner = ProcessSpawner::new(program, arguments);
     let local: Vec<_> = config.nodes.iter().filter(|node| node.place == Place::Local).cloned().collect();
-    let coordinator = Coordinator::bind(config, Box::new(spawner))?;
+    let coordinator = Coordinator::bind(config, key, Box::new(spawner))?;
     if !local.is_empty() {
         let needs = Needs {
             cpus: local.iter().map(|node| node.spec.cpus).max().unwrap_or(0),
@@ -228,6 +245,8 @@ impl RunArgs {
         config.listen = self.listen.or(config.listen);
         config.shards = self.shards.or(config.shards);
         config.initrd = self.initrd.clone().or(config.initrd);
+        config.key = self.key.clone().or(config.key);
+        config.plaintext_fabric |= self.plaintext_fabric;
         config.join_timeout = self.join_timeout.or(config.join_timeout);
         Ok(config)
     }
@@ -244,7 +263,7 @@ impl RunArgs {
             },
             budget: self.budget,
             place: Place::Local,
-            fabric_listen: None,
+            fabric_listen: Vec::new(),
         };
         (0..self.nodes.unwrap_or(1)).map(node).collect()
     }
@@ -258,7 +277,7 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
         spec: NodeSpec { name: String::new(), cpus: DEFAULT_CPUS, memory: DEFAULT_MEMORY },
         budget: None,
         place: Place::Local,
-        fabric_listen: None,
+        fabric_listen: Vec::new(),
     };
     for part in text.split(',') {
         let (key, value) =
@@ -274,7 +293,7 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
             ("where", "local") => node.place = Place::Local,
             ("where", "remote") => node.place = Place::Remote,
             ("where", value) => return Err(wrong(format!("where={value} is neither local nor remote"))),
-            ("fabric", value) => node.fabric_listen = Some(parse_fabric(value)?),
+            ("fabric", value) => node.fabric_listen.push(parse_fabric(value)?),
             (key, _) => return Err(wrong(format!("a node has no {key:?}"))),
         }
     }
@@ -288,10 +307,12 @@ mod tests {
 
     #[test]
     fn a_node_flag_describes_a_node() {
-        let node = parse_node("name=a,cpus=0,memory=1G,where=remote,fabric=192.0.2.2:1").unwrap();
+        let node =
+            parse_node("name=a,cpus=0,memory=1G,where=remote,fabric=192.0.2.2:1,fabric=192.0.3.2").unwrap();
         assert_eq!(node.spec, NodeSpec { name: "a".into(), cpus: 0, memory: 1 << 30 });
         assert_eq!(node.place, Place::Remote);
-        assert_eq!(node.fabric_listen, Some("192.0.2.2:1".parse().unwrap()));
+        let rails = ["192.0.2.2:1", "192.0.3.2:0"].map(|address| address.parse().unwrap());
+        assert_eq!(node.fabric_listen, rails);
     }
 
     #[test]

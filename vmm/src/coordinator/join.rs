@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
-use super::wire::{self, Answer, Assigned, HEARTBEAT, Hello, MAX_FRAME, WireError};
+use super::wire::{self, Answer, Assigned, HEARTBEAT, Hello, MAX_FRAME, Session, WireError};
+use crate::keys::NodeKey;
 use crate::node_api::{Assignment, Control, ControlEnd, FromCoordinator, Outgoing, Stop, ToCoordinator};
 
 /// How long a node that lost its coordinator gets to end by itself.
@@ -25,8 +26,10 @@ pub struct JoinOptions {
     pub address: String,
     /// The node's introduction.
     pub hello: Hello,
-    /// Where the fabric listens, if this host's operator wants to say; goes before the machine file.
-    pub fabric_listen: Option<SocketAddr>,
+    /// What proves it, and who the coordinator must be.
+    pub key: NodeKey,
+    /// Where the fabric listens, by rail, if this host's operator wants to say; goes before the machine file.
+    pub fabric_listen: Vec<SocketAddr>,
     /// How long to try, if nobody listens there yet or the machine is between two starts.
     pub patience: Duration,
     /// What happens to a process whose `node::run` does not return although it should.
@@ -99,10 +102,16 @@ pub fn join(options: &JoinOptions) -> Result<(Assignment, Control), JoinError> {
     loop {
         let late = Instant::now() + RETRY >= deadline;
         match connect(&options.address, deadline)? {
-            Ok(stream) => match wire::introduce(&stream, &options.hello) {
-                Ok(Answer::Assigned(assigned)) => return Ok(open(stream, *assigned, options)?),
-                Ok(Answer::Refused { later: true, .. }) if !late => {}
-                Ok(Answer::Refused { why, .. }) => return Err(JoinError::Refused { address, why }),
+            Ok(stream) => match wire::introduce(&stream, &options.key, &options.hello) {
+                Ok((Answer::Assigned(assigned), session)) => {
+                    return Ok(open(stream, session, *assigned, options)?);
+                }
+                Ok((Answer::Refused { later: true, .. }, _))
+                | Err(WireError::Refused { later: true, .. })
+                    if !late => {}
+                Ok((Answer::Refused { why, .. }, _)) | Err(WireError::Refused { why, .. }) => {
+                    return Err(JoinError::Refused { address, why });
+                }
                 // A coordinator that is just ending; another may come.
                 Err(WireError::Closed) if !late => {}
                 Err(why) => return Err(JoinError::Handshake { address, why }),
@@ -135,19 +144,27 @@ fn connect(address: &str, deadline: Instant) -> Result<io::Result<TcpStream>, Jo
     last.map(Err).ok_or_else(|| bad("it has no address".into()))
 }
 
-fn open(stream: TcpStream, assigned: Assigned, options: &JoinOptions) -> io::Result<(Assignment, Control)> {
+fn open(
+    stream: TcpStream,
+    session: Session,
+    assigned: Assigned,
+    options: &JoinOptions,
+) -> io::Result<(Assignment, Control)> {
+    let Session { sender, receiver } = session;
     let silence = assigned.machine.silence;
     stream.set_read_timeout(Some(silence))?;
     stream.set_write_timeout(Some(silence))?;
     let local = SocketAddr::new(stream.local_addr()?.ip(), 0);
-    let fabric_listen = options.fabric_listen.or(assigned.fabric_listen).unwrap_or(local);
+    let wishes =
+        [&options.fabric_listen, &assigned.fabric_listen].into_iter().find(|rails| !rails.is_empty());
+    let fabric_listen = wishes.cloned().unwrap_or_else(|| vec![local]);
     let (control, ControlEnd { from_node, to_node, lost }) = Control::pair();
     let ended = Arc::new(AtomicBool::new(false));
     let (reading, node_left) = (stream.try_clone()?, ended.clone());
     let (watchdog, name) = (options.watchdog, options.hello.name.clone());
     thread::Builder::new().name("control-read".into()).spawn(move || {
         let stopped = Cell::new(false);
-        let why = read(reading, &to_node, silence, &|stop| {
+        let why = read(reading, receiver, &to_node, silence, &|stop| {
             // From here on the end of the connection is no loss.
             if !stopped.replace(true) {
                 watch(watchdog, &name, stop.grace, "being told to stop");
@@ -161,7 +178,9 @@ fn open(stream: TcpStream, assigned: Assigned, options: &JoinOptions) -> io::Res
         drop(to_node);
         watch(watchdog, &name, ORPHAN_GRACE, "the loss of the coordinator");
     })?;
-    thread::Builder::new().name("control-write".into()).spawn(move || write(stream, &from_node, &ended))?;
+    thread::Builder::new()
+        .name("control-write".into())
+        .spawn(move || write(stream, sender, &from_node, &ended))?;
     Ok((Assignment { node: assigned.node, machine: assigned.machine, fabric_listen }, control))
 }
 
@@ -185,12 +204,13 @@ fn watch(watchdog: Watchdog, name: &str, grace: Duration, after: &'static str) {
 /// Reads until the connection is over; says how.
 fn read(
     mut stream: TcpStream,
+    mut receiver: wire::Receiver,
     to_node: &Sender<FromCoordinator>,
     silence: Duration,
     stopped: &dyn Fn(Stop),
 ) -> String {
     loop {
-        match wire::read_message::<FromCoordinator>(&mut stream, MAX_FRAME) {
+        match receiver.read_message::<FromCoordinator>(&mut stream, MAX_FRAME) {
             Ok(FromCoordinator::Heartbeat) => {}
             Ok(message) => {
                 if let FromCoordinator::Stop(stop) = &message {
@@ -209,16 +229,21 @@ fn read(
 }
 
 /// Writes until the node has dropped its handles or the connection fails.
-fn write(mut stream: TcpStream, from_node: &Receiver<Outgoing>, ended: &AtomicBool) {
+fn write(
+    mut stream: TcpStream,
+    mut sender: wire::Sender,
+    from_node: &Receiver<Outgoing>,
+    ended: &AtomicBool,
+) {
     loop {
         let sent = match from_node.recv_timeout(HEARTBEAT) {
-            Ok(Outgoing::Message(message)) => wire::write_message(&mut stream, &message),
+            Ok(Outgoing::Message(message)) => sender.write_message(&mut stream, &message),
             Ok(Outgoing::Flush(done)) => {
                 // Whoever waited may have given up.
                 let _ = done.send(());
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout) => wire::write_message(&mut stream, &ToCoordinator::Heartbeat),
+            Err(RecvTimeoutError::Timeout) => sender.write_message(&mut stream, &ToCoordinator::Heartbeat),
             Err(RecvTimeoutError::Disconnected) => {
                 ended.store(true, Ordering::Release);
                 break;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
 
 use super::event::{Event, LinkId};
-use super::wire::{self, HEARTBEAT, MAX_FRAME};
+use super::wire::{self, HEARTBEAT, MAX_FRAME, Session};
 use crate::node_api::{FromCoordinator, ToCoordinator};
 
 /// An open connection. Dropping it closes the socket and ends both threads.
@@ -22,13 +22,14 @@ pub struct Link {
 }
 
 impl Link {
-    /// Starts the threads. `silence` bounds how long a write may block; `tell` gets the events.
+    /// Starts the threads of a session over `stream`. `silence` bounds how long a write may block; `tell` gets the events.
     ///
     /// # Errors
     /// What the system says to the socket options, the second descriptor or the threads.
     pub fn open(
         id: LinkId,
         stream: TcpStream,
+        session: Session,
         silence: Duration,
         tell: impl Fn(Event) + Clone + Send + 'static,
     ) -> io::Result<Link> {
@@ -39,10 +40,10 @@ impl Link {
         let tell_reader = tell.clone();
         thread::Builder::new()
             .name(format!("link-read-{id}"))
-            .spawn(move || read(id, reading, tell_reader))?;
+            .spawn(move || read(id, reading, session.receiver, tell_reader))?;
         thread::Builder::new()
             .name(format!("link-write-{id}"))
-            .spawn(move || write(id, writing, said, tell))?;
+            .spawn(move || write(id, writing, session.sender, said, tell))?;
         Ok(Link { stream, queue })
     }
 
@@ -65,9 +66,9 @@ impl Drop for Link {
     }
 }
 
-fn read(link: LinkId, mut stream: TcpStream, tell: impl Fn(Event)) {
+fn read(link: LinkId, mut stream: TcpStream, mut receiver: wire::Receiver, tell: impl Fn(Event)) {
     loop {
-        match wire::read_message::<ToCoordinator>(&mut stream, MAX_FRAME) {
+        match receiver.read_message::<ToCoordinator>(&mut stream, MAX_FRAME) {
             Ok(message) => tell(Event::Said { link, message }),
             Err(error) => {
                 // Whatever it was, this peer is no longer listened to; it should know.
@@ -78,14 +79,20 @@ fn read(link: LinkId, mut stream: TcpStream, tell: impl Fn(Event)) {
     }
 }
 
-fn write(link: LinkId, mut stream: TcpStream, said: Receiver<FromCoordinator>, tell: impl Fn(Event)) {
+fn write(
+    link: LinkId,
+    mut stream: TcpStream,
+    mut sender: wire::Sender,
+    said: Receiver<FromCoordinator>,
+    tell: impl Fn(Event),
+) {
     loop {
         let message = match said.recv_timeout(HEARTBEAT) {
             Ok(message) => message,
             Err(RecvTimeoutError::Timeout) => FromCoordinator::Heartbeat,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        if let Err(error) = wire::write_message(&mut stream, &message) {
+        if let Err(error) = sender.write_message(&mut stream, &message) {
             let _ = stream.shutdown(Shutdown::Both);
             return tell(Event::Closed { link, why: error.to_string() });
         }

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::wire::{self, Hello};
+use super::wire::{self, Hello, Session};
+use crate::keys::CoordinatorKeys;
 
 /// The most handshakes at a time; further connections are closed at once.
 const MAX_HANDSHAKES: usize = 1024;
@@ -27,18 +28,21 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Starts to accept; `admitted` gets every peer that introduced itself properly, from threads of its own.
+    /// Starts to accept; `admitted` gets every peer that proved to be one of the nodes, from threads of its own.
     ///
     /// # Errors
     /// What the system says.
     pub fn start(
         listener: TcpListener,
-        admitted: impl Fn(TcpStream, Hello, SocketAddr) + Clone + Send + 'static,
+        keys: CoordinatorKeys,
+        admitted: impl Fn(TcpStream, Session, Hello, SocketAddr) + Clone + Send + 'static,
     ) -> io::Result<Acceptor> {
         listener.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        thread::Builder::new().name("accept".into()).spawn(move || accept(&listener, &stopped, admitted))?;
+        thread::Builder::new()
+            .name("accept".into())
+            .spawn(move || accept(&listener, &stopped, &Arc::new(keys), admitted))?;
         Ok(Acceptor { stop })
     }
 }
@@ -52,7 +56,8 @@ impl Drop for Acceptor {
 fn accept(
     listener: &TcpListener,
     stop: &AtomicBool,
-    admitted: impl Fn(TcpStream, Hello, SocketAddr) + Clone + Send + 'static,
+    keys: &Arc<CoordinatorKeys>,
+    admitted: impl Fn(TcpStream, Session, Hello, SocketAddr) + Clone + Send + 'static,
 ) {
     let handshakes = Arc::new(AtomicUsize::new(0));
     while !stop.load(Ordering::Relaxed) {
@@ -75,14 +80,14 @@ fn accept(
             tracing::warn!("{from} was turned away: {MAX_HANDSHAKES} others are introducing themselves");
             continue;
         }
-        let (admitted, counter) = (admitted.clone(), handshakes.clone());
+        let (admitted, counter, keys) = (admitted.clone(), handshakes.clone(), keys.clone());
         let handshake = move || {
             match stream
                 .set_nonblocking(false)
                 .map_err(Into::into)
-                .and_then(|()| wire::receive_hello(&stream))
+                .and_then(|()| wire::receive_hello(&stream, &keys))
             {
-                Ok(hello) => admitted(stream, hello, from),
+                Ok((hello, session)) => admitted(stream, session, hello, from),
                 Err(error) => tracing::warn!("a connection from {from} was closed: {error}"),
             }
             counter.fetch_sub(1, Ordering::Relaxed);

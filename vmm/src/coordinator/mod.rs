@@ -24,7 +24,7 @@ pub mod spawn;
 pub mod wire;
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{self, Receiver, Sender};
 
 use crate::config::MachineConfig;
+use crate::keys::{CoordinatorKeys, MachineKey};
 use crate::node_api::{FromCoordinator, Machine};
 use crate::terminal;
 use event::{Action, Event, Interrupt, LinkId, Outcome};
@@ -65,6 +66,9 @@ pub enum CoordinatorError {
         /// The system's reason.
         why: io::Error,
     },
+    /// The keys cannot be made.
+    #[error("the machine's keys cannot be made: {0}")]
+    Keys(#[from] fabric::secure::SecureError),
     /// The system lacks something else.
     #[error("the coordinator could not start: {0}")]
     Io(#[from] io::Error),
@@ -97,6 +101,8 @@ pub struct Ended {
 /// A machine that is about to start.
 pub struct Coordinator {
     config: MachineConfig,
+    key: MachineKey,
+    keys: CoordinatorKeys,
     listener: TcpListener,
     spawner: Box<dyn Spawner>,
 }
@@ -104,21 +110,27 @@ pub struct Coordinator {
 /// What wakes the loop.
 enum Wake {
     Event(Event),
-    Hello(TcpStream, Hello, SocketAddr),
+    Hello(TcpStream, Box<wire::Session>, Hello, SocketAddr),
 }
 
 impl Coordinator {
-    /// Opens the listener; nothing else happens yet. `config` has been checked.
+    /// Opens the listener; nothing else happens yet. `config` has been checked. Who has `key`, or a node's key that
+    /// follows from it, can join.
     ///
     /// # Errors
     /// A sentence about the address.
-    pub fn bind(config: MachineConfig, spawner: Box<dyn Spawner>) -> Result<Coordinator, CoordinatorError> {
+    pub fn bind(
+        config: MachineConfig,
+        key: MachineKey,
+        spawner: Box<dyn Spawner>,
+    ) -> Result<Coordinator, CoordinatorError> {
+        let keys = key.coordinator(config.nodes.iter().map(|node| node.spec.name.as_str()))?;
         let address = config.listen();
         let listener = TcpListener::bind(address).map_err(|why| match why.kind() {
             io::ErrorKind::AddrInUse => CoordinatorError::InUse(address),
             _ => CoordinatorError::Listen { address, why },
         })?;
-        Ok(Coordinator { config, listener, spawner })
+        Ok(Coordinator { config, key, keys, listener, spawner })
     }
 
     /// Where nodes join.
@@ -137,15 +149,16 @@ impl Coordinator {
         let bound = self.listener.local_addr()?;
         let (tell, events) = channel::unbounded();
         let knocking = tell.clone();
-        let _acceptor = Acceptor::start(self.listener, move |stream, hello, from| {
+        let _acceptor = Acceptor::start(self.listener, self.keys, move |stream, session, hello, from| {
             // Nobody listens any more only when the machine is over.
-            let _ = knocking.send(Wake::Hello(stream, hello, from));
+            let _ = knocking.send(Wake::Hello(stream, Box::new(session), hello, from));
         })?;
         let session = Session::new(self.config.clone(), join_hint(bound), Instant::now());
         let driver = Driver {
             machine: self.config.machine([0; 16]),
             join: MachineConfig::local_join_address(bound),
             config: self.config,
+            key: self.key,
             spawner: self.spawner,
             session,
             tell,
@@ -189,13 +202,14 @@ impl Drop for Processes {
 
 struct Driver {
     config: MachineConfig,
+    key: MachineKey,
     machine: Machine,
     join: SocketAddr,
     spawner: Box<dyn Spawner>,
     session: Session,
     tell: Sender<Wake>,
     /// Introduced, not answered yet.
-    waiting: HashMap<LinkId, TcpStream>,
+    waiting: HashMap<LinkId, (TcpStream, Box<wire::Session>)>,
     links: HashMap<LinkId, Link>,
     processes: Processes,
     next_link: LinkId,
@@ -223,7 +237,7 @@ impl Driver {
             crossbeam::select! {
                 recv(events) -> wake => match wake {
                     Ok(Wake::Event(event)) => self.handle(event)?,
-                    Ok(Wake::Hello(stream, hello, from)) => self.knock(stream, hello, from)?,
+                    Ok(Wake::Hello(stream, session, hello, from)) => self.knock((stream, session), hello, from)?,
                     // Impossible: this struct holds a sender.
                     Err(_) => break,
                 },
@@ -243,10 +257,15 @@ impl Driver {
         Ok(Ended { outcome, report })
     }
 
-    fn knock(&mut self, stream: TcpStream, hello: Hello, from: SocketAddr) -> Result<(), CoordinatorError> {
+    fn knock(
+        &mut self,
+        who: (TcpStream, Box<wire::Session>),
+        hello: Hello,
+        from: SocketAddr,
+    ) -> Result<(), CoordinatorError> {
         let link = self.next_link;
         self.next_link += 1;
-        self.waiting.insert(link, stream);
+        self.waiting.insert(link, who);
         self.handle(Event::Hello { link, hello, from })
     }
 
@@ -275,9 +294,9 @@ impl Driver {
                 Action::Spawn { node, life } => self.spawn(node, life)?,
                 Action::Admit { link, node } => self.admit(link, node),
                 Action::Refuse { link, why, later } => {
-                    if let Some(stream) = self.waiting.remove(&link) {
-                        // A few bytes into a fresh socket; whether they arrive is the stranger's concern.
-                        let _ = wire::answer(&stream, &Answer::Refused { why, later });
+                    if let Some((stream, mut session)) = self.waiting.remove(&link) {
+                        // A few bytes into a fresh socket; whether they arrive is the node's concern.
+                        let _ = wire::answer(&stream, &mut session.sender, &Answer::Refused { why, later });
                     }
                 }
                 Action::Send { link, message } => {
@@ -299,7 +318,9 @@ impl Driver {
     }
 
     fn spawn(&mut self, node: usize, life: u32) -> Result<(), CoordinatorError> {
-        match self.spawner.spawn(&self.config.nodes[node].spec.name, self.join) {
+        let name = &self.config.nodes[node].spec.name;
+        let key = self.key.node(name)?;
+        match self.spawner.spawn(name, self.join, &key) {
             Ok(process) => {
                 tracing::debug!("node {} is process {}", self.config.nodes[node].spec.name, process.id());
                 self.processes.0.push(process.clone());
@@ -319,18 +340,19 @@ impl Driver {
     }
 
     fn admit(&mut self, link: LinkId, node: usize) {
-        let Some(stream) = self.waiting.remove(&link) else { return };
+        let Some((stream, mut session)) = self.waiting.remove(&link) else { return };
         let assigned = Assigned {
             node: node as u16,
             machine: self.machine.clone(),
-            fabric_listen: self.config.nodes[node].fabric_listen,
+            fabric_listen: self.config.nodes[node].fabric_listen.clone(),
         };
         let tell = self.tell.clone();
         let tell = move |event| {
             let _ = tell.send(Wake::Event(event));
         };
-        let opened = wire::answer(&stream, &Answer::Assigned(Box::new(assigned)))
-            .and_then(|()| Ok(Link::open(link, stream, self.config.silence, tell.clone())?));
+        let answer = Answer::Assigned(Box::new(assigned));
+        let opened = wire::answer(&stream, &mut session.sender, &answer)
+            .and_then(|()| Ok(Link::open(link, stream, *session, self.config.silence, tell.clone())?));
         match opened {
             Ok(open) => drop(self.links.insert(link, open)),
             Err(error) => tell(Event::Closed { link, why: error.to_string() }),
@@ -357,9 +379,9 @@ impl Driver {
     }
 }
 
-/// 16 bytes from the kernel's random number generator.
-fn random_id() -> io::Result<[u8; 16]> {
+/// 16 random bytes.
+fn random_id() -> Result<[u8; 16], CoordinatorError> {
     let mut id = [0; 16];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut id)?;
+    fabric::secure::fill_random(&mut id)?;
     Ok(id)
 }

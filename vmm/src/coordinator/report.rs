@@ -168,7 +168,7 @@ mod tests {
             spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 1 << 30 },
             budget: None,
             place: Place::Local,
-            fabric_listen: None,
+            fabric_listen: Vec::new(),
         };
         Tally::new(&MachineConfig { nodes: (0..nodes).map(node).collect(), ..MachineConfig::default() })
     }

@@ -266,13 +266,18 @@ impl Session {
     }
 
     fn joined(&mut self, node: usize, mut joined: Joined, now: Instant) {
-        if joined.fabric.ip().is_unspecified()
-            && let Some(from) = self.nodes[node].from
-        {
+        if let Some(from) = self.nodes[node].from {
             // It listens everywhere; its peers reach it where we do.
-            joined.fabric.set_ip(from.ip());
+            let everywhere = joined.fabric.iter_mut().filter(|address| address.ip().is_unspecified());
+            everywhere.for_each(|address| address.set_ip(from.ip()));
         }
-        if joined.fabric.port() == 0 {
+        let (here, all) = (joined.fabric.len(), self.config.rails());
+        if here != all {
+            let why =
+                format!("it has {here} rails and the machine has {all}: give it as many --fabric-listen");
+            return self.suspect(node, Cause::Failed(why), now);
+        }
+        if joined.fabric.iter().any(|address| address.port() == 0) {
             let why = "its fabric listens on port 0, where no peer can reach it".to_string();
             return self.suspect(node, Cause::Failed(why), now);
         }
@@ -434,7 +439,7 @@ impl Session {
     }
 
     fn join_command(&self, node: usize) -> String {
-        format!("gestalt node --join {} --name {}", self.join, self.config.nodes[node].spec.name)
+        format!("gestalt node --join {} --name {} --key FILE", self.join, self.config.nodes[node].spec.name)
     }
 
     fn names(&self, which: impl Fn(&Node) -> bool) -> String {

@@ -17,7 +17,7 @@ fn config(places: &[Place]) -> MachineConfig {
         spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
         budget: None,
         place: *place,
-        fabric_listen: None,
+        fabric_listen: Vec::new(),
     };
     MachineConfig {
         kernel: "vmlinuz".into(),
@@ -33,7 +33,8 @@ fn hello(name: &str) -> Hello {
 
 fn fabric(port: u16) -> Joined {
     Joined {
-        fabric: SocketAddr::from(([127, 0, 0, 1], port)),
+        fabric: vec![SocketAddr::from(([127, 0, 0, 1], port))],
+        fabric_key: [port as u8; 32],
         cpuid: Vec::new(),
         arch_capabilities: 0,
         tsc_khz: 2_000_000,
@@ -389,8 +390,19 @@ fn a_node_that_ends_badly_after_power_off_is_mentioned() {
 fn a_fabric_that_listens_everywhere_is_reached_where_the_node_came_from() {
     let (mut run, _) = Run::new(&[Place::Local]);
     run.hello(0, "n0");
-    let everywhere = Joined { fabric: "0.0.0.0:9000".parse().unwrap(), ..fabric(0) };
+    let everywhere = Joined { fabric: vec!["0.0.0.0:9000".parse().unwrap()], ..fabric(0) };
     let actions = run.said(0, ToCoordinator::Joined(everywhere));
     let [FromCoordinator::Start(start)] = sent(&actions)[..] else { panic!("{actions:?}") };
-    assert_eq!(start.addresses(), vec!["127.0.0.1:9000".parse().unwrap()]);
+    assert_eq!(start.addresses(), [["127.0.0.1:9000".parse().unwrap()]]);
+}
+
+#[test]
+fn a_node_with_another_number_of_rails_fails_the_machine() {
+    let (mut run, _) = Run::new(&[Place::Local]);
+    run.hello(0, "n0");
+    let two = Joined { fabric: [fabric(1).fabric, fabric(2).fabric].concat(), ..fabric(1) };
+    run.said(0, ToCoordinator::Joined(two));
+    run.pass(SETTLE, &[0]);
+    let all = format!("{:?}", run.session);
+    assert!(all.contains("it has 2 rails and the machine has 1"), "{all}");
 }

@@ -1,6 +1,6 @@
 //! Starting the nodes that live on this host, each in a process of its own.
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
@@ -15,6 +15,7 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
 use super::event::ProcessEnd;
+use crate::keys::{KeyFile, NodeKey};
 use crate::terminal;
 
 /// How long the last words of an ended process are waited for, should somebody else hold its stderr open.
@@ -24,11 +25,11 @@ const MAX_LINE: usize = 16 << 10;
 
 /// Starts node processes. Tests put threads in their place.
 pub trait Spawner {
-    /// Starts the process of node `name`, which is to join at `join`.
+    /// Starts the process of node `name`, which is to join at `join` with `key`.
     ///
     /// # Errors
     /// What the system says.
-    fn spawn(&mut self, name: &str, join: SocketAddr) -> io::Result<Arc<dyn NodeProcess>>;
+    fn spawn(&mut self, name: &str, join: SocketAddr, key: &NodeKey) -> io::Result<Arc<dyn NodeProcess>>;
 }
 
 /// A running, or ended, node process.
@@ -54,28 +55,32 @@ pub struct ProcessSpawner {
 }
 
 impl ProcessSpawner {
-    /// Runs `program node --join .. --name ..` with `arguments` behind.
+    /// Runs `program node --join .. --name .. --key -` with `arguments` behind.
     pub fn new(program: PathBuf, arguments: Vec<String>) -> ProcessSpawner {
         ProcessSpawner { program, arguments }
     }
 }
 
 impl Spawner for ProcessSpawner {
-    fn spawn(&mut self, name: &str, join: SocketAddr) -> io::Result<Arc<dyn NodeProcess>> {
+    fn spawn(&mut self, name: &str, join: SocketAddr, key: &NodeKey) -> io::Result<Arc<dyn NodeProcess>> {
         let mut command = Command::new(&self.program);
-        command.args(["node", "--join", &join.to_string(), "--name", name]).args(&self.arguments);
-        start(command, name)
+        command
+            .args(["node", "--join", &join.to_string(), "--name", name, "--key", "-"])
+            .args(&self.arguments);
+        // Through a pipe: neither command lines nor environments are secret.
+        start(command, name, KeyFile::Node(key.clone()).text().as_bytes())
     }
 }
 
-/// Starts a process that ends with the calling thread; lines of its stderr come out of ours as `[name] line`.
+/// Starts a process that ends with the calling thread; lines of its stderr come out of ours as `[name] line`. It finds
+/// `input`, at most a page, on its standard input.
 ///
 /// # Errors
 /// What the system says.
-pub fn start(mut command: Command, name: &str) -> io::Result<Arc<dyn NodeProcess>> {
+pub fn start(mut command: Command, name: &str, input: &[u8]) -> io::Result<Arc<dyn NodeProcess>> {
     let parent = std::process::id();
     // A group of its own: Ctrl-C at the terminal is for the coordinator, which ends the nodes in order.
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
     // SAFETY: the closure runs between fork and exec and makes only async-signal-safe system calls; it
     // touches no memory but its own copy of `parent`.
     unsafe {
@@ -91,6 +96,10 @@ pub fn start(mut command: Command, name: &str) -> io::Result<Arc<dyn NodeProcess
         });
     }
     let mut child = command.spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A page fits into a pipe, so this does not wait; a child that is gone already says so by its end.
+        let _ = stdin.write_all(input);
+    }
     let pid = Pid::from_raw(child.id() as i32);
     let (closed, last_words) = channel::bounded(0);
     if let Some(stderr) = child.stderr.take() {

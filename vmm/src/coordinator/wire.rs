@@ -1,23 +1,29 @@
 //! The bytes between coordinator and node: frames, the handshake, postcard.
 //!
 //! ```text
-//! frame     u32 LE length (1..=limit), then that many bytes
+//! frame         u32 LE length (1..=limit), then that many bytes
+//! sealed frame  the same, and 16 bytes behind it; the bytes are sealed, and bound to the length
 //!
 //! node        ── preamble frame: magic, u32 LE protocol number, software version ──> coordinator
-//!             ── Hello frame ──────────────────────────────────────────────────────>
-//!             <── Answer frame: Assigned or Refused ──────────────────────────────
-//! then both   frames of one `ToCoordinator` or `FromCoordinator` each
+//!             ── frame: first message of a Noise IK handshake ─────────────────────>   whose key is it?
+//!             <── frame: GREETED and the second message, or a refusal ─────────────
+//!             ── sealed Hello frame ───────────────────────────────────────────────>   no replay gets here
+//!             <── sealed Answer frame: Assigned or Refused ────────────────────────
+//! then both   sealed frames of one `ToCoordinator` or `FromCoordinator` each
 //! ```
 //!
 //! The preamble and a refusal of it never change their form, so that peers of different versions can tell
-//! each other so.
+//! each other so. The preamble is the handshake's prologue. A refusal that is not sealed proves nothing: it is for the
+//! operator to read.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use fabric::secure::{Handshake, Opener, Pattern, Sealer, SecureError, TAG};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::keys::{CoordinatorKeys, NodeKey};
 use crate::node_api::Machine;
 
 /// The longest frame of an established connection, in bytes.
@@ -31,7 +37,7 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 
 const MAGIC: &[u8; 8] = b"gestalt\0";
 /// The protocol of this build; raised by every change of a message.
-const PROTOCOL: u32 = 1;
+const PROTOCOL: u32 = 2;
 /// The version of this build as the preamble carries it.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// First byte of an answer that refuses; its layout is the same in every version.
@@ -40,6 +46,9 @@ const REFUSED: u8 = 0;
 const REFUSED_FOR_NOW: u8 = 1;
 /// First byte of an answer that assigns.
 const ASSIGNED: u8 = 2;
+/// First byte of an answer that goes on with the handshake.
+const GREETED: u8 = 3;
+const PATTERN: Pattern = Pattern::CallerUnknown;
 
 /// A node introduces itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,8 +84,8 @@ pub struct Assigned {
     pub node: u16,
     /// The machine.
     pub machine: Machine,
-    /// Where the machine file wants its fabric to listen.
-    pub fabric_listen: Option<SocketAddr>,
+    /// Where the machine file wants its fabric to listen, by rail; it may say nothing.
+    pub fabric_listen: Vec<SocketAddr>,
 }
 
 /// Why a connection cannot go on, as a clause about the peer: `it closed the connection`.
@@ -107,6 +116,30 @@ pub enum WireError {
     Version {
         /// The peer's version.
         theirs: String,
+    },
+    /// It said no before it was known who it is.
+    #[error("it refused this node: {why}")]
+    Refused {
+        /// Its reason.
+        why: String,
+        /// Whether asking again helps.
+        later: bool,
+    },
+    /// Its handshake or one of its frames does not prove that it is who it should be.
+    #[error("{0}")]
+    Secure(#[from] SecureError),
+    /// Its key is sound, and that of no node of this machine.
+    #[error(
+        "its key is of no node of this machine: see that it has this machine's key and one of its nodes' names"
+    )]
+    UnknownKey,
+    /// It has one node's key and wants to be another.
+    #[error("it has the key of node {key} and claims the place of {claimed:?}")]
+    Place {
+        /// Whose key it has.
+        key: String,
+        /// Who it says it is.
+        claimed: String,
     },
     /// The socket failed.
     #[error("its connection failed: {0}")]
@@ -150,12 +183,21 @@ pub fn write_frame(stream: &mut impl Write, payload: &[u8]) -> Result<(), WireEr
 /// End of stream, a length out of range, or what the socket says. A read timeout comes out as
 /// [`WireError::Io`] of kind `WouldBlock`.
 pub fn read_frame(stream: &mut impl Read, limit: usize) -> Result<Vec<u8>, WireError> {
+    let length = read_length(stream, limit)?;
+    read_exactly(stream, length)
+}
+
+fn read_length(stream: &mut impl Read, limit: usize) -> Result<usize, WireError> {
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length) as usize;
     if length == 0 || length > limit {
         return Err(WireError::Length { length, limit });
     }
+    Ok(length)
+}
+
+fn read_exactly(stream: &mut impl Read, length: usize) -> Result<Vec<u8>, WireError> {
     // Grows as bytes arrive: a length alone allocates nothing.
     let mut payload = Vec::new();
     stream.take(length as u64).read_to_end(&mut payload)?;
@@ -165,20 +207,75 @@ pub fn read_frame(stream: &mut impl Read, limit: usize) -> Result<Vec<u8>, WireE
     Ok(payload)
 }
 
-/// Sends a message.
-///
-/// # Errors
-/// What the socket says, or a message over [`MAX_FRAME`].
-pub fn write_message(stream: &mut impl Write, message: &impl Serialize) -> Result<(), WireError> {
-    write_frame(stream, &encode(message)?)
+/// The sending direction of a session whose handshake is done.
+pub struct Sender(Sealer);
+
+/// The receiving direction.
+pub struct Receiver(Opener);
+
+/// A session whose handshake is done.
+pub struct Session {
+    /// What this side says.
+    pub sender: Sender,
+    /// What it hears.
+    pub receiver: Receiver,
 }
 
-/// Receives a message.
-///
-/// # Errors
-/// As [`read_frame`], and [`WireError::Malformed`] unless the frame is exactly one message.
-pub fn read_message<T: DeserializeOwned>(stream: &mut impl Read, limit: usize) -> Result<T, WireError> {
-    decode(&read_frame(stream, limit)?)
+impl Session {
+    fn new((sealer, opener): (Sealer, Opener)) -> Session {
+        Session { sender: Sender(sealer), receiver: Receiver(opener) }
+    }
+}
+
+impl Sender {
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// What the socket says, or a message over [`MAX_FRAME`].
+    pub fn write_message(
+        &mut self,
+        stream: &mut impl Write,
+        message: &impl Serialize,
+    ) -> Result<(), WireError> {
+        self.write_frame(stream, &encode(message)?)
+    }
+
+    fn write_frame(&mut self, stream: &mut impl Write, payload: &[u8]) -> Result<(), WireError> {
+        if payload.is_empty() || payload.len() > MAX_FRAME {
+            return Err(WireError::Length { length: payload.len(), limit: MAX_FRAME });
+        }
+        let length = (payload.len() as u32).to_le_bytes();
+        let mut frame = Vec::with_capacity(4 + payload.len() + TAG);
+        frame.extend_from_slice(&length);
+        frame.extend_from_slice(payload);
+        let tag = self.0.seal(&length, &mut frame[4..])?;
+        frame.extend_from_slice(&tag);
+        stream.write_all(&frame)?;
+        Ok(())
+    }
+}
+
+impl Receiver {
+    /// Receives a message of at most `limit` bytes.
+    ///
+    /// # Errors
+    /// As [`read_frame`]; [`WireError::Secure`] unless the frame is the next one that the peer sealed, and
+    /// [`WireError::Malformed`] unless it is exactly one message.
+    pub fn read_message<T: DeserializeOwned>(
+        &mut self,
+        stream: &mut impl Read,
+        limit: usize,
+    ) -> Result<T, WireError> {
+        decode(&self.read_frame(stream, limit)?)
+    }
+
+    fn read_frame(&mut self, stream: &mut impl Read, limit: usize) -> Result<Vec<u8>, WireError> {
+        let length = read_length(stream, limit)?;
+        let mut payload = read_exactly(stream, length + TAG)?;
+        self.0.open(&(length as u32).to_le_bytes(), &mut payload)?;
+        payload.truncate(length);
+        Ok(payload)
+    }
 }
 
 fn encode(message: &impl Serialize) -> Result<Vec<u8>, WireError> {
@@ -209,70 +306,107 @@ fn check_preamble(bytes: &[u8]) -> Result<(), WireError> {
     Err(WireError::Version { theirs: format!("{printable} (protocol {protocol})") })
 }
 
-/// The node's side of the handshake, within [`HANDSHAKE_TIME`].
+/// The node's side of the handshake, within [`HANDSHAKE_TIME`]; the answer, and the session if the node is in.
 ///
 /// # Errors
 /// What the coordinator does wrong, as a clause about it.
-pub fn introduce(stream: &TcpStream, hello: &Hello) -> Result<Answer, WireError> {
+pub fn introduce(stream: &TcpStream, key: &NodeKey, hello: &Hello) -> Result<(Answer, Session), WireError> {
     let mut stream = Deadline::new(stream, HANDSHAKE_TIME)?;
-    write_frame(&mut stream, &preamble())?;
-    write_message(&mut stream, hello)?;
-    let answer = read_frame(&mut stream, MAX_FRAME).map_err(|error| match error {
+    let preamble = preamble();
+    let mut shake = Handshake::call(PATTERN, &key.private, &key.coordinator, &preamble)?;
+    write_frame(&mut stream, &preamble)?;
+    write_frame(&mut stream, &shake.write()?)?;
+    let greeting = read_frame(&mut stream, MAX_HELLO).map_err(|error| match error {
         WireError::Length { .. } => WireError::Stranger,
         other => other,
     })?;
-    match answer.split_first() {
-        Some((&ASSIGNED, rest)) => Ok(Answer::Assigned(Box::new(decode(rest)?))),
-        Some((&tag @ (REFUSED | REFUSED_FOR_NOW), why)) => Ok(Answer::Refused {
-            why: String::from_utf8_lossy(why).chars().filter(|c| !c.is_control()).take(1000).collect(),
-            later: tag == REFUSED_FOR_NOW,
-        }),
-        _ => Err(WireError::Stranger),
-    }
+    let mut session = match greeting.split_first() {
+        Some((&GREETED, message)) => {
+            shake.read(message)?;
+            Session::new(shake.finish()?)
+        }
+        Some((&tag @ (REFUSED | REFUSED_FOR_NOW), why)) => {
+            return Err(WireError::Refused { why: printable(why), later: tag == REFUSED_FOR_NOW });
+        }
+        _ => return Err(WireError::Stranger),
+    };
+    session.sender.write_message(&mut stream, hello)?;
+    let answer = session.receiver.read_frame(&mut stream, MAX_FRAME)?;
+    let answer = match answer.split_first() {
+        Some((&ASSIGNED, rest)) => Answer::Assigned(Box::new(decode(rest)?)),
+        Some((&tag @ (REFUSED | REFUSED_FOR_NOW), why)) => {
+            Answer::Refused { why: printable(why), later: tag == REFUSED_FOR_NOW }
+        }
+        _ => return Err(WireError::Stranger),
+    };
+    Ok((answer, session))
 }
 
-/// The coordinator's side of the handshake up to its answer, within [`HANDSHAKE_TIME`].
+fn printable(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).chars().filter(|c| !c.is_control()).take(1000).collect()
+}
+
+/// The coordinator's side of the handshake up to its answer, within [`HANDSHAKE_TIME`]. Who said the hello has the
+/// key of the node that it wants to be, and said it now.
 ///
 /// # Errors
 /// What the stranger does wrong, as a clause about it. It has been told.
-pub fn receive_hello(stream: &TcpStream) -> Result<Hello, WireError> {
+pub fn receive_hello(stream: &TcpStream, keys: &CoordinatorKeys) -> Result<(Hello, Session), WireError> {
     let mut guarded = Deadline::new(stream, HANDSHAKE_TIME)?;
-    let hello = hello(&mut guarded);
-    if let Err(error) = &hello {
+    let (mut session, name) = greet(&mut guarded, keys).inspect_err(|error| {
         let why = match error {
             WireError::Version { .. } => format!(
                 "the coordinator runs gestalt {} and this node another version: install one version on all hosts",
                 ours()
             ),
-            other => format!("the coordinator did not understand this node: {other}"),
+            WireError::Secure(SecureError::Handshake) => {
+                "this node's key is not that of this machine, or is for another coordinator".into()
+            }
+            other => format!("the coordinator did not admit this node: {other}"),
         };
         // It is as good as gone: whether it hears the reason does not matter.
-        let _ = answer(stream, &Answer::Refused { why, later: false });
+        if let Ok(mut stream) = Deadline::new(stream, HANDSHAKE_TIME) {
+            let _ = write_frame(&mut stream, &[&[REFUSED], why.as_bytes()].concat());
+        }
+    })?;
+    let hello: Hello = session.receiver.read_message(&mut guarded, MAX_HELLO)?;
+    if hello.name != name {
+        let wrong = WireError::Place { key: name, claimed: hello.name };
+        let why = format!("the coordinator did not admit this node: {wrong}");
+        let _ = answer(stream, &mut session.sender, &Answer::Refused { why, later: false });
+        return Err(wrong);
     }
-    hello
+    Ok((hello, session))
 }
 
-fn hello(stream: &mut Deadline) -> Result<Hello, WireError> {
+/// The handshake proper: the session, and whose key the node has.
+fn greet(stream: &mut Deadline, keys: &CoordinatorKeys) -> Result<(Session, String), WireError> {
     let preamble = read_frame(stream, MAX_HELLO).map_err(|error| match error {
         WireError::Length { .. } => WireError::Stranger,
         other => other,
     })?;
     check_preamble(&preamble)?;
-    read_message(stream, MAX_HELLO)
+    let message = read_frame(stream, PATTERN.first())?;
+    let mut shake = Handshake::answer(PATTERN, &keys.private, None, &preamble)?;
+    shake.read(&message)?;
+    let name = shake.peer().and_then(|key| keys.name_of(&key).map(str::to_owned));
+    let name = name.ok_or(WireError::UnknownKey)?;
+    write_frame(stream, &[&[GREETED][..], &shake.write()?].concat())?;
+    Ok((Session::new(shake.finish()?), name))
 }
 
 /// Answers a [`Hello`].
 ///
 /// # Errors
 /// What the socket says.
-pub fn answer(stream: &TcpStream, answer: &Answer) -> Result<(), WireError> {
+pub fn answer(stream: &TcpStream, sender: &mut Sender, answer: &Answer) -> Result<(), WireError> {
     let bytes = match answer {
         Answer::Assigned(assigned) => [&[ASSIGNED][..], &encode(&**assigned)?].concat(),
         Answer::Refused { why, later } => {
             [&[if *later { REFUSED_FOR_NOW } else { REFUSED }][..], why.as_bytes()].concat()
         }
     };
-    write_frame(&mut Deadline::new(stream, HANDSHAKE_TIME)?, &bytes)
+    sender.write_frame(&mut Deadline::new(stream, HANDSHAKE_TIME)?, &bytes)
 }
 
 /// A stream whose reads and writes together end at one moment, however slowly the peer drips.
@@ -333,20 +467,47 @@ mod tests {
     fn messages_survive_the_wire() {
         let stop = Stop { report: true, restart: false, grace: Duration::from_secs(1) };
         let mut bytes = Vec::new();
-        write_message(&mut bytes, &FromCoordinator::Stop(stop)).unwrap();
-        write_message(&mut bytes, &FromCoordinator::Go).unwrap();
+        let (mut near, mut far) = sessions();
+        near.sender.write_message(&mut bytes, &FromCoordinator::Stop(stop)).unwrap();
+        near.sender.write_message(&mut bytes, &FromCoordinator::Go).unwrap();
         let mut reader = &bytes[..];
-        assert_eq!(
-            read_message::<FromCoordinator>(&mut reader, MAX_FRAME).unwrap(),
-            FromCoordinator::Stop(stop)
-        );
-        assert_eq!(read_message::<FromCoordinator>(&mut reader, MAX_FRAME).unwrap(), FromCoordinator::Go);
-        assert!(matches!(read_message::<FromCoordinator>(&mut reader, MAX_FRAME), Err(WireError::Closed)));
+        let mut read = || far.receiver.read_message::<FromCoordinator>(&mut reader, MAX_FRAME);
+        assert_eq!(read().unwrap(), FromCoordinator::Stop(stop));
+        assert_eq!(read().unwrap(), FromCoordinator::Go);
+        assert!(matches!(read(), Err(WireError::Closed)));
+    }
+
+    #[test]
+    fn a_changed_or_repeated_frame_is_refused() {
+        let (mut near, mut far) = sessions();
+        let mut frame = Vec::new();
+        near.sender.write_message(&mut frame, &FromCoordinator::Go).unwrap();
+        for at in 4..frame.len() {
+            let mut changed = frame.clone();
+            changed[at] ^= 1;
+            let read = far.receiver.read_message::<FromCoordinator>(&mut &changed[..], MAX_FRAME);
+            assert!(matches!(read, Err(WireError::Secure(SecureError::Record))), "{at}");
+        }
+        let mut read = || far.receiver.read_message::<FromCoordinator>(&mut &frame[..], MAX_FRAME);
+        assert_eq!(read().unwrap(), FromCoordinator::Go);
+        assert!(matches!(read(), Err(WireError::Secure(SecureError::Record))));
+    }
+
+    /// Both ends of a session.
+    fn sessions() -> (Session, Session) {
+        let key = |byte| fabric::secure::PrivateKey::from_bytes([byte; 32]);
+        let mut near = Handshake::call(PATTERN, &key(1), &key(2).public(), b"").unwrap();
+        let mut far = Handshake::answer(PATTERN, &key(2), None, b"").unwrap();
+        far.read(&near.write().unwrap()).unwrap();
+        near.read(&far.write().unwrap()).unwrap();
+        (Session::new(near.finish().unwrap()), Session::new(far.finish().unwrap()))
     }
 
     #[test]
     fn wrong_lengths_and_contents_are_refused() {
-        let refused = |bytes: &[u8]| read_message::<FromCoordinator>(&mut &bytes[..], 64).unwrap_err();
+        let refused = |bytes: &[u8]| {
+            read_frame(&mut &bytes[..], 64).and_then(|frame| decode::<FromCoordinator>(&frame)).unwrap_err()
+        };
         assert!(matches!(refused(&[0, 0, 0, 0]), WireError::Length { length: 0, .. }));
         assert!(matches!(refused(b"GET / HTTP/1.1"), WireError::Length { limit: 64, .. }));
         assert!(matches!(refused(&[65, 0, 0, 0, 1]), WireError::Length { length: 65, .. }));

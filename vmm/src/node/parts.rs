@@ -10,7 +10,8 @@ use coherence::memory::DualMemory;
 use coherence::page::Homes;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use fabric::rdma::RdmaTransport;
-use fabric::tcp::{Listener, MeshConfig};
+use fabric::secure::PrivateKey;
+use fabric::tcp::{Listener, MeshConfig, MeshKeys};
 use fabric::{NodeId, Transport, trace};
 use firmware::boot::BootSource;
 use firmware::{Layout, acpi, boot, cpuid};
@@ -48,6 +49,8 @@ pub struct Host {
     kvm: Kvm,
     cpu: HostCpu,
     listener: Listener,
+    /// Drawn for this run.
+    key: PrivateKey,
 }
 
 impl Host {
@@ -58,14 +61,15 @@ impl Host {
     pub fn open(assignment: &Assignment) -> anyhow::Result<Host> {
         let kvm = caps::open()?;
         let cpu = HostCpu::probe(&kvm)?;
-        let listener = Listener::bind(assignment.fabric_listen)?;
-        Ok(Host { kvm, cpu, listener })
+        let listener = Listener::bind(&assignment.fabric_listen)?;
+        Ok(Host { kvm, cpu, listener, key: PrivateKey::generate()? })
     }
 
     /// What the other nodes must know of it.
     pub fn joined(&self) -> Joined {
         Joined {
-            fabric: self.listener.local_addr(),
+            fabric: self.listener.local_addrs().to_vec(),
+            fabric_key: self.key.public().0,
             cpuid: self.cpu.cpuid.clone(),
             arch_capabilities: self.cpu.arch_capabilities,
             tsc_khz: self.cpu.tsc_khz,
@@ -107,8 +111,9 @@ impl Node {
         let machine = &assignment.machine;
         let node = NodeId(assignment.node);
         let layout = Layout::new(&machine.spec)?;
-        let Host { kvm, cpu, listener } = host;
-        let transport = mesh(listener, assignment, start.addresses())?;
+        let Host { kvm, cpu, listener, key } = host;
+        let keys = MeshKeys { own: key, nodes: start.fabric_keys() };
+        let transport = mesh(listener, assignment, start.addresses(), keys)?;
 
         let table = Arc::new(Table::new(layout.node_cpus(node.index()).len()));
         let link_events = events.clone();
@@ -249,21 +254,24 @@ impl Node {
 fn mesh(
     listener: Listener,
     assignment: &Assignment,
-    addresses: Vec<SocketAddr>,
+    addresses: Vec<Vec<SocketAddr>>,
+    keys: MeshKeys,
 ) -> anyhow::Result<Arc<dyn Transport>> {
     let machine = &assignment.machine;
-    let local = listener.local_addr().ip();
+    let local = listener.local_addrs().first().map(SocketAddr::ip);
     let session: Arc<dyn Transport> = Arc::new(listener.mesh(MeshConfig {
         node: NodeId(assignment.node),
         addresses,
         lanes: assignment.machine.shards + 1,
         machine: assignment.machine.id,
         version: env!("CARGO_PKG_VERSION").into(),
+        keys,
+        plaintext: assignment.machine.plaintext_fabric,
         timeout: MESH,
     })?);
     let Some(rdma) = &machine.rdma else { return Ok(session) };
     let settings = rdma.settings(&machine.spec.nodes[usize::from(assignment.node)].name);
-    Ok(Arc::new(RdmaTransport::connect(session, &settings, Some(local), MESH)?))
+    Ok(Arc::new(RdmaTransport::connect(session, &settings, local, MESH)?))
 }
 
 /// The guest's TSC at this node; its frequency is node 0's.

@@ -9,6 +9,7 @@ use firmware::NodeSpec;
 use vmm::config::{MachineConfig, NodeConfig, Place};
 use vmm::coordinator::join::{JoinOptions, Watchdog, join};
 use vmm::coordinator::wire::Hello;
+use vmm::keys::MachineKey;
 use vmm::node_api::{
     Assignment, Control, ControlError, Exit, FromCoordinator, Joined, NodeReport, ToCoordinator,
 };
@@ -22,15 +23,21 @@ pub fn machine(nodes: usize, place: Place) -> MachineConfig {
         spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
         budget: None,
         place,
-        fabric_listen: None,
+        fabric_listen: Vec::new(),
     };
     MachineConfig {
         kernel: "vmlinuz".into(),
         listen: Some("127.0.0.1:0".parse().unwrap()),
         nodes: (0..nodes).map(node).collect(),
+        key: Some("machine.key".into()),
         join_timeout: Some(PATIENCE),
         ..MachineConfig::default()
     }
+}
+
+/// The key of every test machine.
+pub fn machine_key() -> MachineKey {
+    MachineKey::from_bytes([0x42; 32])
 }
 
 /// A node's introduction.
@@ -43,7 +50,8 @@ pub fn options(address: &str, name: &str) -> JoinOptions {
     JoinOptions {
         address: address.into(),
         hello: hello(name),
-        fabric_listen: None,
+        key: machine_key().node(name).unwrap(),
+        fabric_listen: Vec::new(),
         patience: PATIENCE,
         watchdog: Watchdog::None,
     }
@@ -52,7 +60,8 @@ pub fn options(address: &str, name: &str) -> JoinOptions {
 /// What every node says and waits for before its guest runs.
 pub fn prepare(control: &Control) -> Result<(), ControlError> {
     control.send(ToCoordinator::Joined(Joined {
-        fabric: "127.0.0.1:9".parse().unwrap(),
+        fabric: vec!["127.0.0.1:9".parse().unwrap()],
+        fabric_key: [9; 32],
         cpuid: Vec::new(),
         arch_capabilities: 0,
         tsc_khz: 2_000_000,

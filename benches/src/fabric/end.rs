@@ -1,0 +1,219 @@
+//! One end of a connection between two threads: the fabric's, or the floor's.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::BorrowedFd;
+use std::sync::mpsc::{Receiver as Inbox, Sender, TryRecvError, channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use fabric::secure::PrivateKey;
+use fabric::tcp::{Listener, MeshConfig, MeshKeys, TcpTransport};
+use fabric::{NodeId, Receiver, Transport, sim};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::fault_path::command::Polling;
+
+/// What carries the messages.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Net {
+    /// TCP on the loopback device, sealed.
+    Tcp,
+    /// The same in the clear.
+    TcpPlain,
+    /// TCP sealed, over two rails.
+    TcpRails,
+    /// Queues in memory.
+    InProcess,
+}
+
+impl Net {
+    /// All of them.
+    pub const ALL: [Net; 4] = [Net::Tcp, Net::TcpPlain, Net::TcpRails, Net::InProcess];
+
+    /// As reports call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Net::Tcp => "tcp",
+            Net::TcpPlain => "tcp plain",
+            Net::TcpRails => "tcp rails",
+            Net::InProcess => "in process",
+        }
+    }
+}
+
+/// One end. Messages of one measurement all have one size.
+pub trait End: Send {
+    /// Sends one message.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    fn send(&mut self, message: &[u8]) -> Result<()>;
+
+    /// Waits for messages of `size` bytes; how many came, at least one and at most `most`.
+    ///
+    /// # Errors
+    /// The other end is gone.
+    fn receive(&mut self, size: usize, most: usize) -> Result<usize>;
+}
+
+/// Both ends over the fabric.
+///
+/// # Errors
+/// The mesh cannot be made.
+pub fn ours(net: Net, polling: Polling) -> Result<[Box<dyn End>; 2]> {
+    let end = |transport: Box<dyn Transport>| -> Result<Box<dyn End>> {
+        let receiver = transport.take_receiver(0).context("lane 0 was taken before")?;
+        let peer = NodeId(1 - transport.node().0);
+        Ok(Box::new(Ours { transport, receiver, peer, polling, extra: 0 }))
+    };
+    if net == Net::InProcess {
+        let mut nodes = sim::cluster(2, 1)?.into_iter();
+        let (near, far) = nodes.next().zip(nodes.next()).context("two nodes were asked for")?;
+        return Ok([end(Box::new(near))?, end(Box::new(far))?]);
+    }
+    let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+    let rails = vec![any; if net == Net::TcpRails { 2 } else { 1 }];
+    let listeners = [Listener::bind(&rails)?, Listener::bind(&rails)?];
+    let addresses = listeners.each_ref().map(|listener| listener.local_addrs().to_vec()).to_vec();
+    // No secret: who can connect to the bench is on this host.
+    let keys = [1, 2].map(|byte| PrivateKey::from_bytes([byte; 32]));
+    let mesh = |listener: Listener, node: u16| -> Result<TcpTransport> {
+        Ok(listener.mesh(MeshConfig {
+            node: NodeId(node),
+            addresses: addresses.clone(),
+            lanes: 1,
+            machine: [7; 16],
+            version: "bench".into(),
+            keys: MeshKeys {
+                own: keys[usize::from(node)].clone(),
+                nodes: keys.each_ref().map(PrivateKey::public).to_vec(),
+            },
+            plaintext: net == Net::TcpPlain,
+            timeout: Duration::from_secs(10),
+        })?)
+    };
+    let [near, far] = listeners;
+    std::thread::scope(|scope| {
+        let far = scope.spawn(|| mesh(far, 1));
+        let near = mesh(near, 0)?;
+        let Ok(far) = far.join() else { bail!("the far end's thread panicked") };
+        Ok([end(Box::new(near))?, end(Box::new(far?))?])
+    })
+}
+
+/// Both ends without the fabric: bare sockets, or a channel of boxes where `net` is in process.
+///
+/// # Errors
+/// What the sockets say.
+pub fn floor(net: Net, polling: Polling) -> Result<[Box<dyn End>; 2]> {
+    if net == Net::InProcess {
+        let ((to_far, far), (to_near, near)) = (channel(), channel());
+        let end = |to, from| Box::new(Boxes { to, from, polling }) as Box<dyn End>;
+        return Ok([end(to_far, near), end(to_near, far)]);
+    }
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let near = TcpStream::connect(listener.local_addr()?)?;
+    let far = listener.accept()?.0;
+    let end = |socket: TcpStream| -> Result<Box<dyn End>> {
+        socket.set_nodelay(true)?;
+        socket.set_nonblocking(polling == Polling::Busy)?;
+        Ok(Box::new(Bare { socket, buffer: vec![0; 256 * 1024], have: 0 }))
+    };
+    Ok([end(near)?, end(far)?])
+}
+
+struct Ours {
+    transport: Box<dyn Transport>,
+    receiver: Box<dyn Receiver>,
+    peer: NodeId,
+    polling: Polling,
+    /// Frames that came beyond those that were asked for.
+    extra: usize,
+}
+
+impl End for Ours {
+    fn send(&mut self, message: &[u8]) -> Result<()> {
+        // As the engine sends: a head, and a page or nothing.
+        let (head, body) = message.split_at(message.len().min(16));
+        Ok(self.transport.send(self.peer, 0, &[head, body])?)
+    }
+
+    fn receive(&mut self, _: usize, most: usize) -> Result<usize> {
+        while self.extra == 0 {
+            self.extra = self.receiver.poll(&mut |_, _| ())?;
+            if self.extra == 0 && self.polling == Polling::Blocking && !self.receiver.arm()? {
+                // SAFETY: the receiver, which owns the descriptor, is borrowed meanwhile.
+                let fd = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
+                match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::NONE) {
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        let taken = self.extra.min(most);
+        self.extra -= taken;
+        Ok(taken)
+    }
+}
+
+struct Bare {
+    socket: TcpStream,
+    buffer: Vec<u8>,
+    have: usize,
+}
+
+impl End for Bare {
+    fn send(&mut self, mut message: &[u8]) -> Result<()> {
+        while !message.is_empty() {
+            match self.socket.write(message) {
+                Ok(sent) => message = &message[sent..],
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, size: usize, most: usize) -> Result<usize> {
+        while self.have < size {
+            match self.socket.read(&mut self.buffer[self.have..]) {
+                Ok(0) => bail!("the other end is gone"),
+                Ok(n) => self.have += n,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let taken = (self.have / size).min(most);
+        self.buffer.copy_within(taken * size..self.have, 0);
+        self.have -= taken * size;
+        Ok(taken)
+    }
+}
+
+struct Boxes {
+    to: Sender<Box<[u8]>>,
+    from: Inbox<Box<[u8]>>,
+    polling: Polling,
+}
+
+impl End for Boxes {
+    fn send(&mut self, message: &[u8]) -> Result<()> {
+        Ok(self.to.send(message.into())?)
+    }
+
+    fn receive(&mut self, _: usize, _: usize) -> Result<usize> {
+        if self.polling == Polling::Blocking {
+            self.from.recv()?;
+            return Ok(1);
+        }
+        loop {
+            match self.from.try_recv() {
+                Ok(_) => return Ok(1),
+                Err(TryRecvError::Empty) => std::hint::spin_loop(),
+                Err(TryRecvError::Disconnected) => bail!("the other end is gone"),
+            }
+        }
+    }
+}

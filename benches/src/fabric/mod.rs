@@ -1,0 +1,14 @@
+//! What the fabric costs beside the least that can move the same bytes, in the same run.
+//!
+//! ```text
+//!   near thread (one CPU)                          far thread (another CPU)
+//!   End::send ─── fabric, or a bare socket or channel ───> End::receive
+//! ```
+//!
+//! - [`end`]: one end of a connection, ours or the floor's.
+//! - [`measure`]: round trips, one way, many under way.
+//! - [`plan`]: which transports, which operations, which goals.
+
+pub mod end;
+pub mod measure;
+pub mod plan;

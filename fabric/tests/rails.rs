@@ -1,0 +1,226 @@
+//! Lanes over two rails, of which one dies and comes back.
+
+mod common;
+
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, Tap, mesh_all, rail_config, rail_listeners, readable};
+use fabric::tcp::{MeshConfig, TcpTransport};
+use fabric::{FabricError, NodeId, Transport};
+
+/// Stands between who connects to its address and a node, and can be cut.
+struct Cable {
+    address: SocketAddr,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    cut: bool,
+    open: Vec<TcpStream>,
+    /// Connections so far that passed.
+    passed: u64,
+}
+
+impl Cable {
+    fn new(to: SocketAddr) -> Cable {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(Mutex::new(State::default()));
+        let shared = state.clone();
+        thread::spawn(move || {
+            for near in listener.incoming() {
+                let near = near.unwrap();
+                let mut state = shared.lock().unwrap();
+                // Without a connection behind it what came is closed.
+                if state.cut {
+                    continue;
+                }
+                let Ok(far) = TcpStream::connect(to) else { continue };
+                state.passed += 1;
+                for (from, into) in [(&near, &far), (&far, &near)] {
+                    let (mut from, mut into) = (from.try_clone().unwrap(), into.try_clone().unwrap());
+                    thread::spawn(move || {
+                        let _ = io::copy(&mut from, &mut into);
+                        let _ = into.shutdown(Shutdown::Both);
+                    });
+                }
+                state.open.extend([near, far]);
+            }
+        });
+        Cable { address, state }
+    }
+
+    /// Ends what passes, in the middle of whatever it is, and lets nothing pass.
+    fn cut(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.cut = true;
+        for socket in state.open.drain(..) {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn restore(&self) {
+        self.state.lock().unwrap().cut = false;
+    }
+
+    fn passed(&self) -> u64 {
+        self.state.lock().unwrap().passed
+    }
+}
+
+/// Two nodes with two lanes, connected by two cables.
+fn cabled(plaintext: bool) -> ([TcpTransport; 2], [Cable; 2]) {
+    let (listeners, addresses) = rail_listeners(2, 2);
+    let cables = [Cable::new(addresses[0][0]), Cable::new(addresses[0][1])];
+    let seen = [vec![cables[0].address, cables[1].address], addresses[1].clone()];
+    let made = mesh_all(listeners, |node| MeshConfig { plaintext, ..rail_config(node, &seen, 2) });
+    let mut made = made.into_iter().map(Result::unwrap);
+    ([made.next().unwrap(), made.next().unwrap()], cables)
+}
+
+/// Frame `i` of a lane, of one of many lengths.
+fn frame(i: u64) -> Vec<u8> {
+    let mut frame = vec![i as u8; 8 + (i * 7919 % 6000) as usize];
+    frame[..8].copy_from_slice(&i.to_le_bytes());
+    frame
+}
+
+/// Frames that the slowest of all receivers may be behind its sender.
+const WINDOW: u64 = 200;
+/// Frames of each lane in each direction.
+const FRAMES: u64 = 20_000;
+/// Frames between a cut, the cable's return, and the next cut.
+const PERIOD: u64 = 480;
+
+fn moves_under_traffic(plaintext: bool) {
+    let (nodes, cables) = cabled(plaintext);
+    // By receiving node and lane: how many frames have come.
+    let come: [[AtomicU64; 2]; 2] = Default::default();
+    let slowest = || come.iter().flatten().map(|count| count.load(SeqCst)).min().unwrap();
+    let deadline = Instant::now() + 3 * PATIENCE;
+    let mut cuts = 0;
+    thread::scope(|scope| {
+        for (me, lane) in [(0usize, 0u16), (0, 1), (1, 0), (1, 1)] {
+            let (transport, peer, come) = (&nodes[me], NodeId(1 - me as u16), &come);
+            scope.spawn(move || {
+                let (mut tap, mut sent) = (Tap::new(transport, lane), 0);
+                let here = &come[me][usize::from(lane)];
+                let there = &come[1 - me][usize::from(lane)];
+                while here.load(SeqCst) < FRAMES || there.load(SeqCst) < FRAMES {
+                    while sent < FRAMES && sent < there.load(SeqCst) + WINDOW {
+                        transport.send(peer, lane, &[&frame(sent)]).unwrap();
+                        sent += 1;
+                    }
+                    // Until something comes, or a moment later: what the other end has received frees the window.
+                    readable(tap.fd(), 1);
+                    for (_, got) in tap.poll_some() {
+                        let next = here.load(SeqCst);
+                        assert!(got == frame(next), "lane {lane} at node {me}: not frame {next}");
+                        here.store(next + 1, SeqCst);
+                    }
+                    assert!(Instant::now() < deadline, "lane {lane} at node {me}: {sent} sent");
+                }
+            });
+        }
+        for turn in 1.. {
+            while slowest() < turn * PERIOD && slowest() < FRAMES {
+                assert!(Instant::now() < deadline, "after {cuts} cuts: {come:?}");
+                thread::park_timeout(Duration::from_millis(1));
+            }
+            if slowest() >= FRAMES {
+                break;
+            }
+            // One turn cuts a cable, the next mends it: never both.
+            let cable = &cables[(turn as usize / 2) % 2];
+            if turn % 2 == 1 {
+                cables.iter().for_each(Cable::restore);
+            } else {
+                cable.cut();
+                cuts += 1;
+            }
+        }
+    });
+    assert!(cuts >= 20, "only {cuts} cuts");
+    for (transport, cable) in nodes.iter().zip(&cables) {
+        assert!(cable.passed() > 4, "lanes used a cable {} times", cable.passed());
+        let stats = transport.stats();
+        assert_eq!((stats.frames_sent, stats.frames_received), (2 * FRAMES, 2 * FRAMES));
+    }
+}
+
+#[test]
+fn twenty_cuts_under_traffic_lose_double_and_reorder_nothing() {
+    moves_under_traffic(false);
+}
+
+#[test]
+fn the_same_in_plaintext() {
+    moves_under_traffic(true);
+}
+
+#[test]
+fn a_rail_that_returns_is_used_again() {
+    let (nodes, cables) = cabled(false);
+    let mut taps: Vec<Tap> = nodes.iter().flat_map(|node| [Tap::new(node, 0), Tap::new(node, 1)]).collect();
+    let deadline = Instant::now() + PATIENCE;
+    let before = [cables[0].passed(), cables[1].passed()];
+    assert_eq!(before, [1, 1], "a lane on each");
+    let mut wait_for = |cable: &Cable, passed: u64| {
+        while cable.passed() < passed {
+            taps.iter_mut().for_each(Tap::poll);
+            assert!(Instant::now() < deadline);
+        }
+    };
+    cables[0].cut();
+    wait_for(&cables[1], 2);
+    cables[0].restore();
+    wait_for(&cables[0], 2);
+    nodes[0].send(NodeId(1), 0, &[b"back"]).unwrap();
+    assert_eq!(taps[2].take(1), [(NodeId(0), b"back".to_vec())]);
+}
+
+#[test]
+fn with_the_last_rail_gone_the_peer_is_lost_within_five_seconds() {
+    let (nodes, cables) = cabled(false);
+    let mut taps = [Tap::new(&nodes[0], 0), Tap::new(&nodes[1], 0)];
+    nodes[0].send(NodeId(1), 0, &[b"one"]).unwrap();
+    assert_eq!(taps[1].take(1).len(), 1);
+    cables.iter().for_each(Cable::cut);
+    let cut = Instant::now();
+    thread::scope(|scope| {
+        for (tap, peer) in taps.iter_mut().zip([1, 0]) {
+            scope.spawn(move || {
+                match tap.expect_loss() {
+                    FabricError::PeerLost { peer: lost, why } => {
+                        assert_eq!(lost, NodeId(peer));
+                        assert!(why.contains("no rail to it is left"), "{why}");
+                    }
+                    other => panic!("{other}"),
+                }
+                tap.expect_silence();
+            });
+        }
+    });
+    assert!(cut.elapsed() < Duration::from_secs(5), "{:?}", cut.elapsed());
+    assert!(nodes[0].send(NodeId(1), 0, &[b"no"]).is_err());
+}
+
+#[test]
+fn a_machine_starts_with_one_of_two_rails_dead() {
+    let (listeners, addresses) = rail_listeners(2, 2);
+    let dead = Cable::new(addresses[0][1]);
+    dead.cut();
+    let seen = [vec![addresses[0][0], dead.address], addresses[1].clone()];
+    let made: Vec<TcpTransport> =
+        mesh_all(listeners, |node| rail_config(node, &seen, 2)).into_iter().map(Result::unwrap).collect();
+    for lane in 0..2 {
+        made[0].send(NodeId(1), lane, &[b"here"]).unwrap();
+        assert_eq!(Tap::new(&made[1], lane).take(1), [(NodeId(0), b"here".to_vec())]);
+    }
+}
