@@ -12,8 +12,8 @@ use super::watch::Watch;
 use crate::transport::Counters;
 use crate::{FabricError, NodeId};
 
-/// How long a lane that closes waits until its last messages have arrived.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long all lanes of a node together wait, when they close, until their last messages have arrived.
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
 const LAST_WORDS_PAUSE: Duration = Duration::from_micros(50);
 
 /// The number of receive queues at their channel; send queues have [`SENDS`].
@@ -37,6 +37,8 @@ pub(super) struct Lane {
     pub(super) bell: Arc<Bell>,
     pub(super) counters: Counters,
     pub(super) watch: Arc<Watch>,
+    /// What is left of [`LAST_WORDS`], for all lanes.
+    last_words: Arc<Mutex<Duration>>,
 }
 
 /// What [`Lane::new`] puts together.
@@ -50,15 +52,26 @@ pub(super) struct Parts {
     pub(super) peers: Vec<(u32, NodeId)>,
     pub(super) bell: Arc<Bell>,
     pub(super) watch: Arc<Watch>,
+    pub(super) last_words: Arc<Mutex<Duration>>,
 }
 
 impl Lane {
     pub(super) fn new(parts: Parts) -> Lane {
-        let Parts { sender, srq, receive_slots, receive_cq, send_cq, channel, mut peers, bell, watch } =
-            parts;
+        let mut peers = parts.peers;
         peers.sort_unstable();
-        let (sender, counters) = (Mutex::new(sender), Counters::default());
-        Lane { sender, srq, receive_slots, receive_cq, send_cq, channel, peers, bell, counters, watch }
+        Lane {
+            sender: Mutex::new(parts.sender),
+            srq: parts.srq,
+            receive_slots: parts.receive_slots,
+            receive_cq: parts.receive_cq,
+            send_cq: parts.send_cq,
+            channel: parts.channel,
+            peers,
+            bell: parts.bell,
+            counters: Counters::default(),
+            watch: parts.watch,
+            last_words: parts.last_words,
+        }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Sender> {
@@ -92,10 +105,12 @@ impl Drop for Lane {
     fn drop(&mut self) {
         let mut sender = self.lock();
         sender.farewell();
-        let until = Instant::now() + LAST_WORDS;
-        while !sender.is_drained() && Instant::now() < until {
+        let mut left = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+        let begin = Instant::now();
+        while !sender.is_drained() && begin.elapsed() < *left {
             std::thread::sleep(LAST_WORDS_PAUSE);
         }
+        *left = left.saturating_sub(begin.elapsed());
         sender.say_goodbye();
     }
 }

@@ -10,7 +10,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::RdmaSettings;
 use super::bell::Bell;
-use super::lane::{Lane, Parts, RECEIVES, SENDS};
+use super::lane::{LAST_WORDS, Lane, Parts, RECEIVES, SENDS};
 use super::notes::{Hello, Note, random_psn};
 use super::ports::{Choice, choose, ports};
 use super::sender::{INLINE, Sender};
@@ -65,7 +65,8 @@ pub(super) fn connect(
         128 << port.active_mtu
     );
     let watch = Watch::new(context.clone(), choice.port)?;
-    let place = Place { context, choice, port, window, settings, session, watch };
+    let last_words = Arc::new(Mutex::new(LAST_WORDS));
+    let place = Place { context, choice, port, window, settings, session, watch, last_words };
     let mut lanes = (0..session.lanes() as LaneId)
         .map(|lane| HalfLane::new(&place, lane))
         .collect::<Result<Vec<_>, _>>()?;
@@ -115,6 +116,7 @@ struct Place<'a> {
     settings: &'a RdmaSettings,
     session: &'a Arc<dyn Transport>,
     watch: Arc<Watch>,
+    last_words: Arc<Mutex<Duration>>,
 }
 
 /// A lane that is being connected.
@@ -251,6 +253,7 @@ impl HalfLane {
             peers,
             bell,
             watch: place.watch.clone(),
+            last_words: place.last_words.clone(),
         };
         Ok((Arc::new(Lane::new(parts)), self.receiver))
     }
@@ -268,6 +271,9 @@ fn route(place: &Place<'_>, psn: u32, hello: &Hello) -> Result<Route, String> {
     }
     if hello.slot as usize != SLOT || hello.credits != place.window.credits {
         return Err("it counts RDMA messages differently: install the same version on every node".into());
+    }
+    if place.choice.gid.is_some() && hello.gid == [0; 16] {
+        return Err("it uses no GID and this node does: set rdma.gid_index at every node or at none".into());
     }
     Ok(Route {
         port: place.choice.port,

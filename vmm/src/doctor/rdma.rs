@@ -5,7 +5,7 @@ use super::{Finding, ok, warn};
 
 /// An RDMA packet takes a whole page from this MTU on, in bytes.
 const PAGE_MTU: u32 = 4096;
-/// Locked memory, in bytes, that suffices for sixteen shards: each has slots of 3.5 MB, and queues.
+/// Locked memory, in bytes, that suffices for sixteen shards: each has slots of up to 4 MB, and queues.
 const ENOUGH_LOCKED: u64 = 128 << 20;
 
 /// One finding for each port, and for what keeps them all from being used.
