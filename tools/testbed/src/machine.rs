@@ -47,6 +47,9 @@ pub struct Machine {
     pub hosts: usize,
     /// The nodes that have a disk each, in order: disk i is `disk-<i>.img`, beside the machine file.
     pub disks: Vec<usize>,
+    /// The nodes that have a network card each, in order: card i is TAP interface `gestalt<i>` of its host, which has
+    /// the address 10.9.i.1; the guest takes 10.9.i.2.
+    pub cards: Vec<usize>,
     /// The guest's kernel.
     pub kernel: Kernel,
     /// What the guest does, in order: see `files/guest-init.sh`.
@@ -62,6 +65,7 @@ impl Machine {
             nodes: vec![Node { cpus, memory_mib }; count],
             hosts: 1,
             disks: Vec::new(),
+            cards: Vec::new(),
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
             rdma: false,
@@ -127,7 +131,26 @@ impl Machine {
                 disk_name(index)
             );
         }
+        for (index, node) in self.cards.iter().enumerate() {
+            text += &format!(
+                "\n[[net]]\ntap = \"gestalt{index}\"\nnode = \"n{node}\"\nmac = \"02:00:00:00:00:{index:02x}\"\n"
+            );
+        }
         text
+    }
+
+    /// A script for host `host` that makes the TAP interfaces of the cards there, anew if there are some.
+    pub fn make_taps(&self, host: usize) -> String {
+        let here = self.cards.iter().enumerate().filter(|(_, node)| self.host_of(**node) == host);
+        let make = here.map(|(index, _)| {
+            let tap = format!("gestalt{index}");
+            format!(
+                "ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap && ip addr add 10.9.{index}.1/24 dev {tap} \
+                 && ip link set {tap} up\n"
+            )
+        });
+        let make: String = make.collect();
+        if make.is_empty() { make } else { format!("modprobe tun 2>/dev/null\n{make}") }
     }
 
     /// Makes the disks, empty, in `folder`.
@@ -166,6 +189,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         machine.make_disks(folder.path()).unwrap();
         assert_eq!(folder.path().join("disk-1.img").metadata().unwrap().len(), DISK);
+    }
+
+    #[test]
+    fn each_card_has_an_interface_on_its_nodes_host() {
+        let machine = Machine { hosts: 2, cards: vec![1, 0], ..Machine::equal(2, 1, 256) };
+        let file = machine.file("/g", false);
+        assert!(file.contains("tap = \"gestalt0\"\nnode = \"n1\"\nmac = \"02:00:00:00:00:00\""), "{file}");
+        assert!(machine.make_taps(0).contains("ip tuntap add gestalt1 mode tap"));
+        assert!(machine.make_taps(1).contains("ip addr add 10.9.0.1/24 dev gestalt0"));
+        assert_eq!(Machine::equal(2, 1, 256).make_taps(0), "");
     }
 
     #[test]
