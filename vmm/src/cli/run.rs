@@ -37,7 +37,7 @@ const TYPED: usize = 4;
 pub struct RunArgs {
     /// A machine file (TOML)
     machine: Option<PathBuf>,
-    /// The guest kernel: bzImage or ELF
+    /// The guest kernel: bzImage or ELF [default: the one inside the first node's first disk]
     #[arg(long)]
     kernel: Option<PathBuf>,
     /// The initial RAM file system
@@ -195,7 +195,7 @@ fn open_report(path: &Path) -> anyhow::Result<(PathBuf, File)> {
 
 /// Kernel and initrd are on node 0's host; if that is this one, they can be looked at now.
 fn check_files(config: &MachineConfig) -> anyhow::Result<()> {
-    if config.nodes[0].place == Place::Local {
+    if config.nodes[0].place == Place::Local && !config.boots_from_disk() {
         let source =
             BootSource { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &config.cmdline };
         boot::check(&source, &config.spec())?;
