@@ -29,6 +29,9 @@ say() { echo "GESTALT-REPORT $1=$2"; }
 
 report() {
     say kernel "$(uname -r)"
+    for word in $(cat /proc/cmdline); do
+        case $word in gestalt.from=*) say booted_from "${word#*=}" ;; esac
+    done
     say cpus_online "$(grep -c ^processor /proc/cpuinfo)"
     say cpus_online_list "$(cat /sys/devices/system/cpu/online)"
     say cpus_present_list "$(cat /sys/devices/system/cpu/present)"

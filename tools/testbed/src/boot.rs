@@ -115,7 +115,7 @@ impl Boot {
         let on_host = |name: &str| host.dir().join(name).display().to_string();
         let (file, report) = (format!("share/machine-{number}.toml"), format!("share/report-{number}.json"));
         std::fs::write(rig.stage().join(&file), machine.file(&on_host("guest"), rig.emulated().is_some()))?;
-        machine.make_disks(&rig.stage().join("share"))?;
+        machine.make_disks(rig.stage())?;
         for (number, host) in rig.hosts().iter().enumerate().take(machine.hosts) {
             let taps = machine.make_taps(number);
             if !taps.is_empty() {

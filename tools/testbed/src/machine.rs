@@ -1,7 +1,5 @@
 //! The machines that tests boot: their nodes, on which hosts, and the machine file that says so.
 
-use std::fs::File;
-use std::path::Path;
 use std::str::FromStr;
 
 use crate::kernels::Kernel;
@@ -9,13 +7,6 @@ use crate::rack::Rack;
 
 /// Memory of an emulated host beyond that of its nodes, in MiB: its own system, the programs, page tables.
 const HOST_MIB: u32 = 1200;
-
-/// Bytes of a disk; the file is sparse.
-const DISK: u64 = 16 << 20;
-
-fn disk_name(index: usize) -> String {
-    format!("disk-{index}.img")
-}
 
 /// One node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +38,8 @@ pub struct Machine {
     pub hosts: usize,
     /// The nodes that have a disk each, in order: disk i is `disk-<i>.img`, beside the machine file.
     pub disks: Vec<usize>,
+    /// Disk 0 holds kernel and initramfs, and the machine file names none.
+    pub boots_from_disk: bool,
     /// The nodes that have a network card each, in order: card i is TAP interface `gestalt<i>` of its host, which has
     /// the address 10.9.i.1; the guest takes 10.9.i.2.
     pub cards: Vec<usize>,
@@ -65,6 +58,7 @@ impl Machine {
             nodes: vec![Node { cpus, memory_mib }; count],
             hosts: 1,
             disks: Vec::new(),
+            boots_from_disk: false,
             cards: Vec::new(),
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
@@ -105,13 +99,13 @@ impl Machine {
         let several = self.nodes.iter().filter(|node| node.cpus > 0).count() > 1;
         let late = if emulated && several { ("maxcpus=1 ", "online,") } else { ("", "") };
         let mut text = format!(
-            "name = \"test\"\nkernel = \"{guest}/{}\"\ninitrd = \"{guest}/initramfs\"\n\
-             cmdline = \"console=ttyS0 nowatchdog {}gestalt.run={}{}\"\n",
-            self.kernel.name(),
-            late.0,
-            late.1,
-            self.actions
+            "name = \"test\"\ncmdline = \"console=ttyS0 nowatchdog {}gestalt.run={}{}\"\n",
+            late.0, late.1, self.actions
         );
+        if !self.boots_from_disk {
+            let kernel = self.kernel.name();
+            text += &format!("kernel = \"{guest}/{kernel}\"\ninitrd = \"{guest}/initramfs\"\n");
+        }
         if self.rdma {
             text += "fabric = \"rdma\"\n";
         }
@@ -125,40 +119,7 @@ impl Machine {
                 node.cpus, node.memory_mib
             );
         }
-        for (index, node) in self.disks.iter().enumerate() {
-            text += &format!(
-                "\n[[disk]]\npath = \"{}\"\nnode = \"n{node}\"\nserial = \"s{index}\"\n",
-                disk_name(index)
-            );
-        }
-        for (index, node) in self.cards.iter().enumerate() {
-            text += &format!(
-                "\n[[net]]\ntap = \"gestalt{index}\"\nnode = \"n{node}\"\nmac = \"02:00:00:00:00:{index:02x}\"\n"
-            );
-        }
-        text
-    }
-
-    /// A script for host `host` that makes the TAP interfaces of the cards there, anew if there are some.
-    pub fn make_taps(&self, host: usize) -> String {
-        let here = self.cards.iter().enumerate().filter(|(_, node)| self.host_of(**node) == host);
-        let make = here.map(|(index, _)| {
-            let tap = format!("gestalt{index}");
-            format!(
-                "ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap && ip addr add 10.9.{index}.1/24 dev {tap} \
-                 && ip link set {tap} up\n"
-            )
-        });
-        let make: String = make.collect();
-        if make.is_empty() { make } else { format!("modprobe tun 2>/dev/null\n{make}") }
-    }
-
-    /// Makes the disks, empty, in `folder`.
-    ///
-    /// # Errors
-    /// There is no room, or no such folder.
-    pub fn make_disks(&self, folder: &Path) -> std::io::Result<()> {
-        (0..self.disks.len()).try_for_each(|index| File::create(folder.join(disk_name(index)))?.set_len(DISK))
+        text + &self.device_entries()
     }
 
     /// Where nodes of other hosts join.
@@ -178,27 +139,6 @@ mod tests {
         let file = machine.file("/g", false);
         assert_eq!(file.matches("remote").count(), 2);
         assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
-    }
-
-    #[test]
-    fn each_disk_is_on_its_node() {
-        let machine = Machine { disks: vec![1, 0], ..Machine::equal(2, 1, 256) };
-        let file = machine.file("/g", false);
-        assert!(file.contains("path = \"disk-0.img\"\nnode = \"n1\"\nserial = \"s0\""), "{file}");
-        assert!(file.contains("path = \"disk-1.img\"\nnode = \"n0\"\nserial = \"s1\""), "{file}");
-        let folder = tempfile::tempdir().unwrap();
-        machine.make_disks(folder.path()).unwrap();
-        assert_eq!(folder.path().join("disk-1.img").metadata().unwrap().len(), DISK);
-    }
-
-    #[test]
-    fn each_card_has_an_interface_on_its_nodes_host() {
-        let machine = Machine { hosts: 2, cards: vec![1, 0], ..Machine::equal(2, 1, 256) };
-        let file = machine.file("/g", false);
-        assert!(file.contains("tap = \"gestalt0\"\nnode = \"n1\"\nmac = \"02:00:00:00:00:00\""), "{file}");
-        assert!(machine.make_taps(0).contains("ip tuntap add gestalt1 mode tap"));
-        assert!(machine.make_taps(1).contains("ip addr add 10.9.0.1/24 dev gestalt0"));
-        assert_eq!(Machine::equal(2, 1, 256).make_taps(0), "");
     }
 
     #[test]

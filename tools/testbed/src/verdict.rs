@@ -39,7 +39,10 @@ pub fn faults(machine: &Machine, outcome: &Outcome, checked: bool) -> Vec<String
         let least = (f64::from(node.memory_mib) * 1024.0 * MEMORY_SHARE) as u64;
         expect(kib >= least, format!("NUMA node {index} has {kib} KiB of its {} MiB", node.memory_mib));
     }
-    if !machine.disks.is_empty() {
+    if machine.boots_from_disk {
+        let said = facts.text("booted_from");
+        expect(said == Some("disk"), format!("the guest booted from {said:?} instead of its disk"));
+    } else if !machine.disks.is_empty() {
         let said = facts.text("disks");
         expect(said == Some("ok"), format!("the check of the disks said {said:?}"));
     }

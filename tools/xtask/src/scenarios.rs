@@ -65,6 +65,7 @@ impl Scenario {
         let mut machine = machine;
         machine.actions = match plan {
             Plan::Whole => "report,smp-check,poweroff",
+            Plan::Quick if machine.boots_from_disk => "report,drivers,devices,poweroff",
             Plan::Quick => "report,poweroff",
             Plan::Devices => "report,drivers,devices,disks,network,poweroff",
             Plan::Reboot => "report,ask",
@@ -204,6 +205,12 @@ pub fn over_rdma() -> Scenario {
 pub fn devices() -> Scenario {
     let machine = Machine { disks: vec![0, 1], cards: vec![0, 1], ..Machine::equal(2, 2, 512) };
     Scenario::new("CPUs of two nodes use both nodes' disks and network cards", machine, Plan::Devices)
+}
+
+/// Kernel and initrd come out of the guest's own disk.
+pub fn from_disk() -> Scenario {
+    let machine = Machine { disks: vec![0], boots_from_disk: true, ..with_memory_node() };
+    Scenario::new("a guest boots the kernel on its disk", machine, Plan::Quick)
 }
 
 /// One node on each of two hosts.
