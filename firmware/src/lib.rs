@@ -22,6 +22,7 @@
 //! - [`cpuid`]: what CPUs of many hosts have in common, and what such a machine must not offer.
 //! - [`pci`]: where PCI is: one root bus per node.
 //! - [`disk`]: the kernel inside a disk image.
+//! - [`seed`]: what cloud-init reads at the first start.
 //! - [`boot`]: the kernel in memory, and the registers that start it.
 
 pub mod acpi;
@@ -32,6 +33,7 @@ pub mod e820;
 mod error;
 pub mod layout;
 pub mod pci;
+pub mod seed;
 pub mod spec;
 
 pub use cpuid::CpuidEntry;
