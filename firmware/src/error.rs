@@ -9,4 +9,7 @@ pub enum FirmwareError {
     /// The kernel or initrd cannot be loaded.
     #[error("{0}")]
     Boot(String),
+    /// There is no kernel on a disk.
+    #[error("{0}")]
+    Disk(String),
 }

@@ -1,7 +1,7 @@
 //! What the guest finds at power-on: memory map, ACPI tables, CPUID and the loaded kernel.
 //!
 //! Pure functions from a [`MachineSpec`] to bytes; nothing here knows of KVM, threads or sockets. The only
-//! files read are the kernel and the initrd.
+//! files read are the kernel and the initrd, or the disk image that holds them.
 //!
 //! The way of a machine from its description to its first instruction:
 //!
@@ -21,15 +21,19 @@
 //! - [`acpi`]: CPUs, interrupt controllers, NUMA, power-off.
 //! - [`cpuid`]: what CPUs of many hosts have in common, and what such a machine must not offer.
 //! - [`pci`]: where PCI is: one root bus per node.
+//! - [`disk`]: the kernel inside a disk image.
+//! - [`seed`]: what cloud-init reads at the first start.
 //! - [`boot`]: the kernel in memory, and the registers that start it.
 
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+pub mod disk;
 pub mod e820;
 mod error;
 pub mod layout;
 pub mod pci;
+pub mod seed;
 pub mod spec;
 
 pub use cpuid::CpuidEntry;

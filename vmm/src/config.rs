@@ -14,7 +14,7 @@ use fabric::tcp::MAX_RAILS;
 use firmware::{MachineSpec, NodeSpec};
 
 use crate::node_api::Machine;
-use crate::peripherals::{self, PeripheralConfig};
+use crate::peripherals::{self, Kind, PeripheralConfig};
 use crate::rdma::{FabricKind, RdmaConfig};
 
 /// How long a node or peer may be silent before it counts as lost, unless the machine file says otherwise.
@@ -74,11 +74,11 @@ pub struct NodeConfig {
 pub struct MachineConfig {
     /// For messages and reports.
     pub name: String,
-    /// The guest kernel (bzImage or ELF), a path on node 0's host.
+    /// The guest kernel (bzImage or ELF), a path on node 0's host. Empty: what the first disk of node 0 would boot.
     pub kernel: PathBuf,
     /// The initial ramdisk, a path on node 0's host.
     pub initrd: Option<PathBuf>,
-    /// The guest kernel's command line.
+    /// The guest kernel's command line; what a disk's boot loader would say goes before it.
     pub cmdline: String,
     /// Where `gestalt run` waits for nodes; port 0 lets the kernel choose. `None`: loopback, any port, which
     /// will not do for nodes on other hosts.
@@ -138,8 +138,11 @@ impl MachineConfig {
     /// # Errors
     /// One sentence: what is wrong and what to do.
     pub fn check(&self) -> Result<(), ConfigError> {
-        if self.kernel.as_os_str().is_empty() {
-            return wrong("there is no kernel: name one with --kernel FILE or kernel = \"FILE\"");
+        if self.kernel.as_os_str().is_empty() && !self.boots_from_disk() {
+            return wrong(
+                "there is no kernel: name one with --kernel FILE or kernel = \"FILE\", or give the first node a \
+                 disk that holds one (--disk IMAGE)",
+            );
         }
         if self.cmdline.bytes().any(|byte| byte < b' ' || byte == 0x7f) {
             return wrong(
@@ -181,6 +184,16 @@ impl MachineConfig {
                 .map_err(|why| ConfigError(format!("node \"{}\": {why}", node.spec.name)))?;
         }
         Ok(())
+    }
+
+    /// Whether the kernel comes out of the first node's first disk.
+    pub fn boots_from_disk(&self) -> bool {
+        let first = self.nodes.first().map(|node| node.spec.name.as_str());
+        let boots = |device: &PeripheralConfig| {
+            let here = device.node.is_none() || device.node.as_deref() == first;
+            here && matches!(device.kind, Kind::Disk { .. })
+        };
+        self.kernel.as_os_str().is_empty() && self.devices.iter().any(boots)
     }
 
     fn check_addresses(&self) -> Result<(), ConfigError> {
@@ -385,6 +398,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::peripherals::parse_disk;
 
     fn node(name: &str, place: Place) -> NodeConfig {
         NodeConfig {
@@ -447,6 +461,14 @@ mod tests {
         let good = machine(vec![node("n0", Place::Local)]);
         let cases: Vec<(MachineConfig, &str)> = vec![
             (MachineConfig { kernel: PathBuf::new(), ..good.clone() }, "no kernel"),
+            (
+                MachineConfig {
+                    kernel: PathBuf::new(),
+                    devices: vec![parse_disk("a.img,node=n1").unwrap()],
+                    ..machine(vec![node("n0", Place::Local), node("n1", Place::Local)])
+                },
+                "no kernel",
+            ),
             (MachineConfig { cmdline: "a\nb".into(), ..good.clone() }, "control character"),
             (MachineConfig { shards: Some(0), ..good.clone() }, "0 shards"),
             (MachineConfig { silence: Duration::from_millis(100), ..good.clone() }, "too short"),
@@ -470,6 +492,16 @@ mod tests {
         for (config, part) in cases {
             let said = refusal(&config);
             assert!(said.contains(part), "{said:?} does not contain {part:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_of_the_first_node_takes_the_place_of_a_kernel() {
+        for disk in ["a.img", "a.img,node=n0"] {
+            let devices = vec![parse_disk(disk).unwrap()];
+            let nodes = vec![node("n0", Place::Local)];
+            let config = MachineConfig { kernel: PathBuf::new(), devices, ..machine(nodes) };
+            assert_eq!(config.check(), Ok(()));
         }
     }
 

@@ -21,7 +21,7 @@
 //! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
 //! | [`devices`] | node 0's devices |
 //! | [`pci`], [`virtio`] | each node's PCI bus and the disks and network cards on it |
-//! | [`peripherals`] | disks and network cards as the owner asks for them |
+//! | [`peripherals`], [`seed`] | disks and network cards as the owner asks for them; what cloud-init is told |
 //! | [`clock`] | one time stamp counter for all nodes |
 //!
 //! `docs/architecture.md` follows one interrupt and one port access through these modules.
@@ -43,6 +43,7 @@ pub mod pci;
 pub mod peripherals;
 pub mod rdma;
 pub mod router;
+pub mod seed;
 pub mod terminal;
 pub mod vcpu;
 pub mod virtio;

@@ -2,7 +2,8 @@
 //!
 //! ```toml
 //! name = "demo"                       # for messages; default "gestalt"
-//! kernel = "vmlinuz"                  # relative to this file, as is initrd
+//! kernel = "vmlinuz"                  # relative to this file, as is initrd; without one the first node's first
+//!                                     # disk says what to boot, and cmdline is appended to what it says
 //! initrd = "initrd.img"
 //! cmdline = "console=ttyS0"
 //! listen = "192.0.2.1:7700"           # default: loopback, any port

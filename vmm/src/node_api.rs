@@ -47,7 +47,7 @@ pub struct Machine {
     pub spec: MachineSpec,
     /// What each node may hold for the guest, in bytes, by node index; see `NodeConfig::budget`.
     pub budgets: Vec<Option<u64>>,
-    /// The guest kernel (bzImage or ELF), a path on node 0's host.
+    /// The guest kernel (bzImage or ELF), a path on node 0's host. Empty: what the first disk of node 0 would boot.
     pub kernel: PathBuf,
     /// The initial ramdisk, a path on node 0's host.
     pub initrd: Option<PathBuf>,

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, MachineConfig};
+use crate::seed::fnv;
 use crate::virtio::block::{MAX_QUEUES, SERIAL_LEN};
 use crate::virtio::net::MAX_PAIRS;
 use crate::virtio::net::tap::MAX_NAME;
@@ -42,6 +43,13 @@ pub enum Kind {
         mac: Option<[u8; 6]>,
         /// Pairs of queues. Default: 1.
         queues: Option<u16>,
+    },
+    /// A small disk from which cloud-init learns what the guest is to be: [`crate::seed`].
+    Seed {
+        /// The file `user-data`.
+        user_data: String,
+        /// The file `meta-data`.
+        meta_data: String,
     },
     /// A source of random numbers.
     Entropy,
@@ -139,7 +147,7 @@ fn check(kind: &Kind) -> Result<(), ConfigError> {
             }
             queues.map(|queues| (queues, MAX_PAIRS))
         }
-        Kind::Entropy => None,
+        Kind::Seed { .. } | Kind::Entropy => None,
     };
     match queues {
         Some((queues, most)) if !(1..=most).contains(&queues) => {
@@ -152,8 +160,7 @@ fn check(kind: &Kind) -> Result<(), ConfigError> {
 /// An address that stays the same from run to run: locally administered, the rest a hash (FNV-1a) of the names.
 fn address(machine: &str, node: Option<&str>, tap: &str) -> [u8; 6] {
     let names = [machine, node.unwrap_or_default(), tap].join("/");
-    let step = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-    let hash = names.bytes().fold(0xcbf2_9ce4_8422_2325, step).to_le_bytes();
+    let hash = fnv(&[names.as_bytes()]).to_le_bytes();
     [0x02, hash[3], hash[4], hash[5], hash[6], hash[7]]
 }
 

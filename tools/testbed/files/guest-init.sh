@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
-# kernel command line lists: online, report, drivers, devices, disks, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
+# kernel command line lists: online, report, drivers, devices, disks, network,
+# smp-check, loop-smp-check, ask, shell, poweroff, reboot.
 #
 #   GESTALT-MARK <event>           something happened now
 #   GESTALT-REPORT <key>=<value>   a fact
@@ -28,6 +29,9 @@ say() { echo "GESTALT-REPORT $1=$2"; }
 
 report() {
     say kernel "$(uname -r)"
+    for word in $(cat /proc/cmdline); do
+        case $word in gestalt.from=*) say booted_from "${word#*=}" ;; esac
+    done
     say cpus_online "$(grep -c ^processor /proc/cpuinfo)"
     say cpus_online_list "$(cat /sys/devices/system/cpu/online)"
     say cpus_present_list "$(cat /sys/devices/system/cpu/present)"
@@ -98,6 +102,24 @@ disks() {
     if [ -z "$failed" ]; then say disks ok; else say disks "failed:$failed"; fi
 }
 
+# Reaches the host through every network card, from a CPU of every node, with packets of several fragments.
+network() {
+    for dir in /sys/class/net/e*; do
+        [ -d "$dir" ] || continue
+        card=${dir##*/}
+        index=$((0x$(sed 's/.*://' "$dir/address")))
+        ip link set "$card" up
+        ip addr add "10.9.$index.2/24" dev "$card"
+        failed=
+        for node in /sys/devices/system/node/node[0-9]*; do
+            cpu=$(sed 's/[-,].*//' "$node/cpulist")
+            [ -n "$cpu" ] || continue
+            taskset -c "$cpu" ping -c 3 -W 10 -s 4000 "10.9.$index.1" || failed="$failed $cpu"
+        done
+        say "card$index" "${failed:-ok} node $(cat "$dir/device/../numa_node")"
+    done
+}
+
 check() {
     if smp-check "$@"; then say smp_check ok; else say smp_check failed; fi
 }
@@ -109,6 +131,7 @@ act() {
         drivers) drivers ;;
         devices) devices ;;
         disks) disks ;;
+        network) network ;;
         smp-check) check ;;
         loop-smp-check) while check; do :; done ;;
         ask) ask ;;

@@ -115,9 +115,15 @@ impl Boot {
         let on_host = |name: &str| host.dir().join(name).display().to_string();
         let (file, report) = (format!("share/machine-{number}.toml"), format!("share/report-{number}.json"));
         std::fs::write(rig.stage().join(&file), machine.file(&on_host("guest"), rig.emulated().is_some()))?;
-        machine.make_disks(&rig.stage().join("share"))?;
         if machine.hosts > 1 {
             share_key(rig, machine)?;
+        }
+        machine.make_disks(rig.stage())?;
+        for (number, host) in rig.hosts().iter().enumerate().take(machine.hosts) {
+            let taps = machine.make_taps(number);
+            if !taps.is_empty() {
+                host.output(&taps, Duration::from_secs(30)).context("making TAP interfaces")?;
+            }
         }
         let started = Instant::now();
         let pid = format!("share/pid-{number}");

@@ -27,6 +27,7 @@ pub mod archive;
 pub mod artifacts;
 pub mod boot;
 pub mod cache;
+mod devices;
 pub mod drivers;
 pub mod exec;
 pub mod guest;

@@ -1,7 +1,5 @@
 //! The machines that tests boot: their nodes, on which hosts, and the machine file that says so.
 
-use std::fs::File;
-use std::path::Path;
 use std::str::FromStr;
 
 use crate::kernels::Kernel;
@@ -9,13 +7,6 @@ use crate::rack::Rack;
 
 /// Memory of an emulated host beyond that of its nodes, in MiB: its own system, the programs, page tables.
 const HOST_MIB: u32 = 1200;
-
-/// Bytes of a disk; the file is sparse.
-const DISK: u64 = 16 << 20;
-
-fn disk_name(index: usize) -> String {
-    format!("disk-{index}.img")
-}
 
 /// Where every host of a machine of several hosts has the machine's key.
 pub const KEY: &str = "/run/gestalt-test.key";
@@ -50,6 +41,11 @@ pub struct Machine {
     pub hosts: usize,
     /// The nodes that have a disk each, in order: disk i is `disk-<i>.img`, beside the machine file.
     pub disks: Vec<usize>,
+    /// Disk 0 holds kernel and initramfs, and the machine file names none.
+    pub boots_from_disk: bool,
+    /// The nodes that have a network card each, in order: card i is TAP interface `gestalt<i>` of its host, which has
+    /// the address 10.9.i.1; the guest takes 10.9.i.2.
+    pub cards: Vec<usize>,
     /// The guest's kernel.
     pub kernel: Kernel,
     /// What the guest does, in order: see `files/guest-init.sh`.
@@ -65,6 +61,8 @@ impl Machine {
             nodes: vec![Node { cpus, memory_mib }; count],
             hosts: 1,
             disks: Vec::new(),
+            boots_from_disk: false,
+            cards: Vec::new(),
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
             rdma: false,
@@ -104,13 +102,13 @@ impl Machine {
         let several = self.nodes.iter().filter(|node| node.cpus > 0).count() > 1;
         let late = if emulated && several { ("maxcpus=1 ", "online,") } else { ("", "") };
         let mut text = format!(
-            "name = \"test\"\nkernel = \"{guest}/{}\"\ninitrd = \"{guest}/initramfs\"\n\
-             cmdline = \"console=ttyS0 nowatchdog {}gestalt.run={}{}\"\n",
-            self.kernel.name(),
-            late.0,
-            late.1,
-            self.actions
+            "name = \"test\"\ncmdline = \"console=ttyS0 nowatchdog {}gestalt.run={}{}\"\n",
+            late.0, late.1, self.actions
         );
+        if !self.boots_from_disk {
+            let kernel = self.kernel.name();
+            text += &format!("kernel = \"{guest}/{kernel}\"\ninitrd = \"{guest}/initramfs\"\n");
+        }
         if self.rdma {
             text += "fabric = \"rdma\"\n";
         }
@@ -124,21 +122,7 @@ impl Machine {
                 node.cpus, node.memory_mib
             );
         }
-        for (index, node) in self.disks.iter().enumerate() {
-            text += &format!(
-                "\n[[disk]]\npath = \"{}\"\nnode = \"n{node}\"\nserial = \"s{index}\"\n",
-                disk_name(index)
-            );
-        }
-        text
-    }
-
-    /// Makes the disks, empty, in `folder`.
-    ///
-    /// # Errors
-    /// There is no room, or no such folder.
-    pub fn make_disks(&self, folder: &Path) -> std::io::Result<()> {
-        (0..self.disks.len()).try_for_each(|index| File::create(folder.join(disk_name(index)))?.set_len(DISK))
+        text + &self.device_entries()
     }
 
     /// Where nodes of other hosts join.
@@ -158,17 +142,6 @@ mod tests {
         let file = machine.file("/g", false);
         assert_eq!(file.matches("remote").count(), 2);
         assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
-    }
-
-    #[test]
-    fn each_disk_is_on_its_node() {
-        let machine = Machine { disks: vec![1, 0], ..Machine::equal(2, 1, 256) };
-        let file = machine.file("/g", false);
-        assert!(file.contains("path = \"disk-0.img\"\nnode = \"n1\"\nserial = \"s0\""), "{file}");
-        assert!(file.contains("path = \"disk-1.img\"\nnode = \"n0\"\nserial = \"s1\""), "{file}");
-        let folder = tempfile::tempdir().unwrap();
-        machine.make_disks(folder.path()).unwrap();
-        assert_eq!(folder.path().join("disk-1.img").metadata().unwrap().len(), DISK);
     }
 
     #[test]

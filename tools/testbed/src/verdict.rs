@@ -39,9 +39,20 @@ pub fn faults(machine: &Machine, outcome: &Outcome, checked: bool) -> Vec<String
         let least = (f64::from(node.memory_mib) * 1024.0 * MEMORY_SHARE) as u64;
         expect(kib >= least, format!("NUMA node {index} has {kib} KiB of its {} MiB", node.memory_mib));
     }
-    if !machine.disks.is_empty() {
+    if machine.boots_from_disk {
+        let said = facts.text("booted_from");
+        expect(said == Some("disk"), format!("the guest booted from {said:?} instead of its disk"));
+    } else if !machine.disks.is_empty() {
         let said = facts.text("disks");
         expect(said == Some("ok"), format!("the check of the disks said {said:?}"));
+    }
+    for (index, node) in machine.cards.iter().enumerate() {
+        let said = facts.text(&format!("card{index}"));
+        let wanted = format!("ok node {node}");
+        expect(
+            said == Some(&wanted),
+            format!("the check of card {index} said {said:?} instead of {wanted:?}"),
+        );
     }
     for (index, node) in machine.disks.iter().enumerate() {
         let near = facts.number(&format!("s{index}.numa_node"));
@@ -77,7 +88,7 @@ mod tests {
         Outcome { code: Some(0), facts: Facts(facts), ..Outcome::default() }
     }
 
-    const GOOD: [(&str, &str); 10] = [
+    const GOOD: [(&str, &str); 11] = [
         ("kernel", "6.12"),
         ("cpus_online", "2"),
         ("numa_nodes", "2"),
@@ -87,11 +98,12 @@ mod tests {
         ("node1.mem_total_kib", "520000"),
         ("disks", "ok"),
         ("s0.numa_node", "1"),
+        ("card0", "ok node 0"),
         ("smp_check", "ok"),
     ];
 
     fn machine() -> Machine {
-        let mut machine = Machine { disks: vec![1], ..Machine::equal(2, 2, 512) };
+        let mut machine = Machine { disks: vec![1], cards: vec![0], ..Machine::equal(2, 2, 512) };
         machine.nodes[1].cpus = 0;
         machine
     }

@@ -24,8 +24,8 @@ pub enum Plan {
     Whole,
     /// Boot, report, power off.
     Quick,
-    /// Boot, report, write and read every disk from every node, power off.
-    Disks,
+    /// Boot, report, use every disk and network card from every node, power off.
+    Devices,
     /// Talk to the guest over its console, reboot it from inside, power it off the second time.
     Reboot,
     /// Kill the process of this node so many milliseconds after the guest's user space has begun.
@@ -65,8 +65,9 @@ impl Scenario {
         let mut machine = machine;
         machine.actions = match plan {
             Plan::Whole => "report,smp-check,poweroff",
+            Plan::Quick if machine.boots_from_disk => "report,drivers,devices,poweroff",
             Plan::Quick => "report,poweroff",
-            Plan::Disks => "report,drivers,devices,disks,poweroff",
+            Plan::Devices => "report,drivers,devices,disks,network,poweroff",
             Plan::Reboot => "report,ask",
             Plan::Kill { .. } => "loop-smp-check",
         }
@@ -99,7 +100,7 @@ impl Scenario {
 
     fn follow(&self, rig: &Rig, boot: &mut Boot) -> Result<Times> {
         match self.plan {
-            Plan::Whole | Plan::Quick | Plan::Disks => {
+            Plan::Whole | Plan::Quick | Plan::Devices => {
                 let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
                 self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
                 Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
@@ -200,10 +201,16 @@ pub fn over_rdma() -> Scenario {
     Scenario::new("two nodes boot over RDMA", machine, Plan::Whole)
 }
 
-/// Each node has a disk of its own, which the CPUs of both use.
-pub fn disks() -> Scenario {
-    let machine = Machine { disks: vec![0, 1], ..Machine::equal(2, 2, 512) };
-    Scenario::new("CPUs of two nodes use both nodes' disks", machine, Plan::Disks)
+/// Each node has a disk and a network card of its own, which the CPUs of both use.
+pub fn devices() -> Scenario {
+    let machine = Machine { disks: vec![0, 1], cards: vec![0, 1], ..Machine::equal(2, 2, 512) };
+    Scenario::new("CPUs of two nodes use both nodes' disks and network cards", machine, Plan::Devices)
+}
+
+/// Kernel and initrd come out of the guest's own disk.
+pub fn from_disk() -> Scenario {
+    let machine = Machine { disks: vec![0], boots_from_disk: true, ..with_memory_node() };
+    Scenario::new("a guest boots the kernel on its disk", machine, Plan::Quick)
 }
 
 /// One node on each of two hosts.

@@ -22,6 +22,7 @@ use crate::keys::{KeyFile, MachineKey};
 use crate::machine_file::{self, parse_fabric};
 use crate::peripherals::{Kind, PeripheralConfig, parse_disk, parse_net};
 use crate::rdma::FabricKind;
+use crate::seed::Seed;
 use crate::terminal::{self, Output};
 
 /// CPUs per node if nothing is said.
@@ -38,7 +39,7 @@ const TYPED: usize = 4;
 pub struct RunArgs {
     /// A machine file (TOML)
     machine: Option<PathBuf>,
-    /// The guest kernel: bzImage or ELF
+    /// The guest kernel: bzImage or ELF [default: the one inside the first node's first disk]
     #[arg(long)]
     kernel: Option<PathBuf>,
     /// The initial RAM file system
@@ -75,6 +76,15 @@ pub struct RunArgs {
     /// A network card: tap=NAME[,node=NAME][,mac=ADDRESS][,queues=NUMBER]; give it once per card
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE..]", value_parser = parse_net)]
     net: Vec<PeripheralConfig>,
+    /// Tell cloud-init this host name
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// Tell cloud-init that this SSH public key may log in; give it once per file
+    #[arg(long, value_name = "FILE")]
+    ssh_key: Vec<PathBuf>,
+    /// Give cloud-init this user data
+    #[arg(long, value_name = "FILE")]
+    user_data: Option<PathBuf>,
     /// Give the guest the host's random numbers
     #[arg(long)]
     entropy: bool,
@@ -212,7 +222,7 @@ fn open_report(path: &Path) -> anyhow::Result<(PathBuf, File)> {
 
 /// Kernel and initrd are on node 0's host; if that is this one, they can be looked at now.
 fn check_files(config: &MachineConfig) -> anyhow::Result<()> {
-    if config.nodes[0].place == Place::Local {
+    if config.nodes[0].place == Place::Local && !config.boots_from_disk() {
         let source =
             BootSource { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &config.cmdline };
         boot::check(&source, &config.spec())?;
@@ -239,6 +249,14 @@ impl RunArgs {
         set(&mut config.hold, &self.hold);
         set(&mut config.fabric, &self.fabric);
         config.devices.extend(self.disk.iter().chain(&self.net).cloned());
+        let seed = Seed {
+            hostname: self.hostname.clone(),
+            ssh_keys: self.ssh_key.clone(),
+            user_data: self.user_data.clone(),
+        };
+        if !seed.is_empty() {
+            config.devices.push(seed.peripheral(&config.name)?);
+        }
         if self.entropy {
             config.devices.push(PeripheralConfig { node: None, kind: Kind::Entropy });
         }

@@ -9,11 +9,13 @@
 //! | this one | the order of things |
 //! | [`parts`] | the node's parts, built one after the other |
 //! | [`board`] | node 0's devices |
+//! | [`boot_disk`] | the kernel, named or out of a disk |
 //! | [`peripherals`] | this node's disks and network cards |
 //! | [`console`] | COM1 and the coordinator's terminal |
 //! | [`counters`] | the report |
 
 pub mod board;
+pub mod boot_disk;
 pub mod console;
 pub mod counters;
 pub mod parts;

@@ -13,11 +13,11 @@ use fabric::rdma::RdmaTransport;
 use fabric::secure::PrivateKey;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys};
 use fabric::{NodeId, Transport, trace};
-use firmware::boot::BootSource;
 use firmware::{Layout, acpi, boot, cpuid};
 use kvm_ioctls::Kvm;
 
 use super::board::Board;
+use super::boot_disk::BootPaths;
 use super::console::{self, Input};
 use super::peripherals::{self, Idle};
 use super::{Event, StateText, VCPUS, counters};
@@ -357,8 +357,8 @@ fn load_kernel(
 ) -> anyhow::Result<boot::BspRegisters> {
     let machine = &assignment.machine;
     let acpi = acpi::build(layout, &machine.spec)?;
-    let source =
-        BootSource { kernel: &machine.kernel, initrd: machine.initrd.as_deref(), cmdline: &machine.cmdline };
+    let files = BootPaths::of(machine)?;
+    let source = files.source();
     Ok(boot::load(ram.map(), layout, &acpi, &source, tsc_khz)?)
 }
 

@@ -7,7 +7,7 @@ use coherence::engine::Engine;
 use crate::pci::RootBus;
 use crate::peripherals::{Kind, Peripheral};
 use crate::router::Router;
-use crate::virtio::block::{Block, BlockConfig, RawDisk};
+use crate::virtio::block::{Block, BlockConfig, MemoryDisk, RawDisk};
 use crate::virtio::entropy::Entropy;
 use crate::virtio::net::{Net, Tap};
 use crate::virtio::transport::Surroundings;
@@ -76,6 +76,12 @@ fn device(kind: &Kind) -> anyhow::Result<(String, Box<dyn Device>)> {
             let port = Arc::new(Tap::open(tap, pairs)?);
             let card = Net::new(port, pairs, mac.unwrap_or_default());
             (format!("network card {tap}"), Box::new(card))
+        }
+        Kind::Seed { user_data, meta_data } => {
+            let disk = Arc::new(MemoryDisk(firmware::seed::image(user_data, meta_data)?));
+            let name = "cloud-init's seed".to_owned();
+            let config = BlockConfig { name: name.clone(), serial: "seed".into(), readonly: true, queues: 1 };
+            (name, Box::new(Block::new(disk, config)))
         }
         Kind::Entropy => ("entropy device".into(), Box::new(Entropy)),
     })

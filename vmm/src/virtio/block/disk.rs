@@ -267,3 +267,35 @@ impl Disk for RawDisk {
         self.write_zeroes_slowly(offset, len)
     }
 }
+
+/// A disk that exists in memory only and cannot be written.
+pub struct MemoryDisk(pub Vec<u8>);
+
+impl Disk for MemoryDisk {
+    fn len(&self) -> u64 {
+        self.0.len() as u64 - self.0.len() as u64 % super::SECTOR
+    }
+
+    fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
+        let wanted = usize::try_from(offset).ok().and_then(|offset| self.0.get(offset..));
+        let wanted = wanted.filter(|rest| rest.len() as u64 >= to.len());
+        to.write(wanted.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn write(&self, _: &Buffers, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+}

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-pub use self::disk::{Disk, RawDisk};
+pub use self::disk::{Disk, MemoryDisk, RawDisk};
 use self::request::Server;
 use super::{Device, Session, Workers, read_block};
 

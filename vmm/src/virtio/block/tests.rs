@@ -82,6 +82,18 @@ fn a_disk_on_a_strange_file_system_goes_through_a_buffer() {
 }
 
 #[test]
+fn a_disk_in_memory_is_read_and_not_written() {
+    let content: Vec<u8> = (0..2048u32).map(|n| (n / 3) as u8).collect();
+    let mut driver = driver(Arc::new(MemoryDisk(content.clone())), true);
+    let read = [(BUFFER, 100, true), (BUFFER + 0x1000, 924, true)];
+    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_IN, 2, &read), blk::VIRTIO_BLK_S_OK);
+    assert_eq!(driver.get(BUFFER, 100), content[1024..1124]);
+    assert_eq!(driver.get(BUFFER + 0x1000, 924), content[1124..]);
+    let write = [(BUFFER, 512, false)];
+    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 0, &write), blk::VIRTIO_BLK_S_IOERR);
+}
+
+#[test]
 fn the_serial_number_is_told() {
     let file = image(1);
     let mut driver = driver(open(file.path(), false), false);

@@ -1,0 +1,115 @@
+//! The kernel that node 0 loads: the one that was named, or the one inside its first disk.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use firmware::boot::BootSource;
+use firmware::disk;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::node_api::Machine;
+use crate::peripherals::Kind;
+
+/// Kernel, initrd and command line, as files that can be opened as long as this value lives.
+pub struct BootPaths {
+    kernel: PathBuf,
+    initrd: Option<PathBuf>,
+    cmdline: String,
+    /// What came out of a disk.
+    _extracted: Vec<File>,
+}
+
+impl BootPaths {
+    /// What `machine` boots.
+    ///
+    /// # Errors
+    /// There is no kernel on the disk that should have one.
+    pub fn of(machine: &Machine) -> anyhow::Result<BootPaths> {
+        let initrd = machine.initrd.clone();
+        if !machine.kernel.as_os_str().is_empty() {
+            let (kernel, cmdline) = (machine.kernel.clone(), machine.cmdline.clone());
+            return Ok(BootPaths { kernel, initrd, cmdline, _extracted: Vec::new() });
+        }
+        let disks = machine.devices.iter().filter(|device| device.node == 0);
+        let path = disks.into_iter().find_map(|device| match &device.kind {
+            Kind::Disk { path, .. } => Some(path),
+            _ => None,
+        });
+        let found = disk::find(path.context("there is neither a kernel nor a disk on the first node")?)?;
+        tracing::info!("booting {}", found.origin);
+        let mut extracted = Vec::new();
+        let kernel = extract(&found.kernel, &mut extracted)?;
+        let initrd = match initrd {
+            None if !found.initrd.is_empty() => Some(extract(&found.initrd, &mut extracted)?),
+            given => given,
+        };
+        let cmdline = [found.cmdline.as_str(), &machine.cmdline].join(" ").trim().to_owned();
+        Ok(BootPaths { kernel, initrd, cmdline, _extracted: extracted })
+    }
+
+    /// For the loader.
+    pub fn source(&self) -> BootSource<'_> {
+        BootSource { kernel: &self.kernel, initrd: self.initrd.as_deref(), cmdline: &self.cmdline }
+    }
+}
+
+/// Puts bytes into a file in memory; its path.
+fn extract(bytes: &[u8], files: &mut Vec<File>) -> anyhow::Result<PathBuf> {
+    let mut file = File::from(memfd_create(c"gestalt-boot", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(bytes)?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+    files.push(file);
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MachineConfig, NodeConfig, Place};
+    use crate::peripherals::parse_disk;
+    use firmware::NodeSpec;
+
+    fn machine(kernel: &str, disks: &[&str]) -> Machine {
+        let node = NodeConfig {
+            spec: NodeSpec { name: "n0".into(), cpus: 1, memory: 256 << 20 },
+            place: Place::Local,
+            fabric_listen: Vec::new(),
+            budget: None,
+        };
+        let config = MachineConfig {
+            kernel: kernel.into(),
+            nodes: vec![node],
+            devices: disks.iter().map(|text| parse_disk(text).unwrap()).collect(),
+            ..MachineConfig::default()
+        };
+        config.machine([0; 16])
+    }
+
+    #[test]
+    fn a_kernel_that_is_named_is_taken_whatever_disks_there_are() {
+        let paths = BootPaths::of(&machine("vmlinuz", &["/nonexistent/disk"])).unwrap();
+        assert_eq!((paths.kernel.as_path(), paths.initrd), ("vmlinuz".as_ref(), None));
+    }
+
+    #[test]
+    fn a_disk_without_a_kernel_is_named_in_the_error() {
+        let refusal = |disk: &str| match BootPaths::of(&machine("", &[disk])) {
+            Ok(_) => panic!("a kernel was found"),
+            Err(error) => error.to_string(),
+        };
+        assert!(refusal("/nonexistent/disk").contains("/nonexistent/disk"));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        assert!(refusal(&file.path().display().to_string()).contains("no file system"));
+    }
+
+    #[test]
+    fn what_was_extracted_can_be_opened_by_its_path() {
+        let mut files = Vec::new();
+        let path = extract(b"kernel", &mut files).unwrap();
+        assert_eq!(std::fs::read(path).unwrap(), b"kernel");
+    }
+}
