@@ -311,8 +311,7 @@ fn exchange(place: &Place<'_>, lanes: &mut [HalfLane], timeout: Duration) -> Res
         }
         wait(lanes, deadline).map_err(|missing| {
             FabricError::Setup(format!(
-                "after {:.1} s the RDMA connections of {} to {missing} are not up; see that its port is in the same \
-                 network and that it runs with the same fabric",
+                "after {:.1} s {} still has no RDMA connection with {missing}; see what is said there",
                 timeout.as_secs_f64(),
                 place.session.node()
             ))
