@@ -93,7 +93,12 @@ disks() {
                 [ -n "$reader" ] || continue
                 echo 3 > /proc/sys/vm/drop_caches
                 taskset -c "$reader" dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=8 2>/dev/null
-                cmp -s /tmp/written /tmp/read || failed="$failed $disk:$writer-$reader"
+                cmp -s /tmp/written /tmp/read && continue
+                wrong=$(cmp -l /tmp/written /tmp/read | awk 'NR == 1 { first = $1 } END { print NR " bytes from " first }')
+                echo 3 > /proc/sys/vm/drop_caches
+                dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=8 2>/dev/null
+                cmp -s /tmp/written /tmp/read && again=right || again=wrong
+                failed="$failed $disk: written by $writer, read by $reader: $wrong, then $again;"
             done
         done
         say "$disk.patterns" "$at"
