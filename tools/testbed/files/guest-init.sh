@@ -85,15 +85,20 @@ disks() {
             writer=$(sed 's/[-,].*//' "$from/cpulist")
             [ -n "$writer" ] || continue
             at=$((at + 1))
-            taskset -c "$writer" dd if=/dev/urandom of=/tmp/written bs=64k count=8 2>/dev/null
+            taskset -c "$writer" dd if=/dev/urandom of=/tmp/written bs=64k count=4 2>/dev/null
             taskset -c "$writer" dd if=/tmp/written of="/dev/$disk" bs=64k seek=$((at * 8)) conv=fsync 2>/dev/null ||
                 failed="$failed $disk:write"
             for to in /sys/devices/system/node/node[0-9]*; do
                 reader=$(sed 's/[-,].*//' "$to/cpulist")
                 [ -n "$reader" ] || continue
                 echo 3 > /proc/sys/vm/drop_caches
-                taskset -c "$reader" dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=8 2>/dev/null
-                cmp -s /tmp/written /tmp/read || failed="$failed $disk:$writer-$reader"
+                taskset -c "$reader" dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=4 2>/dev/null
+                cmp -s /tmp/written /tmp/read && continue
+                wrong=$(cmp -l /tmp/written /tmp/read | awk 'NR == 1 { first = $1 } END { print NR " bytes from " first }')
+                echo 3 > /proc/sys/vm/drop_caches
+                dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=4 2>/dev/null
+                cmp -s /tmp/written /tmp/read && again=right || again=wrong
+                failed="$failed $disk: written by $writer, read by $reader: $wrong, then $again;"
             done
         done
         say "$disk.patterns" "$at"

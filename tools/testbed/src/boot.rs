@@ -118,11 +118,11 @@ impl Boot {
         if machine.hosts > 1 {
             share_key(rig, machine)?;
         }
-        machine.make_disks(rig.stage())?;
+        machine.make_boot_disk(rig.stage())?;
         for (number, host) in rig.hosts().iter().enumerate().take(machine.hosts) {
-            let taps = machine.make_taps(number);
-            if !taps.is_empty() {
-                host.output(&taps, Duration::from_secs(30)).context("making TAP interfaces")?;
+            let script = machine.prepare(number);
+            if !script.is_empty() {
+                host.output(&script, Duration::from_secs(30)).context("making disks and TAP interfaces")?;
             }
         }
         let started = Instant::now();

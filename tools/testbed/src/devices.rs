@@ -1,6 +1,6 @@
 //! Disks and network cards of the machines that tests boot.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -12,9 +12,8 @@ use crate::machine::Machine;
 /// Bytes of a disk; the file is sparse.
 const DISK: u64 = 16 << 20;
 
-fn disk_name(index: usize) -> String {
-    format!("disk-{index}.img")
-}
+/// The disk that is booted from, beside the machine file.
+const BOOT_DISK: &str = "boot.img";
 
 /// What a boot loader's file on a boot disk says.
 const GRUB: &str = "set default=0\nmenuentry 'Linux' {\n  linux /boot/vmlinuz-1 gestalt.from=disk\n  \
@@ -27,7 +26,7 @@ impl Machine {
         for (index, node) in self.disks.iter().enumerate() {
             text += &format!(
                 "\n[[disk]]\npath = \"{}\"\nnode = \"n{node}\"\nserial = \"s{index}\"\n",
-                disk_name(index)
+                self.disk_path(index)
             );
         }
         for (index, node) in self.cards.iter().enumerate() {
@@ -38,38 +37,43 @@ impl Machine {
         text
     }
 
-    /// A script for host `host` that makes the TAP interfaces of the cards there, anew if there are some.
-    pub fn make_taps(&self, host: usize) -> String {
-        let here = self.cards.iter().enumerate().filter(|(_, node)| self.host_of(**node) == host);
-        let make = here.map(|(index, _)| {
-            let tap = format!("gestalt{index}");
-            format!(
-                "ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap && ip addr add 10.9.{index}.1/24 dev {tap} \
-                 && ip link set {tap} up\n"
-            )
-        });
-        let make: String = make.collect();
-        if make.is_empty() { make } else { format!("modprobe tun 2>/dev/null\n{make}") }
+    /// The image of a disk, as the machine file names it: on its host's own file system, since the stage, which hosts
+    /// see over a network protocol, is no place for a machine's disks.
+    fn disk_path(&self, index: usize) -> String {
+        match index {
+            0 if self.boots_from_disk => BOOT_DISK.into(),
+            _ => format!("/tmp/gestalt-disk-{index}.img"),
+        }
     }
 
-    /// Makes the disks in `stage`'s `share`, where the machine file is: empty, but for the one that is booted from.
+    /// A script for host `host` that makes the empty disks and the TAP interfaces there, anew if there are some.
+    pub fn prepare(&self, host: usize) -> String {
+        let here = |(_, node): &(usize, &usize)| self.host_of(**node) == host;
+        let blank = |(index, _): &(usize, &usize)| !(*index == 0 && self.boots_from_disk);
+        let mut script = String::new();
+        for (index, _) in self.disks.iter().enumerate().filter(here).filter(blank) {
+            let path = self.disk_path(index);
+            script += &format!("rm -f {path} && truncate -s {DISK} {path}\n");
+        }
+        for (index, _) in self.cards.iter().enumerate().filter(here) {
+            let tap = format!("gestalt{index}");
+            script += &format!(
+                "modprobe tun 2>/dev/null; ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap && \
+                 ip addr add 10.9.{index}.1/24 dev {tap} && ip link set {tap} up\n"
+            );
+        }
+        script
+    }
+
+    /// Makes the disk that is booted from, if one is, beside the machine file in `stage`'s `share`.
     ///
     /// # Errors
     /// There is no room, or no mke2fs.
-    pub fn make_disks(&self, stage: &Path) -> Result<()> {
-        for index in 0..self.disks.len() {
-            let image = stage.join("share").join(disk_name(index));
-            if index == 0 && self.boots_from_disk {
-                self.make_boot_disk(stage, &image)?;
-            } else {
-                File::create(&image)?.set_len(DISK)?;
-            }
+    pub fn make_boot_disk(&self, stage: &Path) -> Result<()> {
+        if !self.boots_from_disk {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    /// An ext4 file system with kernel, initramfs and the file of a boot loader that would start them.
-    fn make_boot_disk(&self, stage: &Path, image: &Path) -> Result<()> {
+        let image = stage.join("share").join(BOOT_DISK);
         let tree = tempfile::tempdir()?;
         let boot = tree.path().join("boot");
         fs::create_dir_all(boot.join("grub"))?;
@@ -78,7 +82,7 @@ impl Machine {
         fs::copy(guest.join("initramfs"), boot.join("initrd.img-1"))?;
         fs::write(boot.join("grub/grub.cfg"), GRUB)?;
         let mut mke2fs = Command::new("mke2fs");
-        mke2fs.args(["-q", "-F", "-t", "ext4", "-d"]).arg(tree.path()).arg(image).arg("64M");
+        mke2fs.args(["-q", "-F", "-t", "ext4", "-d"]).arg(tree.path()).arg(&image).arg("64M");
         exec::run(&mut mke2fs, None).map(drop)
     }
 }
@@ -91,12 +95,12 @@ mod tests {
     fn each_disk_is_on_its_node() {
         let machine = Machine { disks: vec![1, 0], ..Machine::equal(2, 1, 256) };
         let file = machine.file("/g", false);
-        assert!(file.contains("path = \"disk-0.img\"\nnode = \"n1\"\nserial = \"s0\""), "{file}");
-        assert!(file.contains("path = \"disk-1.img\"\nnode = \"n0\"\nserial = \"s1\""), "{file}");
-        let stage = tempfile::tempdir().unwrap();
-        fs::create_dir(stage.path().join("share")).unwrap();
-        machine.make_disks(stage.path()).unwrap();
-        assert_eq!(stage.path().join("share/disk-1.img").metadata().unwrap().len(), DISK);
+        for (index, node) in [(0, "n1"), (1, "n0")] {
+            let path = format!("/tmp/gestalt-disk-{index}.img");
+            let entry = format!("path = \"{path}\"\nnode = \"{node}\"\nserial = \"s{index}\"");
+            assert!(file.contains(&entry), "{file}");
+            assert!(machine.prepare(0).contains(&format!("truncate -s {DISK} {path}")));
+        }
     }
 
     #[test]
@@ -104,15 +108,16 @@ mod tests {
         let machine = Machine { hosts: 2, cards: vec![1, 0], ..Machine::equal(2, 1, 256) };
         let file = machine.file("/g", false);
         assert!(file.contains("tap = \"gestalt0\"\nnode = \"n1\"\nmac = \"02:00:00:00:00:00\""), "{file}");
-        assert!(machine.make_taps(0).contains("ip tuntap add gestalt1 mode tap"));
-        assert!(machine.make_taps(1).contains("ip addr add 10.9.0.1/24 dev gestalt0"));
-        assert_eq!(Machine::equal(2, 1, 256).make_taps(0), "");
+        assert!(machine.prepare(0).contains("ip tuntap add gestalt1 mode tap"));
+        assert!(machine.prepare(1).contains("ip addr add 10.9.0.1/24 dev gestalt0"));
+        assert_eq!(Machine::equal(2, 1, 256).prepare(0), "");
     }
 
     #[test]
     fn a_machine_that_boots_from_its_disk_names_no_kernel() {
         let machine = Machine { disks: vec![0], boots_from_disk: true, ..Machine::equal(1, 1, 256) };
         let file = machine.file("/g", false);
+        assert!(file.contains("boot.img") && machine.prepare(0).is_empty());
         assert!(!file.contains("kernel") && !file.contains("initrd"), "{file}");
     }
 }

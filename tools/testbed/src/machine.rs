@@ -39,7 +39,7 @@ pub struct Machine {
     pub nodes: Vec<Node>,
     /// Over how many hosts the nodes are spread, in order; at most as many as there are nodes.
     pub hosts: usize,
-    /// The nodes that have a disk each, in order: disk i is `disk-<i>.img`, beside the machine file.
+    /// The nodes that have a disk each, in order: disk i is an empty file on its host.
     pub disks: Vec<usize>,
     /// Disk 0 holds kernel and initramfs, and the machine file names none.
     pub boots_from_disk: bool,
