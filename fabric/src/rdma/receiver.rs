@@ -270,6 +270,20 @@ impl LaneReceiver {
     }
 }
 
+impl Drop for LaneReceiver {
+    fn drop(&mut self) {
+        // Peers that have said goodbye acknowledge no last words, and so nobody waits for that.
+        self.look = true;
+        while self.look && self.look_around().is_ok() {}
+        let mut sender = self.lane.lock();
+        for (node, peer) in (0..).map(NodeId).zip(&self.peers) {
+            if let Some(goodbye) = &peer.goodbye {
+                sender.lose(node, &goodbye.why);
+            }
+        }
+    }
+}
+
 /// Works through one completion. An error is the end of a sentence about the peer.
 fn receive(lane: &Lane, wc: &Wc, peer: &mut Peer, sink: &mut dyn FnMut(&[u8])) -> Result<Taken, String> {
     if wc.status != status::SUCCESS {
