@@ -167,14 +167,12 @@ fn ports_in(class: &Path) -> Vec<RdmaPort> {
 fn gid(port: &Path, index: &str) -> Option<Gid> {
     let text = fs::read_to_string(port.join("gids").join(index)).ok()?;
     let address: Ipv6Addr = text.trim().parse().ok()?;
-    // Reading the type of an empty entry is an error.
+    // Tables are long and mostly empty; reading the type of an empty entry is an error.
+    if address.is_unspecified() {
+        return None;
+    }
     let kind = fs::read_to_string(port.join("gid_attrs/types").join(index)).ok()?;
-    let empty = address.is_unspecified();
-    (!empty).then_some(Gid {
-        index: index.parse().ok()?,
-        bytes: address.octets(),
-        v2: kind.trim() == "RoCE v2",
-    })
+    Some(Gid { index: index.parse().ok()?, bytes: address.octets(), v2: kind.trim() == "RoCE v2" })
 }
 
 fn names(folder: &Path) -> Vec<String> {
