@@ -93,6 +93,7 @@ impl Soak {
             // Three times, for a median.
             shapes.extend((0..3).map(|_| Scenario::new(ONE_NODE, alone.clone(), plan())));
             shapes.extend(scenarios::shapes());
+            shapes.push(scenarios::devices_of_all());
             shapes.extend(scenarios::kernels());
         }
         let all: Vec<&Machine> =

@@ -39,13 +39,18 @@ pub struct Driver {
 impl Driver {
     /// A device that has not been touched yet.
     pub fn new(device: Box<dyn Device>) -> Driver {
-        let queues = device.queues().len();
         let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
         let memory = GuestRam::plain(map);
+        Driver::with(device, memory.clone(), memory)
+    }
+
+    /// The same, where device and driver see the memory each in its own way.
+    pub fn with(device: Box<dyn Device>, devices: GuestRam, memory: GuestRam) -> Driver {
+        let queues = device.queues().len();
         let (sender, messages): (Sender<Message>, _) = channel();
         let sender = Mutex::new(sender);
         let around = Surroundings {
-            memory: memory.clone(),
+            memory: devices,
             // A test that has ended needs no interrupts.
             deliver: Arc::new(move |message| {
                 let _ = sender.lock().unwrap().send(message);

@@ -145,4 +145,6 @@ fn bit(feature: u32) -> u64 {
 }
 
 #[cfg(test)]
+mod coherent;
+#[cfg(test)]
 mod tests;
