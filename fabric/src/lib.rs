@@ -1,12 +1,13 @@
 //! The fabric moves frames between the nodes of one machine.
 //!
-//! It knows nothing of what a frame means, of guest pages, or of KVM. Its users see three things:
+//! It knows nothing of what a frame means, of guest pages, or of KVM. Its users see four things:
 //!
 //! - [`Transport`]: the sending side, shared by every thread of the node. A frame goes to one peer on
 //!   one *lane*; frames of one lane to one peer arrive whole and in the order in which they were sent.
 //!   Nothing is promised between lanes, or between peers.
 //! - [`Receiver`]: the receiving side of one lane from all peers, owned by the one thread that works on
 //!   that lane. It polls without blocking, and offers a file descriptor to sleep on.
+//! - [`secure`]: how peers prove who they are, and what only the two of them read; sessions of other crates use it too.
 //! - [`trace`]: the bounded in-memory trace that every crate of the node writes to and that is dumped
 //!   when something goes wrong. It lives here because this is the crate that everybody depends on.
 //!
@@ -20,13 +21,15 @@
 //!
 //! # Transports
 //!
-//! - [`tcp`]: one TCP connection per lane and peer; what runs between servers.
+//! - [`tcp`]: one TCP connection per lane and peer, sealed, on one of several rails; what runs between servers.
 //! - [`rdma`]: queue pairs over InfiniBand or RoCE, set up over one of the others.
 //! - [`sim`]: all nodes in one process; for the tests of everything above the fabric.
 //!
 //! `tests/conformance.rs` holds all to the same contract.
 
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod priority;
 pub mod rdma;
 pub mod secure;

@@ -4,6 +4,7 @@ mod common;
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use common::{PATIENCE, Tap, mesh_all, rail_config, rail_listeners, readable};
 use fabric::tcp::{MeshConfig, TcpTransport};
 use fabric::{FabricError, NodeId, Transport};
+use nix::sched::{CloneFlags, unshare};
 
 /// Stands between who connects to its address and a node, and can be cut.
 struct Cable {
@@ -223,4 +225,50 @@ fn a_machine_starts_with_one_of_two_rails_dead() {
         made[0].send(NodeId(1), lane, &[b"here"]).unwrap();
         assert_eq!(Tap::new(&made[1], lane).take(1), [(NodeId(0), b"here".to_vec())]);
     }
+}
+
+/// Runs `ip` with these words; whether it did as told.
+fn ip(words: &str) -> bool {
+    let status = Command::new("ip").args(words.split(' ')).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// In a network of this thread's and its threads' own, where packets to the second rail vanish without a word.
+#[test]
+fn a_rail_that_falls_silent_is_left_before_the_peer_counts_as_silent() {
+    let test = || {
+        if unshare(CloneFlags::CLONE_NEWNET).is_err() || !ip("link set lo up") {
+            return println!("skipped: this user may not make networks, or there is no `ip`");
+        }
+        let (listeners, addresses) = rail_listeners(2, 2);
+        let nodes: Vec<TcpTransport> = mesh_all(listeners, |node| rail_config(node, &addresses, 2))
+            .into_iter()
+            .map(Result::unwrap)
+            .collect();
+        let mut taps: Vec<Tap> = (0..4).map(|i| Tap::new(&nodes[i / 2], i as u16 % 2)).collect();
+        let mut exchange = |what: &[u8]| {
+            let began = Instant::now();
+            for (from, to) in [(0, 1), (1, 0)] {
+                (0..2).for_each(|lane| nodes[from].send(NodeId(to), lane, &[what]).unwrap());
+            }
+            let mut missing = 4;
+            while missing > 0 {
+                for tap in &mut taps {
+                    readable(tap.fd(), 1);
+                    let got = tap.poll_some();
+                    assert!(got.iter().all(|(_, frame)| frame == what));
+                    missing -= got.len();
+                }
+                assert!(began.elapsed() < PATIENCE, "{missing} frames are missing");
+            }
+            began.elapsed()
+        };
+        exchange(b"before");
+        assert!(ip("route add blackhole 127.0.0.2/32 table local"), "there is a second rail to silence");
+        let took = exchange(b"during");
+        assert!(took < Duration::from_millis(2500), "the lane moved after {took:?}");
+        assert!(ip("route del blackhole 127.0.0.2/32 table local"));
+        exchange(b"after");
+    };
+    thread::spawn(test).join().unwrap();
 }

@@ -38,6 +38,8 @@
 mod bell;
 mod lane;
 mod notes;
+#[cfg(fuzzing)]
+pub use notes::fuzz as fuzz_note;
 mod ports;
 mod receiver;
 mod sender;

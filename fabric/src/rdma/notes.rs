@@ -45,6 +45,14 @@ pub(super) enum Note {
     Goodbye(u64),
 }
 
+/// For the fuzz targets: a note that decodes encodes to the same bytes.
+#[cfg(fuzzing)]
+pub fn fuzz(data: &[u8]) {
+    if let Ok(note) = Note::decode(data) {
+        assert_eq!(note.encode(), data);
+    }
+}
+
 impl Note {
     pub(super) fn encode(&self) -> Vec<u8> {
         match self {

@@ -61,7 +61,7 @@ fn nonce(number: u64) -> Nonce {
 pub struct Sealer(Stream);
 
 impl Sealer {
-    pub(super) fn new(secret: [u8; KEY]) -> Result<Sealer, SecureError> {
+    pub(crate) fn new(secret: [u8; KEY]) -> Result<Sealer, SecureError> {
         Stream::new(secret).map(Sealer)
     }
 
@@ -83,7 +83,7 @@ impl Sealer {
 pub struct Opener(Stream);
 
 impl Opener {
-    pub(super) fn new(secret: [u8; KEY]) -> Result<Opener, SecureError> {
+    pub(crate) fn new(secret: [u8; KEY]) -> Result<Opener, SecureError> {
         Stream::new(secret).map(Opener)
     }
 

@@ -24,7 +24,7 @@ use super::lane::Lane;
 use crate::{FabricError, LaneId, NodeId};
 
 /// How long a lane may be down before the peer is lost.
-const RESUME: Duration = Duration::from_secs(4);
+const RESUME: Duration = Duration::from_secs(3);
 
 /// How often a lane that is not on its own rail tries to get back to it.
 const RETURN: Duration = Duration::from_secs(1);

@@ -39,6 +39,8 @@
 
 mod doors;
 mod frames;
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
 mod handshake;
 mod hello;
 mod incoming;

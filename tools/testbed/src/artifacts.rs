@@ -45,7 +45,7 @@ pub fn build() -> Result<PathBuf> {
 }
 
 /// The target directory: the one this executable is in, else cargo's default.
-fn target_dir() -> Result<PathBuf> {
+pub fn target_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().context("finding this executable")?;
     let mark = ".rustc_info.json";
     let own = exe.ancestors().find(|dir| dir.join(mark).is_file());

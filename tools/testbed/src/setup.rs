@@ -22,6 +22,9 @@ pub const TO_COMPILE: &[Need] = &[
     Need { have: "/usr/lib/x86_64-linux-gnu/libc.a", package: "libc6-dev" },
 ];
 
+/// For building fuzz targets: libFuzzer is C++.
+pub const TO_FUZZ: &[Need] = &[Need { have: "g++", package: "g++" }];
+
 /// For fetching guest kernels and making initramfs images.
 pub const TO_FETCH: &[Need] = &[
     Need { have: "dpkg-deb", package: "dpkg" },

@@ -6,12 +6,14 @@
 //! | `test` | [`test`] | unit tests, integration tests, guest boots |
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
+//! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
 //! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
 //!
 //! [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`over_rdma`] the
 //! fabric's tests on soft-RoCE, [`report`] the files in `target/report`.
 
 mod checks;
+mod fuzz;
 mod options;
 mod over_rdma;
 mod quickstart;
@@ -42,6 +44,8 @@ enum Task {
     Soak(soak::Soak),
     /// Run the coherence protocol at many nodes in virtual time, by seed
     Simulate(simulate::Simulate),
+    /// Feed what reads strangers' bytes with bytes that nobody thought of
+    Fuzz(fuzz::Fuzz),
     /// Check formatting, lints and versions
     CiChecks,
 }
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Task::Test(task) => task.run(),
         Task::Soak(task) => task.run(),
         Task::Simulate(task) => task.run(),
+        Task::Fuzz(task) => task.run(),
         Task::CiChecks => checks::run(),
     };
     match result {

@@ -278,11 +278,19 @@ impl Receiver {
     }
 }
 
-fn encode(message: &impl Serialize) -> Result<Vec<u8>, WireError> {
+/// The content of a frame with this message.
+///
+/// # Errors
+/// [`WireError::Malformed`]: the message cannot be encoded.
+pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, WireError> {
     postcard::to_allocvec(message).map_err(|error| WireError::Malformed(error.to_string()))
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+/// The message in the content of a frame.
+///
+/// # Errors
+/// [`WireError::Malformed`] unless it is exactly one message.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     match postcard::take_from_bytes(bytes) {
         Ok((message, [])) => Ok(message),
         Ok((_, rest)) => Err(WireError::Malformed(format!("{} bytes too many", rest.len()))),

@@ -1,0 +1,10 @@
+//! Key files: what is read is what would be written.
+#![no_main]
+use vmm::keys::KeyFile;
+
+libfuzzer_sys::fuzz_target!(|text: &str| {
+    if let Ok(key) = KeyFile::parse(text) {
+        let again = KeyFile::parse(&key.text()).expect("a key's own text is a key");
+        assert_eq!(*again.text(), *key.text());
+    }
+});
