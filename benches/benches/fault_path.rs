@@ -5,9 +5,10 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, bail};
-use benches::fault_path::cell::{Kind, Net};
-use benches::fault_path::command::{Polling, Side};
+use anyhow::Result;
+use benches::choice::{Choice, Net};
+use benches::fault_path::cell::Kind;
+use benches::fault_path::command::Side;
 use benches::fault_path::plan::Plan;
 use benches::fault_path::{home, peers, phases};
 use benches::report::Row;
@@ -32,47 +33,19 @@ fn main() -> Result<()> {
     if arguments.peek().is_some_and(|first| first == peers::NODE) {
         return peers::obey();
     }
-    let (mut nets, mut pollings, mut rounds) = (Vec::new(), Vec::new(), 3);
-    let mut measure = false;
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--rounds" => rounds = arguments.next().unwrap_or_default().parse()?,
-            "--tcp" => nets.push(Net::Tcp),
-            "--tcp-plain" => nets.push(Net::TcpPlain),
-            "--tcp-rails" => nets.push(Net::TcpRails),
-            "--in-process" => nets.push(Net::InProcess),
-            "--busy" => pollings.push(Polling::Busy),
-            "--blocking" => pollings.push(Polling::Blocking),
-            // What `cargo bench` adds, and `cargo test --all-targets` does not.
-            "--bench" => measure = true,
-            other => {
-                bail!(
-                    "{other}: expected --rounds N, --tcp, --tcp-plain, --tcp-rails, --in-process, --busy or --blocking"
-                )
-            }
-        }
-    }
-    if !measure {
-        println!("nothing is measured without --bench, which `cargo bench` adds");
-        return Ok(());
-    }
+    let Some(choice) = Choice::read(arguments)? else { return Ok(()) };
+    let rounds = choice.rounds;
     if let Err(why) = Uffd::open() {
         println!("skipped: {why}");
         return Ok(());
     }
-    if nets.is_empty() {
-        nets = vec![Net::Tcp, Net::TcpPlain, Net::TcpRails, Net::InProcess];
-    }
-    if pollings.is_empty() {
-        pollings = vec![Polling::Busy, Polling::Blocking];
-    }
     let begin = Instant::now();
-    let plan = Plan { nets, pollings, rounds, cpus: place::cpus() };
+    let plan = Plan { choice, cpus: place::cpus() };
     let (mut rows, left_out) =
         plan.run(&mut |what| eprintln!("{:6.1} s  {what}", begin.elapsed().as_secs_f64()))?;
     let mut steps = Vec::new();
-    if plan.nets.contains(&Net::Tcp) {
-        let polling = plan.pollings[0];
+    if plan.choice.nets.contains(&Net::Tcp) {
+        let polling = plan.choice.pollings[0];
         let kind = Kind { side: Side::Ours, net: Net::Tcp, polling, nodes: 2, hold_us: 100, copies: None };
         steps = phases::measure(kind, &plan.cpus)?;
         println!("where the time goes, tcp, {}:\n{}", polling.name(), phases::table(&steps));

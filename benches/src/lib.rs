@@ -3,13 +3,16 @@
 //!
 //! - [`fault_path`]: what a page fault costs that another node must answer (`cargo bench -p benches --bench
 //!   fault_path`).
+//! - [`fabric`]: round trips and throughput of the fabric beside bare sockets (`cargo bench -p benches --bench fabric`).
 //! - [`rdma`], [`perftest`]: the fabric over RDMA beside perftest (`cargo bench -p benches --bench rdma`).
+//! - [`choice`]: what the command line asks for.
 //! - [`place`]: which CPU and which priority a thread has while it is measured.
 //! - [`report`]: the table on the terminal, the JSON file and its rows.
 //! - [`plot`]: the picture of such a report.
 //!
 //! Reports go to `target/report` of the workspace.
 
+pub mod choice;
 pub mod fabric;
 pub mod fault_path;
 pub mod perftest;

@@ -4,21 +4,10 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use coherence::page::PAGE_SIZE;
-use coherence::uffd::Uffd;
 use kvm_bindings::kvm_regs;
 use tests::litmus::code;
-use tests::litmus::guest::Machine;
-use vmm::kvm::{HostCpu, caps};
-
-fn host() -> Option<HostCpu> {
-    let probe = || {
-        Uffd::open()?;
-        let kvm = caps::open().map_err(|error| error.to_string())?;
-        caps::check(&kvm).map_err(|error| error.to_string())?;
-        HostCpu::probe(&kvm).map_err(|error| error.to_string())
-    };
-    probe().inspect_err(|why: &String| println!("skipped: {why}")).ok()
-}
+use tests::litmus::guest::{Machine, host};
+use vmm::kvm::HostCpu;
 
 /// How often each of two CPUs incremented a counter until it was `total`, and the misses it took.
 fn race(host: &HostCpu, nodes: &[usize], total: u64) -> ([u64; 2], u64) {

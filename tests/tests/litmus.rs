@@ -5,21 +5,11 @@
 
 use std::path::PathBuf;
 
-use coherence::uffd::Uffd;
 use serde::Serialize;
 use tests::litmus::catalogue::{ALL, Litmus, Outcome, Variant, Verdict};
+use tests::litmus::guest::host;
 use tests::litmus::run::{Counts, Placement, outcomes};
-use vmm::kvm::{HostCpu, caps};
-
-fn host() -> Option<HostCpu> {
-    let probe = || {
-        Uffd::open()?;
-        let kvm = caps::open().map_err(|error| error.to_string())?;
-        caps::check(&kvm).map_err(|error| error.to_string())?;
-        HostCpu::probe(&kvm).map_err(|error| error.to_string())
-    };
-    probe().inspect_err(|why: &String| println!("skipped: {why}")).ok()
-}
+use vmm::kvm::HostCpu;
 
 #[derive(Serialize)]
 struct Row {

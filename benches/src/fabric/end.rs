@@ -13,35 +13,8 @@ use fabric::{NodeId, Receiver, Transport, sim};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::choice::Net;
 use crate::fault_path::command::Polling;
-
-/// What carries the messages.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum Net {
-    /// TCP on the loopback device, sealed.
-    Tcp,
-    /// The same in the clear.
-    TcpPlain,
-    /// TCP sealed, over two rails.
-    TcpRails,
-    /// Queues in memory.
-    InProcess,
-}
-
-impl Net {
-    /// All of them.
-    pub const ALL: [Net; 4] = [Net::Tcp, Net::TcpPlain, Net::TcpRails, Net::InProcess];
-
-    /// As reports call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Net::Tcp => "tcp",
-            Net::TcpPlain => "tcp plain",
-            Net::TcpRails => "tcp rails",
-            Net::InProcess => "in process",
-        }
-    }
-}
 
 /// One end. Messages of one measurement all have one size.
 pub trait End: Send {

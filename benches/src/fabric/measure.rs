@@ -139,8 +139,9 @@ pub fn outstanding(
 
 #[cfg(test)]
 mod tests {
-    use super::super::end::{Net, floor, ours};
+    use super::super::end::{floor, ours};
     use super::*;
+    use crate::choice::Net;
     use crate::fault_path::command::Polling;
 
     #[test]

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::end::{End, Net, floor, ours};
+use super::end::{End, floor, ours};
 use super::measure;
+use crate::choice::{Choice, Net};
 use crate::fault_path::command::Polling;
 use crate::report::Row;
 
@@ -65,12 +66,8 @@ impl Op {
 
 /// What is to be measured.
 pub struct Plan {
-    /// Over what.
-    pub nets: Vec<Net>,
-    /// Waiting how.
-    pub pollings: Vec<Polling>,
-    /// How often; of each operation the best round counts, ours and the floor's in turn.
-    pub rounds: usize,
+    /// Over what, waiting how, and how often; of each operation the best round counts, ours and the floor's in turn.
+    pub choice: Choice,
     /// On which CPUs.
     pub cpus: Vec<usize>,
 }
@@ -82,11 +79,11 @@ impl Plan {
     /// An end fails.
     pub fn run(&self, say: &mut dyn FnMut(String)) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
-        for &net in &self.nets {
-            for &polling in &self.pollings {
+        for &net in &self.choice.nets {
+            for &polling in &self.choice.pollings {
                 say(format!("{}, {}", net.name(), polling.name()));
                 let mut best: BTreeMap<Op, [(f64, Option<f64>); 2]> = BTreeMap::new();
-                for _ in 0..self.rounds {
+                for _ in 0..self.choice.rounds {
                     for op in Op::all() {
                         let now = [
                             op.measure(ours(net, polling)?, &self.cpus)?,

@@ -7,32 +7,8 @@ use anyhow::{Context, Result, bail};
 use super::command::{Command, Op, Pages, Polling, Reply, Setup, Side, Times};
 use super::peers::Peer;
 use super::worker::Worker;
+use crate::choice::Net;
 use crate::place;
-
-/// What carries the messages.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum Net {
-    /// TCP on the loopback device, sealed; every node is a process.
-    Tcp,
-    /// The same in the clear.
-    TcpPlain,
-    /// TCP sealed, over two rails: frames are kept until they are acknowledged.
-    TcpRails,
-    /// Queues in memory; every node is a few threads of one process.
-    InProcess,
-}
-
-impl Net {
-    /// As reports call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Net::Tcp => "tcp",
-            Net::TcpPlain => "tcp plain",
-            Net::TcpRails => "tcp rails",
-            Net::InProcess => "in process",
-        }
-    }
-}
 
 /// Pages whose home is node 1; what is measured uses them one after the other.
 pub const HOME_PAGES: u64 = 16384;

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::cell::{Cell, Kind, Net};
+use super::cell::{Cell, Kind};
 use super::command::{Op, Polling, Side, Times};
+use crate::choice::{Choice, Net};
 use crate::report::Row;
 
 /// Operations of a row in one round.
@@ -22,13 +23,9 @@ const HOLD_US: u64 = 100;
 /// What is to be measured.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The transports.
-    pub nets: Vec<Net>,
-    /// The ways of waiting.
-    pub pollings: Vec<Polling>,
-    /// How often everything is measured; the best counts.
-    pub rounds: usize,
-    /// CPUs that may be used.
+    /// Over what, waiting how, and how often; of each operation the best round counts, ours and the floor's in turn.
+    pub choice: Choice,
+    /// On which CPUs.
     pub cpus: Vec<usize>,
 }
 
@@ -62,15 +59,15 @@ impl Plan {
     /// What a node says.
     pub fn run(&self, progress: &mut dyn FnMut(&str)) -> Result<(Vec<Row>, Vec<String>)> {
         let (mut rows, mut left_out) = (Vec::new(), Vec::new());
-        for &net in &self.nets {
-            for &polling in &self.pollings {
+        for &net in &self.choice.nets {
+            for &polling in &self.choice.pollings {
                 let mut best = [Best::default(), Best::default()];
-                for round in 1..=self.rounds {
+                for round in 1..=self.choice.rounds {
                     progress(&format!(
                         "{}, {}, round {round} of {}",
                         net.name(),
                         polling.name(),
-                        self.rounds
+                        self.choice.rounds
                     ));
                     for (side, best) in [Side::Ours, Side::Floor].into_iter().zip(&mut best) {
                         self.round(

@@ -51,8 +51,6 @@ pub struct Shard {
 
 /// All of the shard but its receiver, which calls back into it.
 struct Core {
-    nodes: usize,
-    pages: u64,
     homes: Homes,
     home: std::ops::Range<u64>,
     lane: LaneId,
@@ -136,8 +134,6 @@ impl Shard {
             protocol.set_budget(copies - most_garbage, Eviction::Clock);
         }
         let core = Core {
-            nodes: config.homes.nodes(),
-            pages: config.homes.pages(),
             homes: config.homes.clone(),
             home,
             lane,
@@ -360,7 +356,7 @@ impl Core {
     }
 
     fn receive(&mut self, from: NodeId, frame: &[u8]) -> Result<(), EngineError> {
-        let (message, body) = Message::parse(frame, self.nodes, self.pages)
+        let (message, body) = Message::parse(frame, self.homes.nodes(), self.homes.pages())
             .map_err(|why| fabric::FabricError::PeerLost { peer: from, why: format!("it {why}") })?;
         ShardStats::count(&self.stats.messages_received);
         trace::event(

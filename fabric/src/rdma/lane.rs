@@ -26,7 +26,7 @@ pub(super) const SENDS: usize = 1;
 /// Ordering: fields are dropped from the top. The queue pairs (in `sender`) go before the queue that they receive
 /// from, and that before the memory that it was given.
 pub(super) struct Lane {
-    sender: Mutex<Sender>,
+    pub(super) sender: Mutex<Sender>,
     pub(super) srq: Arc<Srq>,
     pub(super) receive_slots: Slots,
     pub(super) receive_cq: Arc<Cq>,
@@ -38,42 +38,10 @@ pub(super) struct Lane {
     pub(super) counters: Counters,
     pub(super) watch: Arc<Watch>,
     /// What is left of [`LAST_WORDS`], for all lanes.
-    last_words: Arc<Mutex<Duration>>,
-}
-
-/// What [`Lane::new`] puts together.
-pub(super) struct Parts {
-    pub(super) sender: Sender,
-    pub(super) srq: Arc<Srq>,
-    pub(super) receive_slots: Slots,
-    pub(super) receive_cq: Arc<Cq>,
-    pub(super) send_cq: Arc<Cq>,
-    pub(super) channel: Arc<Channel>,
-    pub(super) peers: Vec<(u32, NodeId)>,
-    pub(super) bell: Arc<Bell>,
-    pub(super) watch: Arc<Watch>,
     pub(super) last_words: Arc<Mutex<Duration>>,
 }
 
 impl Lane {
-    pub(super) fn new(parts: Parts) -> Lane {
-        let mut peers = parts.peers;
-        peers.sort_unstable();
-        Lane {
-            sender: Mutex::new(parts.sender),
-            srq: parts.srq,
-            receive_slots: parts.receive_slots,
-            receive_cq: parts.receive_cq,
-            send_cq: parts.send_cq,
-            channel: parts.channel,
-            peers,
-            bell: parts.bell,
-            counters: Counters::default(),
-            watch: parts.watch,
-            last_words: parts.last_words,
-        }
-    }
-
     pub(super) fn lock(&self) -> MutexGuard<'_, Sender> {
         // A panic under the lock is an assertion that failed; what is behind it is as sound as it was.
         self.sender.lock().unwrap_or_else(PoisonError::into_inner)

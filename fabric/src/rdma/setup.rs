@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::RdmaSettings;
 use super::bell::Bell;
-use super::lane::{LAST_WORDS, Lane, Parts, RECEIVES, SENDS};
+use super::lane::{LAST_WORDS, Lane, RECEIVES, SENDS};
 use super::notes::{Hello, Note, random_psn};
 use super::ports::{Choice, choose, ports};
 use super::sender::{INLINE, Sender};
@@ -30,6 +30,7 @@ use super::verbs::memory::{Pd, Slots};
 use super::verbs::queue::{MOST_RECEIVES, Qp, Route, Srq};
 use super::watch::Watch;
 use super::window::{SEND_SLOTS, SLOT, Window};
+use crate::transport::Counters;
 use crate::{FabricError, LaneId, NodeId, Receiver, Transport};
 
 /// A lane and the session's receiver for it.
@@ -231,7 +232,8 @@ impl HalfLane {
 
     fn finish(self, place: &Place<'_>) -> Result<Connected, FabricError> {
         let bell = Arc::new(Bell::new()?);
-        let peers = self.each().map(|(node, peer)| (peer.qp.number(), node)).collect();
+        let mut peers: Vec<_> = self.each().map(|(node, peer)| (peer.qp.number(), node)).collect();
+        peers.sort_unstable();
         let qps = self.peers.into_iter().map(|peer| peer.map(|peer| peer.qp)).collect();
         let sender = Sender::new(
             qps,
@@ -243,8 +245,8 @@ impl HalfLane {
             self.lane,
             bell.clone(),
         );
-        let parts = Parts {
-            sender,
+        let lane = Lane {
+            sender: Mutex::new(sender),
             srq: self.srq,
             receive_slots: self.receive_slots,
             receive_cq: self.receive_cq,
@@ -252,10 +254,11 @@ impl HalfLane {
             channel: self.channel,
             peers,
             bell,
+            counters: Counters::default(),
             watch: place.watch.clone(),
             last_words: place.last_words.clone(),
         };
-        Ok((Arc::new(Lane::new(parts)), self.receiver))
+        Ok((Arc::new(lane), self.receiver))
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use coherence::page::PAGE_SIZE;
+use coherence::uffd::Uffd;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
 use vmm::kvm::{Exit, HostCpu, Vcpu, Vm, caps};
 
@@ -38,6 +39,17 @@ pub struct Machine {
     /// After the vCPUs, which use them.
     _vms: Vec<Vm>,
     engines: Engines,
+}
+
+/// This host, if guests and engines can run on it; says why not.
+pub fn host() -> Option<HostCpu> {
+    let probe = || {
+        Uffd::open()?;
+        let kvm = caps::open().map_err(|error| error.to_string())?;
+        caps::check(&kvm).map_err(|error| error.to_string())?;
+        HostCpu::probe(&kvm).map_err(|error| error.to_string())
+    };
+    probe().inspect_err(|why: &String| println!("skipped: {why}")).ok()
 }
 
 /// Longer than any batch takes; a machine that needs longer has failed.
