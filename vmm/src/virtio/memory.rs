@@ -14,8 +14,9 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 /// engine has brought it. So never touch it from an engine's thread, or with a lock held that one may need. The bytes
 /// may change at any time: read once what is checked and used.
 ///
-/// Never hand it to anything that keeps a reference to its frames beyond the call (direct I/O, registered buffers): a
-/// frame changes its owner when another node takes the page. Buffered reads and writes copy, and are safe.
+/// Never hand it to anything that may keep a reference to its frames while they are being read or written (direct I/O,
+/// registered buffers, files of many file systems): another node takes a page without asking who pinned its frame. A
+/// TAP interface copies.
 #[derive(Clone)]
 pub struct GuestRam {
     map: Arc<GuestMemoryMmap>,

@@ -2,25 +2,17 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC};
-use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::virtio::chain::Buffers;
 
-/// Buffers of one system call: IOV_MAX.
-const MOST_BUFFERS: usize = 1024;
-/// Bytes that go through a buffer of our own at once, where they must.
+/// Bytes that go through a buffer of our own at once.
 const BOUNCE: u64 = 64 << 10;
 /// Bytes of zeroes that are written at once where the host cannot make them cheaper.
 const ZEROES: usize = 64 << 10;
-
-/// File systems whose buffered reads and writes copy.
-const COPYING: [FsType; 4] = [BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC];
 
 /// A disk's content. All calls may come at once from several threads; offsets and lengths are in bytes and lie within
 /// [`Disk::len`].
@@ -89,12 +81,13 @@ pub enum OpenError {
 }
 
 /// A raw image: a file, or a block device of the host. The host's page cache is used; a flush reaches the storage.
+///
+/// Data go through a buffer of our own. Some file systems (9p, NFS, FUSE) pin the caller's pages and have them read or
+/// written later, when another node may have taken the guest's page over; and which do cannot be told, since 9p goes
+/// by the name of the file system that it serves.
 pub struct RawDisk {
     file: File,
     len: u64,
-    /// Reads and writes copy between the host's page cache and the caller's pages. Elsewhere (9p, NFS, ...) they may
-    /// pin the caller's pages and have a device write to them while another node has already taken them over.
-    copies: bool,
 }
 
 impl RawDisk {
@@ -124,58 +117,7 @@ impl RawDisk {
         if len == 0 {
             return Err(OpenError::Empty(shown));
         }
-        let copies =
-            kind.is_block_device() || fstatfs(&file).is_ok_and(|fs| COPYING.contains(&fs.filesystem_type()));
-        Ok(RawDisk { file, len, copies })
-    }
-
-    /// The same disk, as on a file system that might pin the caller's pages.
-    #[cfg(test)]
-    pub(super) fn without_pinning(self) -> RawDisk {
-        RawDisk { copies: false, ..self }
-    }
-
-    /// Moves all of `buffers`, calling `move_some(descriptor, buffers, count, offset)` as often as it takes.
-    fn transfer(
-        &self,
-        buffers: &Buffers,
-        mut offset: u64,
-        move_some: unsafe extern "C" fn(i32, *const libc::iovec, i32, i64) -> isize,
-    ) -> io::Result<()> {
-        let mut iovecs = buffers.iovecs();
-        let mut rest = &mut iovecs[..];
-        while !rest.is_empty() {
-            let count = rest.len().min(MOST_BUFFERS);
-            // SAFETY: the buffers are guest memory, mapped for as long as `buffers` lives, which the kernel and the
-            // guest alone access meanwhile; no Rust reference to it exists.
-            let moved = unsafe {
-                move_some(
-                    self.file.as_raw_fd(),
-                    rest.as_ptr(),
-                    count as i32,
-                    offset.try_into().map_err(io::Error::other)?,
-                )
-            };
-            let mut moved = match moved {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n if n < 0 => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => continue,
-                    error => return Err(error),
-                },
-                n => n as usize,
-            };
-            offset += moved as u64;
-            while let Some(first) = rest.first_mut() {
-                if moved < first.iov_len {
-                    first.iov_base = first.iov_base.wrapping_byte_add(moved);
-                    first.iov_len -= moved;
-                    break;
-                }
-                moved -= first.iov_len;
-                rest = &mut rest[1..];
-            }
-        }
-        Ok(())
+        Ok(RawDisk { file, len })
     }
 
     /// Does `each` for pieces of the buffers that fit a buffer of our own.
@@ -223,9 +165,6 @@ impl Disk for RawDisk {
     }
 
     fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
-        if self.copies {
-            return self.transfer(to, offset, libc::preadv);
-        }
         self.bounce(to, offset, |bytes, at, part| {
             self.file.read_exact_at(bytes, at)?;
             part.write(bytes);
@@ -234,9 +173,6 @@ impl Disk for RawDisk {
     }
 
     fn write(&self, from: &Buffers, offset: u64) -> io::Result<()> {
-        if self.copies {
-            return self.transfer(from, offset, libc::pwritev);
-        }
         self.bounce(from, offset, |bytes, at, part| {
             part.read(bytes);
             self.file.write_all_at(bytes, at)

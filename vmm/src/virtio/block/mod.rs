@@ -6,8 +6,7 @@
 //! | [`disk`] | what is behind it: a file or block device of the host |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
-//! Each queue has a thread of its own that does one request after the other, straight between the file and the guest's
-//! pages. The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait
+//! Each queue has a thread of its own that does one request after the other. The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait
 //! for each other's requests nor share the pages of a ring.
 
 pub mod disk;

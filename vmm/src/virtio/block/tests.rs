@@ -63,10 +63,10 @@ fn sectors_are_read_into_scattered_buffers_and_written_from_them() {
 }
 
 #[test]
-fn a_disk_on_a_strange_file_system_goes_through_a_buffer() {
+fn more_than_one_buffer_of_our_own_is_read_and_written() {
     let file = image(255);
     let disk = RawDisk::open(file.path(), false).unwrap();
-    let mut driver = driver(Arc::new(disk.without_pinning()), false);
+    let mut driver = driver(Arc::new(disk), false);
     let many = [(BUFFER, 5 * 512 + 7, true), (BUFFER + 0x4000, 200 * 512 - 7, true)];
     assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_IN, 1, &many), blk::VIRTIO_BLK_S_OK);
     let content = std::fs::read(file.path()).unwrap();
