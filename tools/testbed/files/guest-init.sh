@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
 # kernel command line lists: online, report, drivers, devices, disks, network,
-# smp-check, loop-smp-check, ask, shell, poweroff, reboot.
+# fill, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
 #
 #   GESTALT-MARK <event>           something happened now
 #   GESTALT-REPORT <key>=<value>   a fact
@@ -85,18 +85,18 @@ disks() {
             writer=$(sed 's/[-,].*//' "$from/cpulist")
             [ -n "$writer" ] || continue
             at=$((at + 1))
-            taskset -c "$writer" dd if=/dev/urandom of=/tmp/written bs=64k count=4 2>/dev/null
-            taskset -c "$writer" dd if=/tmp/written of="/dev/$disk" bs=64k seek=$((at * 8)) conv=fsync 2>/dev/null ||
+            taskset -c "$writer" dd if=/dev/urandom of=/tmp/written bs=64k count=16 2>/dev/null
+            taskset -c "$writer" dd if=/tmp/written of="/dev/$disk" bs=64k seek=$((at * 16)) conv=fsync 2>/dev/null ||
                 failed="$failed $disk:write"
             for to in /sys/devices/system/node/node[0-9]*; do
                 reader=$(sed 's/[-,].*//' "$to/cpulist")
                 [ -n "$reader" ] || continue
                 echo 3 > /proc/sys/vm/drop_caches
-                taskset -c "$reader" dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=4 2>/dev/null
+                taskset -c "$reader" dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 16)) count=16 2>/dev/null
                 cmp -s /tmp/written /tmp/read && continue
                 wrong=$(cmp -l /tmp/written /tmp/read | awk 'NR == 1 { first = $1 } END { print NR " bytes from " first }')
                 echo 3 > /proc/sys/vm/drop_caches
-                dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 8)) count=4 2>/dev/null
+                dd if="/dev/$disk" of=/tmp/read bs=64k skip=$((at * 16)) count=16 2>/dev/null
                 cmp -s /tmp/written /tmp/read && again=right || again=wrong
                 failed="$failed $disk: written by $writer, read by $reader: $wrong, then $again;"
             done
@@ -125,6 +125,30 @@ network() {
     done
 }
 
+# Fills three fifths of the free memory from a CPU of the first node, and reads it back from one of every node.
+fill() {
+    mkdir -p /fill
+    mount -t tmpfs -o size=100% fill /fill
+    pieces=$(awk '/^MemAvailable:/ { print int($2 / 1024 / 16 * 3 / 5) }' /proc/meminfo)
+    piece() { yes "piece $1" | taskset -c "$2" dd bs=1M count=16 iflag=fullblock 2>/dev/null; }
+    failed=
+    for number in $(seq "$pieces"); do
+        piece "$number" 0 > "/fill/$number" || failed="$failed write:$number"
+        echo "GESTALT-MARK wrote-$number-of-$pieces"
+    done
+    for node in /sys/devices/system/node/node[0-9]*; do
+        cpu=$(sed 's/[-,].*//' "$node/cpulist")
+        [ -n "$cpu" ] || continue
+        for number in $(seq "$pieces"); do
+            piece "$number" "$cpu" | taskset -c "$cpu" cmp - "/fill/$number" || failed="$failed $cpu:$number"
+            echo "GESTALT-MARK read-$number-of-$pieces-by-$cpu"
+        done
+    done
+    umount /fill
+    say fill_mib "$((pieces * 16))"
+    if [ -z "$failed" ]; then say fill ok; else say fill "wrong:$failed"; fi
+}
+
 check() {
     if smp-check "$@"; then say smp_check ok; else say smp_check failed; fi
 }
@@ -137,6 +161,7 @@ act() {
         devices) devices ;;
         disks) disks ;;
         network) network ;;
+        fill) fill ;;
         smp-check) check ;;
         loop-smp-check) while check; do :; done ;;
         ask) ask ;;

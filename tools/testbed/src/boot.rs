@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::host::{Event, Host, Input, Job};
-use crate::machine::{KEY, Machine};
+use crate::machine::{KEY, Machine, PROGRAM_MIB};
 use crate::proto::Spawn;
 use crate::report::{Console, Facts, Said};
 use crate::rig::Rig;
@@ -92,7 +92,7 @@ impl Outcome {
 /// A machine that boots or runs. Dropped, it is killed.
 pub struct Boot {
     job: Job,
-    /// Nodes on other hosts, by index.
+    /// Nodes that were not started by `gestalt run`, by index.
     others: Vec<(usize, Job)>,
     /// Where host 0 finds the process id of `gestalt run`.
     pid: String,
@@ -115,13 +115,14 @@ impl Boot {
         let on_host = |name: &str| host.dir().join(name).display().to_string();
         let (file, report) = (format!("share/machine-{number}.toml"), format!("share/report-{number}.json"));
         std::fs::write(rig.stage().join(&file), machine.file(&on_host("guest"), rig.emulated().is_some()))?;
-        if machine.hosts > 1 {
+        if machine.has_joining_nodes() {
             share_key(rig, machine)?;
         }
         machine.make_boot_disk(rig.stage())?;
         for (number, host) in rig.hosts().iter().enumerate().take(machine.hosts) {
             let script = machine.prepare(number);
             if !script.is_empty() {
+                let script = format!("cd {}\n{script}", on_host("share"));
                 host.output(&script, Duration::from_secs(30)).context("making disks and TAP interfaces")?;
             }
         }
@@ -136,7 +137,7 @@ impl Boot {
             Spawn { argv: argv.into_iter().map(String::from).collect(), terminal, ..Spawn::default() };
         let job = host.spawn(spawn)?;
         let mut others = Vec::new();
-        for index in (0..machine.nodes.len()).filter(|&index| machine.host_of(index) != 0) {
+        for index in (0..machine.nodes.len()).filter(|&index| machine.joins(index)) {
             others.push((index, join(&rig.hosts()[machine.host_of(index)], machine, index)?));
         }
         Ok(Self {
@@ -270,8 +271,7 @@ impl Boot {
                 match node.next_until(deadline)? {
                     Some(Event::Exit(0)) => break,
                     Some(Event::Exit(code)) => {
-                        self.outcome.messages +=
-                            &format!("node n{index} on its own host: exit code {code}\n");
+                        self.outcome.messages += &format!("node n{index}, which joined: exit code {code}\n");
                         break;
                     }
                     Some(Event::Stdout(bytes) | Event::Stderr(bytes)) => {
@@ -305,10 +305,26 @@ fn share_key(rig: &Rig, machine: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// Starts the process of node `index` on a host of its own.
+/// Starts the process of node `index`, in a control group if its memory is limited.
 fn join(host: &Host, machine: &Machine, index: usize) -> Result<Job> {
     let gestalt = host.bin().join("gestalt").display().to_string();
     let name = format!("n{index}");
-    let argv = [&gestalt, "node", "--join", &machine.join_address(), "--name", &name, "--key", KEY];
-    host.spawn(Spawn { argv: argv.map(String::from).to_vec(), ..Spawn::default() })
+    let node = [&gestalt, "node", "--join", &machine.join_address(), "--name", &name, "--key", KEY];
+    let limit =
+        machine.budget_mib.map(|mib| u64::from(mib + PROGRAM_MIB) << 20).map(|bytes| bytes.to_string());
+    let group = format!("/sys/fs/cgroup/gestalt-{name}");
+    let shell = limit.as_ref().map(|bytes| ["/bin/sh", "-c", LIMITED, &group, bytes]);
+    let argv = shell.iter().flatten().chain(&node).map(|word| word.to_string()).collect();
+    host.spawn(Spawn { argv, ..Spawn::default() })
 }
+
+/// Puts the shell into control group `$0`, anew, where it gets `$1` bytes of memory, and becomes the other arguments.
+const LIMITED: &str = "set -e
+mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
+[ ! -d \"$0\" ] || rmdir \"$0\"
+mkdir \"$0\"
+echo \"$1\" >\"$0/memory.max\"
+echo $$ >\"$0/cgroup.procs\"
+shift
+exec \"$@\"";

@@ -37,16 +37,18 @@ impl Machine {
         text
     }
 
-    /// The image of a disk, as the machine file names it: on its host's own file system, since the stage, which hosts
-    /// see over a network protocol, is no place for a machine's disks.
+    /// The image of a disk, as the machine file names it: of every other disk on its host's own file system, and beside
+    /// the machine file otherwise, which emulated hosts see over a network protocol.
     fn disk_path(&self, index: usize) -> String {
         match index {
             0 if self.boots_from_disk => BOOT_DISK.into(),
-            _ => format!("/tmp/gestalt-disk-{index}.img"),
+            _ if index.is_multiple_of(2) => format!("/tmp/gestalt-disk-{index}.img"),
+            _ => format!("gestalt-disk-{index}.img"),
         }
     }
 
-    /// A script for host `host` that makes the empty disks and the TAP interfaces there, anew if there are some.
+    /// A script for host `host`, run beside the machine file, that makes the empty disks and the TAP interfaces there,
+    /// anew if there are some.
     pub fn prepare(&self, host: usize) -> String {
         let here = |(_, node): &(usize, &usize)| self.host_of(**node) == host;
         let blank = |(index, _): &(usize, &usize)| !(*index == 0 && self.boots_from_disk);
@@ -96,7 +98,8 @@ mod tests {
         let machine = Machine { disks: vec![1, 0], ..Machine::equal(2, 1, 256) };
         let file = machine.file("/g", false);
         for (index, node) in [(0, "n1"), (1, "n0")] {
-            let path = format!("/tmp/gestalt-disk-{index}.img");
+            let folder = if index == 0 { "/tmp/" } else { "" };
+            let path = format!("{folder}gestalt-disk-{index}.img");
             let entry = format!("path = \"{path}\"\nnode = \"{node}\"\nserial = \"s{index}\"");
             assert!(file.contains(&entry), "{file}");
             assert!(machine.prepare(0).contains(&format!("truncate -s {DISK} {path}")));

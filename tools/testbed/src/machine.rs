@@ -52,7 +52,13 @@ pub struct Machine {
     pub actions: String,
     /// Whether the nodes talk over RDMA; over TCP if not.
     pub rdma: bool,
+    /// What each node may spend on the guest, in MiB. The kernel sees to it as well: every node is then a process of
+    /// its own, in a control group with so much memory and [`PROGRAM_MIB`] more.
+    pub budget_mib: Option<u32>,
 }
+
+/// What a node's program itself may need, beside its budget for the guest.
+pub const PROGRAM_MIB: u32 = 48;
 
 impl Machine {
     /// `count` equal nodes on one host.
@@ -66,6 +72,7 @@ impl Machine {
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
             rdma: false,
+            budget_mib: None,
         }
     }
 
@@ -112,22 +119,41 @@ impl Machine {
         if self.rdma {
             text += "fabric = \"rdma\"\n";
         }
-        if self.hosts > 1 {
+        if self.has_joining_nodes() {
             text += &format!("listen = \"{}\"\nkey = \"{KEY}\"\n", self.join_address());
         }
         for (index, node) in self.nodes.iter().enumerate() {
-            let place = if self.host_of(index) == 0 { "local" } else { "remote" };
+            let place = if self.joins(index) { "remote" } else { "local" };
             text += &format!(
                 "\n[[node]]\nname = \"n{index}\"\ncpus = {}\nmemory = \"{}M\"\nwhere = \"{place}\"\n",
                 node.cpus, node.memory_mib
             );
+            if let Some(mib) = self.budget_mib {
+                text += &format!("budget = \"{mib}M\"\n");
+            }
+            if self.hosts == 1 && self.joins(index) {
+                text += "fabric = \"127.0.0.1\"\n";
+            }
         }
         text + &self.device_entries()
     }
 
-    /// Where nodes of other hosts join.
+    /// Whether node `index` is not started by `gestalt run` but joins.
+    pub fn joins(&self, index: usize) -> bool {
+        self.host_of(index) != 0 || self.budget_mib.is_some()
+    }
+
+    /// Whether any node joins.
+    pub fn has_joining_nodes(&self) -> bool {
+        (0..self.nodes.len()).any(|index| self.joins(index))
+    }
+
+    /// Where nodes join.
     pub fn join_address(&self) -> String {
-        format!("{}:7700", Rack::address(0))
+        match self.hosts {
+            1 => "127.0.0.1:7700".into(),
+            _ => format!("{}:7700", Rack::address(0)),
+        }
     }
 }
 
@@ -142,6 +168,15 @@ mod tests {
         let file = machine.file("/g", false);
         assert_eq!(file.matches("remote").count(), 2);
         assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
+    }
+
+    #[test]
+    fn nodes_with_budgets_join() {
+        let machine = Machine { budget_mib: Some(300), ..Machine::equal(2, 1, 256) };
+        let file = machine.file("/g", false);
+        assert_eq!(file.matches("remote").count(), 2);
+        assert_eq!(file.matches("budget = \"300M\"").count(), 2);
+        assert!(file.contains("listen = \"127.0.0.1:7700\""), "{file}");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Did the guest find the machine that was asked for?
 
+use serde_json::Value;
+
 use crate::boot::Outcome;
 use crate::machine::Machine;
 
@@ -61,11 +63,29 @@ pub fn faults(machine: &Machine, outcome: &Outcome, checked: bool) -> Vec<String
             format!("disk s{index} is near to node {near:?} instead of {node}"),
         );
     }
+    if machine.budget_mib.is_some() {
+        let said = facts.text("fill");
+        expect(said == Some("ok"), format!("filling the memory said {said:?}"));
+        let evictions = outcome.counters.as_ref().map_or(0, |counters| sum_of(counters, "evictions"));
+        expect(evictions > 0, "no copy had to go: the budgets were never reached".into());
+    }
     if checked {
         let said = facts.text("smp_check");
         expect(said == Some("ok"), format!("smp-check said {said:?}"));
     }
     faults
+}
+
+/// The sum of all numbers of that name anywhere in a report.
+fn sum_of(report: &Value, name: &str) -> u64 {
+    match report {
+        Value::Object(fields) => {
+            let here = fields.get(name).and_then(Value::as_u64).unwrap_or(0);
+            here + fields.values().map(|field| sum_of(field, name)).sum::<u64>()
+        }
+        Value::Array(items) => items.iter().map(|item| sum_of(item, name)).sum(),
+        _ => 0,
+    }
 }
 
 /// How many CPUs a list such as `0-3,8` names.
@@ -111,6 +131,18 @@ mod tests {
     #[test]
     fn the_machine_asked_for_has_no_faults() {
         assert_eq!(faults(&machine(), &outcome(&GOOD), true), Vec::<String>::new());
+    }
+
+    #[test]
+    fn budgets_must_have_been_reached() {
+        let machine = Machine { budget_mib: Some(600), ..machine() };
+        let mut outcome = outcome(&[&GOOD[..], &[("fill", "ok")]].concat());
+        assert_eq!(faults(&machine, &outcome, true).len(), 1);
+        let report = |evictions| serde_json::json!({"nodes": [{"evictions": 0}, {"shards": [{"evictions": evictions}]}]});
+        outcome.counters = Some(report(0));
+        assert_eq!(faults(&machine, &outcome, true).len(), 1);
+        outcome.counters = Some(report(3));
+        assert_eq!(faults(&machine, &outcome, true), Vec::<String>::new());
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub enum Plan {
     Quick,
     /// Boot, report, use every disk and network card from every node, power off.
     Devices,
+    /// Boot, report, `smp-check`, fill most of the memory, power off.
+    Full,
     /// Talk to the guest over its console, reboot it from inside, power it off the second time.
     Reboot,
     /// Kill the process of this node so many milliseconds after the guest's user space has begun.
@@ -68,6 +70,7 @@ impl Scenario {
             Plan::Quick if machine.boots_from_disk => "report,drivers,devices,poweroff",
             Plan::Quick => "report,poweroff",
             Plan::Devices => "report,drivers,devices,disks,network,poweroff",
+            Plan::Full => "report,fill,poweroff",
             Plan::Reboot => "report,ask",
             Plan::Kill { .. } => "loop-smp-check",
         }
@@ -100,7 +103,7 @@ impl Scenario {
 
     fn follow(&self, rig: &Rig, boot: &mut Boot) -> Result<Times> {
         match self.plan {
-            Plan::Whole | Plan::Quick | Plan::Devices => {
+            Plan::Whole | Plan::Quick | Plan::Devices | Plan::Full => {
                 let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
                 self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
                 Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
@@ -211,6 +214,12 @@ pub fn devices() -> Scenario {
 pub fn devices_of_all() -> Scenario {
     let machine = Machine { disks: vec![0, 1], cards: vec![0, 1], ..Machine::equal(2, 2, 512) };
     Scenario::new("CPUs of two nodes use both nodes' disks and network cards", machine, Plan::Devices)
+}
+
+/// Nodes that may spend little more than their own part of the guest's memory, by which the kernel, too, holds them.
+pub fn budgets() -> Scenario {
+    let machine = Machine { budget_mib: Some(282), ..Machine::equal(2, 1, 256) };
+    Scenario::new("nodes keep to their budgets", machine, Plan::Full)
 }
 
 /// Kernel and initrd come out of the guest's own disk.

@@ -28,6 +28,9 @@ pub struct Soak {
     /// Also boot the other shapes of machine, the other kernels, and over two hosts
     #[arg(long)]
     shapes: bool,
+    /// Of all these, only what has this in its name
+    #[arg(long)]
+    only: Option<String>,
     /// Show the consoles of the guests
     #[arg(long)]
     console: bool,
@@ -76,10 +79,10 @@ impl Soak {
         let seed = self.seed.unwrap_or_else(nanos);
         let mut random = Random(seed);
         let plan = || if self.check { Plan::Whole } else { Plan::Quick };
-        let boots: Vec<Scenario> = (1..=self.boots)
+        let mut boots: Vec<Scenario> = (1..=self.boots)
             .map(|n| Scenario::new(format!("boot {n} of {}", self.boots), machine.clone(), plan()))
             .collect();
-        let kills: Vec<Scenario> = (1..=self.kills)
+        let mut kills: Vec<Scenario> = (1..=self.kills)
             .map(|n| {
                 let node = random.below(machine.nodes.len() as u64) as usize;
                 let after_ms = random.below(4000);
@@ -94,23 +97,35 @@ impl Soak {
             shapes.extend((0..3).map(|_| Scenario::new(ONE_NODE, alone.clone(), plan())));
             shapes.extend(scenarios::shapes());
             shapes.push(scenarios::devices_of_all());
+            shapes.push(scenarios::budgets());
             shapes.extend(scenarios::kernels());
         }
-        let all: Vec<&Machine> =
-            boots.iter().chain(&kills).chain(&shapes).map(|scenario| &scenario.machine).collect();
-        let binaries = artifacts::build()?;
-        let rig = Rig::start(&self.options.rig(&all), &binaries)?;
-        let emulated = rig.emulated().is_some();
-        eprintln!("soak: hosts are {}, seed {seed}", if emulated { "EMULATED" } else { "real" });
-        let boots = run_all(boots, &rig, self.console);
-        let kills = run_all(kills, &rig, self.console);
-        let mut shapes = run_all(shapes, &rig, self.console);
-        drop(rig);
-        if self.shapes {
-            let scenario = scenarios::two_hosts();
-            let rig = Rig::start(&self.options.rig(&[&scenario.machine]), &binaries)?;
-            shapes.extend(run_all(vec![scenario], &rig, self.console));
+        let mut two_hosts = self.shapes.then(scenarios::two_hosts);
+        if let Some(only) = &self.only {
+            let wanted = |scenario: &Scenario| scenario.name.contains(only.as_str());
+            [&mut boots, &mut kills, &mut shapes].into_iter().for_each(|list| list.retain(wanted));
+            two_hosts = two_hosts.filter(wanted);
         }
+        let two_hosts: Vec<Scenario> = two_hosts.into_iter().collect();
+        let none = [&boots, &kills, &shapes, &two_hosts].into_iter().all(Vec::is_empty);
+        ensure!(
+            !none,
+            "nothing is to be done: ask for --boots, --kills or --shapes, and for a name that there is"
+        );
+        let binaries = artifacts::build()?;
+        let mut emulated = false;
+        let mut run = |groups: [Vec<Scenario>; 3]| -> Result<[Vec<Entry>; 3]> {
+            let machines: Vec<&Machine> = groups.iter().flatten().map(|scenario| &scenario.machine).collect();
+            if machines.is_empty() {
+                return Ok(Default::default());
+            }
+            let rig = Rig::start(&self.options.rig(&machines), &binaries)?;
+            emulated |= rig.emulated().is_some();
+            eprintln!("soak: hosts are {}, seed {seed}", kind_of_hosts(emulated));
+            Ok(groups.map(|group| run_all(group, &rig, self.console)))
+        };
+        let [boots, kills, mut shapes] = run([boots, kills, shapes])?;
+        shapes.extend(run([two_hosts, vec![], vec![]])?.into_iter().flatten());
         let report = Report::new(&machine, emulated, seed, boots, kills, shapes);
         report.print();
         println!("written to {}", report::write("soak", &report)?.display());
@@ -124,6 +139,10 @@ const ONE_NODE: &str = "one node with as much of everything";
 /// The same CPUs and memory in one node.
 fn one_node(machine: &Machine) -> Machine {
     Machine { kernel: machine.kernel, ..Machine::equal(1, machine.cpus(), machine.memory_mib()) }
+}
+
+fn kind_of_hosts(emulated: bool) -> &'static str {
+    if emulated { "EMULATED" } else { "real" }
 }
 
 fn run_all(scenarios: Vec<Scenario>, rig: &Rig, show: bool) -> Vec<Entry> {
@@ -174,7 +193,7 @@ impl Report {
 
     fn print(&self) {
         let good = |entries: &[Entry]| entries.iter().filter(|entry| entry.failure.is_none()).count();
-        println!("hosts are {}", if self.emulated { "EMULATED" } else { "real" });
+        println!("hosts are {}", kind_of_hosts(self.emulated));
         println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
         if let Some(seconds) = self.boot_median_seconds {
             println!("  median {seconds:.1} s to user space with all CPUs");
