@@ -52,6 +52,9 @@ pub struct Machine {
     pub actions: String,
     /// Whether the nodes talk over RDMA; over TCP if not.
     pub rdma: bool,
+    /// Of how many rails each node has one address: networks beside the hosts' first, which is the coordinator's. With
+    /// 0 the first network is all there is.
+    pub rails: usize,
 }
 
 impl Machine {
@@ -66,6 +69,7 @@ impl Machine {
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
             rdma: false,
+            rails: 0,
         }
     }
 
@@ -121,6 +125,11 @@ impl Machine {
                 "\n[[node]]\nname = \"n{index}\"\ncpus = {}\nmemory = \"{}M\"\nwhere = \"{place}\"\n",
                 node.cpus, node.memory_mib
             );
+            let rails: Vec<String> =
+                (1..=self.rails).map(|rail| Rack::address_on(rail, self.host_of(index))).collect();
+            if !rails.is_empty() {
+                text += &format!("fabric = {rails:?}\n");
+            }
         }
         text + &self.device_entries()
     }
@@ -142,6 +151,14 @@ mod tests {
         let file = machine.file("/g", false);
         assert_eq!(file.matches("remote").count(), 2);
         assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
+    }
+
+    #[test]
+    fn every_node_has_an_address_on_each_rail_and_the_coordinator_keeps_the_first_network() {
+        let machine = Machine { hosts: 2, rails: 2, ..Machine::equal(2, 1, 256) };
+        let file = machine.file("/g", false);
+        assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
+        assert!(file.contains("fabric = [\"10.78.0.2\", \"10.79.0.2\"]\n"), "{file}");
     }
 
     #[test]

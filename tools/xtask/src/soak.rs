@@ -8,6 +8,7 @@ use testbed::machine::Machine;
 use testbed::rig::Rig;
 
 use crate::options::Options;
+use crate::rails::{self, Trial};
 use crate::report;
 use crate::scenarios::{self, LOSS_LIMIT, Plan, Scenario, announce};
 
@@ -28,6 +29,9 @@ pub struct Soak {
     /// Also boot the other shapes of machine, the other kernels, and over two hosts
     #[arg(long)]
     shapes: bool,
+    /// How many times to cut and restore a rail, of two, under a guest on two emulated hosts; over RDMA it is cut once
+    #[arg(long, default_value_t = 0)]
+    rails: usize,
     /// Show the consoles of the guests
     #[arg(long)]
     console: bool,
@@ -37,7 +41,7 @@ pub struct Soak {
 }
 
 /// `target/report/soak.json`.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Report {
     emulated: bool,
     nodes: usize,
@@ -46,6 +50,8 @@ struct Report {
     boots: Vec<Entry>,
     kills: Vec<Entry>,
     shapes: Vec<Entry>,
+    /// The rails that were cut, if any were to be.
+    rails: Option<Trial>,
     /// Median seconds to user space with all CPUs of the boots.
     boot_median_seconds: Option<f64>,
     /// The same of a machine of one node with as much of everything, on the same hosts, when shapes were booted.
@@ -99,19 +105,29 @@ impl Soak {
         let all: Vec<&Machine> =
             boots.iter().chain(&kills).chain(&shapes).map(|scenario| &scenario.machine).collect();
         let binaries = artifacts::build()?;
-        let rig = Rig::start(&self.options.rig(&all), &binaries)?;
-        let emulated = rig.emulated().is_some();
-        eprintln!("soak: hosts are {}, seed {seed}", if emulated { "EMULATED" } else { "real" });
-        let boots = run_all(boots, &rig, self.console);
-        let kills = run_all(kills, &rig, self.console);
-        let mut shapes = run_all(shapes, &rig, self.console);
-        drop(rig);
+        let mut report = Report { seed, ..Report::default() };
+        if !all.is_empty() {
+            let rig = Rig::start(&self.options.rig(&all), &binaries)?;
+            report.emulated = rig.emulated().is_some();
+            eprintln!("soak: hosts are {}, seed {seed}", if report.emulated { "EMULATED" } else { "real" });
+            report.boots = run_all(boots, &rig, self.console);
+            report.kills = run_all(kills, &rig, self.console);
+            report.shapes = run_all(shapes, &rig, self.console);
+        }
         if self.shapes {
             let scenario = scenarios::two_hosts();
-            let rig = Rig::start(&self.options.rig(&[&scenario.machine]), &binaries)?;
-            shapes.extend(run_all(vec![scenario], &rig, self.console));
+            let over_rdma = scenarios::two_hosts_over_rdma();
+            let machines = [&scenario.machine, &over_rdma.machine];
+            let rig = Rig::start(&self.options.rig(&machines), &binaries)?;
+            report.shapes.extend(run_all(vec![scenario, over_rdma], &rig, self.console));
         }
-        let report = Report::new(&machine, emulated, seed, boots, kills, shapes);
+        if self.rails > 0 {
+            let machine = rails::machine(machine.rdma);
+            let rig = Rig::start(&self.options.rig(&[&machine]), &binaries)?;
+            report.emulated |= rig.emulated().is_some();
+            report.rails = Some(rails::run(&rig, &machine, self.rails));
+        }
+        report.conclude(&machine);
         report.print();
         println!("written to {}", report::write("soak", &report)?.display());
         ensure!(report.failed == 0, "{} of the boots failed", report.failed);
@@ -142,40 +158,32 @@ fn run_all(scenarios: Vec<Scenario>, rig: &Rig, show: bool) -> Vec<Entry> {
 }
 
 impl Report {
-    fn new(
-        machine: &Machine,
-        emulated: bool,
-        seed: u64,
-        boots: Vec<Entry>,
-        kills: Vec<Entry>,
-        shapes: Vec<Entry>,
-    ) -> Self {
-        let boot_median_seconds = median(boots.iter().filter_map(|entry| entry.boot_seconds));
-        let alone = shapes.iter().filter(|entry| entry.name == ONE_NODE);
-        let one_node_boot_seconds = median(alone.filter_map(|entry| entry.boot_seconds));
-        let longest_loss_seconds = kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
-        let failed =
-            boots.iter().chain(&kills).chain(&shapes).filter(|entry| entry.failure.is_some()).count();
-        Self {
-            emulated,
-            nodes: machine.nodes.len(),
-            hosts: machine.hosts,
-            seed,
-            boots,
-            kills,
-            shapes,
-            boot_median_seconds,
-            one_node_boot_seconds,
-            ratio_to_one_node: boot_median_seconds.zip(one_node_boot_seconds).map(|(many, one)| many / one),
-            longest_loss_seconds,
-            failed,
-        }
+    /// Fills in what follows from the entries.
+    fn conclude(&mut self, machine: &Machine) {
+        (self.nodes, self.hosts) = (machine.nodes.len(), machine.hosts);
+        self.boot_median_seconds = median(self.boots.iter().filter_map(|entry| entry.boot_seconds));
+        let alone = self.shapes.iter().filter(|entry| entry.name == ONE_NODE);
+        self.one_node_boot_seconds = median(alone.filter_map(|entry| entry.boot_seconds));
+        self.ratio_to_one_node =
+            self.boot_median_seconds.zip(self.one_node_boot_seconds).map(|(many, one)| many / one);
+        self.longest_loss_seconds = self.kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
+        self.failed = self.failures().count();
+    }
+
+    /// What went wrong, by name.
+    fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
+        let entries = self.boots.iter().chain(&self.kills).chain(&self.shapes);
+        let boots = entries.filter_map(|entry| Some((entry.name.as_str(), entry.failure.as_deref()?)));
+        let rails = self.rails.iter().filter_map(|trial| Some(("cut rails", trial.failure.as_deref()?)));
+        boots.chain(rails)
     }
 
     fn print(&self) {
         let good = |entries: &[Entry]| entries.iter().filter(|entry| entry.failure.is_none()).count();
         println!("hosts are {}", if self.emulated { "EMULATED" } else { "real" });
-        println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
+        if !self.boots.is_empty() {
+            println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
+        }
         if let Some(seconds) = self.boot_median_seconds {
             println!("  median {seconds:.1} s to user space with all CPUs");
         }
@@ -190,10 +198,11 @@ impl Report {
         if !self.shapes.is_empty() {
             println!("{} of {} other machines booted", good(&self.shapes), self.shapes.len());
         }
-        for entry in self.boots.iter().chain(&self.kills).chain(&self.shapes) {
-            if let Some(failure) = &entry.failure {
-                println!("failed: {}: {}", entry.name, failure.lines().next().unwrap_or_default());
-            }
+        if let Some(trial) = &self.rails {
+            trial.print();
+        }
+        for (name, failure) in self.failures() {
+            println!("failed: {name}: {}", failure.lines().next().unwrap_or_default());
         }
     }
 }
