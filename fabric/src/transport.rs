@@ -32,6 +32,9 @@ pub const MAX_NODES: usize = 512;
 /// at the receiver.
 pub const MAX_FRAME: usize = 64 * 1024;
 
+/// What a transport that is a rail of another one must carry beyond [`MAX_FRAME`], in bytes.
+pub(crate) const ENVELOPE: usize = 1;
+
 /// What a sender keeps for one peer on one lane while the peer does not take it, in bytes. A peer that is
 /// further behind is lost.
 pub const MAX_BACKLOG: usize = 64 << 20;
@@ -142,13 +145,14 @@ impl Counters {
     }
 }
 
-/// Checks what every transport refuses before it sends: returns the frame's length.
+/// Checks what every transport refuses before it sends: returns the frame's length, which is at most `most`.
 pub(crate) fn check_frame(
     from: NodeId,
     to: NodeId,
     lane: LaneId,
     nodes: usize,
     lanes: usize,
+    most: usize,
     parts: &[&[u8]],
 ) -> Result<usize, FabricError> {
     let len: usize = parts.iter().map(|p| p.len()).sum();
@@ -158,8 +162,8 @@ pub(crate) fn check_frame(
         format!("the machine has {nodes} nodes")
     } else if usize::from(lane) >= lanes {
         format!("the machine has {lanes} lanes")
-    } else if len == 0 || len > MAX_FRAME {
-        format!("a frame has 1 to {MAX_FRAME} bytes, this one {len}")
+    } else if len == 0 || len > most {
+        format!("a frame has 1 to {most} bytes, this one {len}")
     } else {
         return Ok(len);
     };

@@ -17,7 +17,6 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::RdmaSettings;
-use super::bell::Bell;
 use super::lane::{LAST_WORDS, Lane, RECEIVES, SENDS};
 use super::notes::{Hello, Note, random_psn};
 use super::ports::{Choice, choose, ports};
@@ -30,6 +29,7 @@ use super::verbs::memory::{Pd, Slots};
 use super::verbs::queue::{MOST_RECEIVES, Qp, Route, Srq};
 use super::watch::Watch;
 use super::window::{SEND_SLOTS, SLOT, Window};
+use crate::bell::Bell;
 use crate::transport::Counters;
 use crate::{FabricError, LaneId, NodeId, Receiver, Transport};
 

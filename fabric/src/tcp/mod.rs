@@ -49,12 +49,12 @@ mod lane;
 mod link;
 mod listener;
 mod mesh;
-mod retained;
+pub(crate) mod retained;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::transport::check_frame;
-use crate::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
+use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 use doors::Doors;
 use keeper::Mailbox;
 use lane::{Lane, LaneReceiver};
@@ -121,17 +121,18 @@ impl Transport for TcpTransport {
     }
 
     fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError> {
-        let len = check_frame(self.node, to, lane, self.nodes, self.lanes.len(), parts)?;
+        let len = check_frame(self.node, to, lane, self.nodes, self.lanes.len(), MAX_FRAME, parts)?;
         self.lanes[usize::from(lane)].send(to, len, parts)
     }
 
     fn send_all(&self, to: NodeId, lane: LaneId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
         for frame in frames {
-            check_frame(self.node, to, lane, self.nodes, self.lanes.len(), frame)?;
+            check_frame(self.node, to, lane, self.nodes, self.lanes.len(), MAX_FRAME, frame)?;
         }
-        frames
-            .chunks(lane::MOST_AT_ONCE)
-            .try_for_each(|some| self.lanes[usize::from(lane)].send_all(to, some))
+        match frames {
+            [] => Ok(()),
+            frames => self.lanes[usize::from(lane)].send_all(to, frames),
+        }
     }
 
     fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
