@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use crate::FabricError;
 
@@ -109,6 +110,23 @@ pub trait Receiver: Send {
 
     /// Call before sleeping on [`Receiver::fd`]; `true` means there is work already and sleeping is wrong.
     fn arm(&mut self) -> Result<bool, FabricError>;
+}
+
+/// Receivers by lane, each of which is given out once.
+pub(crate) struct Receivers<R>(Mutex<Vec<Option<R>>>);
+
+impl<R: Receiver + 'static> Receivers<R> {
+    pub(crate) fn take(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
+        let mut receivers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let receiver = receivers.get_mut(usize::from(lane))?.take()?;
+        Some(Box::new(receiver))
+    }
+}
+
+impl<R> FromIterator<R> for Receivers<R> {
+    fn from_iter<I: IntoIterator<Item = R>>(receivers: I) -> Receivers<R> {
+        Receivers(Mutex::new(receivers.into_iter().map(Some).collect()))
+    }
 }
 
 /// Totals that several threads add to. Senders and the receiver have a cache line each.

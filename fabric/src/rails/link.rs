@@ -206,6 +206,35 @@ impl Link {
 
 const NEVER_SENT: &str = "it says that it has frames which were never sent to it";
 
+/// A peer that sends what `data` says, on any rail, while rails are lost and frames are sent: in turn a byte of what, a
+/// byte of how much, and the bytes.
+#[cfg(fuzzing)]
+pub fn fuzz(data: &[u8]) {
+    const RAILS: usize = 3;
+    struct Takes;
+    impl Wire for Takes {
+        fn put(&self, _: usize, _: &[&[u8]]) -> bool {
+            true
+        }
+    }
+    let (mut link, mut rest) = (Link::new(0, RAILS), data);
+    while let Some((&[what, len], more)) = rest.split_first_chunk() {
+        let (bytes, more) = more.split_at(usize::from(len).min(more.len()));
+        rest = more;
+        let (rail, lost) = (usize::from(what) % RAILS, link.lost.is_some());
+        match usize::from(what) / RAILS % 4 {
+            0 => assert_eq!(link.send(&Takes, 1 + bytes.len(), &[b"x", bytes]).is_err(), lost),
+            1 => drop(link.rail_lost(&Takes, rail, "cut")),
+            _ => match link.take(&Takes, rail, bytes) {
+                Ok(Some(frame)) => assert!(!lost && rail == link.rail && frame.len() + 1 == bytes.len()),
+                Ok(None) => {}
+                Err(why) => assert!(!lost && !why.is_empty() && link.lost == Some(why)),
+            },
+        }
+        assert!(link.lost.is_some() || !link.left[link.rail], "a lane is on a rail that it has not left");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::cell::{Cell, RefCell};

@@ -17,15 +17,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use crate::bell::Bell;
-use crate::transport::{Counters, ENVELOPE, check_frame};
+use crate::transport::{Counters, ENVELOPE, Receivers, check_frame};
 use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
+#[cfg(fuzzing)]
+pub use link::fuzz;
 use link::{Link, Wire};
 pub(crate) use share::share;
 
 /// One transport over several.
 pub(crate) struct RailsTransport {
     lanes: Vec<Arc<Lane>>,
-    receivers: Mutex<Vec<Option<LaneReceiver>>>,
+    receivers: Receivers<LaneReceiver>,
 }
 
 /// What senders and the receiver of a lane share.
@@ -51,8 +53,8 @@ impl RailsTransport {
             Ok(Arc::new(Lane { id, rails: rails.clone(), links, counters, bell }))
         };
         let lanes = (0..lanes as LaneId).map(lane).collect::<Result<Vec<_>, FabricError>>()?;
-        let receivers = lanes.iter().map(|lane| LaneReceiver::new(lane.clone()).map(Some));
-        let receivers = Mutex::new(receivers.collect::<Result<_, _>>()?);
+        let receivers = lanes.iter().map(|lane| LaneReceiver::new(lane.clone()));
+        let receivers = receivers.collect::<Result<_, _>>()?;
         Ok(RailsTransport { lanes, receivers })
     }
 
@@ -80,9 +82,7 @@ impl Transport for RailsTransport {
     }
 
     fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
-        let mut receivers = self.receivers.lock().unwrap_or_else(PoisonError::into_inner);
-        let receiver = receivers.get_mut(usize::from(lane))?.take()?;
-        Some(Box::new(receiver))
+        self.receivers.take(lane)
     }
 
     fn stats(&self) -> TransportStats {

@@ -40,6 +40,8 @@ mod lane;
 mod notes;
 #[cfg(fuzzing)]
 pub use notes::fuzz as fuzz_note;
+#[cfg(fuzzing)]
+pub use stream::fuzz as fuzz_stream;
 mod ports;
 mod receiver;
 mod sender;
@@ -50,11 +52,11 @@ mod watch;
 mod window;
 
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::rails::{self, RailsTransport};
-use crate::transport::{ENVELOPE, check_frame};
+use crate::transport::{ENVELOPE, Receivers, check_frame};
 use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 use lane::Lane;
 use receiver::LaneReceiver;
@@ -103,7 +105,7 @@ pub struct RdmaTransport {
     /// The longest frame.
     most: usize,
     lanes: Vec<Arc<Lane>>,
-    receivers: Mutex<Vec<Option<LaneReceiver>>>,
+    receivers: Receivers<LaneReceiver>,
 }
 
 impl RdmaTransport {
@@ -162,10 +164,10 @@ impl RdmaTransport {
             )));
         }
         for (lane, receiver) in setup::connect(&session, settings, local, timeout)? {
-            receivers.push(Some(LaneReceiver::new(lane.clone(), receiver, nodes)?));
+            receivers.push(LaneReceiver::new(lane.clone(), receiver, nodes)?);
             lanes.push(lane);
         }
-        Ok(RdmaTransport { session, most, lanes, receivers: Mutex::new(receivers) })
+        Ok(RdmaTransport { session, most, lanes, receivers: receivers.into_iter().collect() })
     }
 }
 
@@ -198,9 +200,7 @@ impl Transport for RdmaTransport {
     }
 
     fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
-        let mut receivers = self.receivers.lock().unwrap_or_else(PoisonError::into_inner);
-        let receiver = receivers.get_mut(usize::from(lane))?.take()?;
-        Some(Box::new(receiver))
+        self.receivers.take(lane)
     }
 
     fn stats(&self) -> TransportStats {

@@ -78,6 +78,20 @@ fn length(bytes: &[u8]) -> Result<Option<usize>, BadLength> {
     }
 }
 
+/// The stream `data[1..]`, in messages of `data[0] + 1` bytes, gives the frames that are in it as a whole.
+#[cfg(fuzzing)]
+pub fn fuzz(data: &[u8]) {
+    let Some((&size, stream)) = data.split_first() else { return };
+    let frames = |size: usize| {
+        let (mut reader, mut frames) = (Reader::default(), Vec::new());
+        let read = stream
+            .chunks(size)
+            .try_for_each(|message| reader.deliver(message, |frame| frames.push(frame.to_vec())).map(drop));
+        (frames, read)
+    };
+    assert_eq!(frames(usize::from(size) + 1), frames(stream.len().max(1)));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
