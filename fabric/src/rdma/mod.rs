@@ -122,7 +122,7 @@ impl RdmaTransport {
         local: Option<IpAddr>,
         timeout: Duration,
     ) -> Result<RdmaTransport, FabricError> {
-        RdmaTransport::connect_as(session, settings, local, timeout, MAX_FRAME)
+        RdmaTransport::connect_as(session, settings, local, timeout, false)
     }
 
     /// The same over one port for each of `rails`, which gives what to use there and the node's own address. `session`
@@ -142,7 +142,7 @@ impl RdmaTransport {
         let shares = rails::share(&session, rails.len())?;
         let connect = |(share, (settings, local)): (Arc<dyn Transport>, &(RdmaSettings, _))| {
             let left = deadline.saturating_duration_since(Instant::now());
-            let rail = RdmaTransport::connect_as(share, settings, *local, left, MAX_FRAME + ENVELOPE)?;
+            let rail = RdmaTransport::connect_as(share, settings, *local, left, true)?;
             Ok(Box::new(rail) as Box<dyn Transport>)
         };
         let made = shares.into_iter().zip(rails).map(connect).collect::<Result<Vec<_>, FabricError>>()?;
@@ -154,7 +154,7 @@ impl RdmaTransport {
         settings: &RdmaSettings,
         local: Option<IpAddr>,
         timeout: Duration,
-        most: usize,
+        is_rail: bool,
     ) -> Result<RdmaTransport, FabricError> {
         let (nodes, mut lanes, mut receivers) = (session.nodes(), Vec::new(), Vec::new());
         if settings.service_level > 15 {
@@ -163,10 +163,11 @@ impl RdmaTransport {
                 settings.service_level
             )));
         }
-        for (lane, receiver) in setup::connect(&session, settings, local, timeout)? {
+        for (lane, receiver) in setup::connect(&session, settings, local, timeout, is_rail)? {
             receivers.push(LaneReceiver::new(lane.clone(), receiver, nodes)?);
             lanes.push(lane);
         }
+        let most = if is_rail { MAX_FRAME + ENVELOPE } else { MAX_FRAME };
         Ok(RdmaTransport { session, most, lanes, receivers: receivers.into_iter().collect() })
     }
 }
