@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use benches::choice::Choice;
+use benches::fabric::measure;
 use benches::fabric::plan::Plan;
 use benches::report::Row;
 use benches::{place, report};
@@ -17,6 +18,8 @@ struct Report {
     cpus: usize,
     rounds: usize,
     seconds: f64,
+    /// To seal and to open 4 KiB, in microseconds.
+    cipher_us: f64,
     rows: Vec<Row>,
 }
 
@@ -25,10 +28,12 @@ fn main() -> Result<()> {
     let rounds = choice.rounds;
     let begin = Instant::now();
     let plan = Plan { choice, cpus: place::cpus() };
+    let cipher_us = measure::cipher(4096, 20 * rounds)?;
     let rows = plan.run(&mut |what| eprintln!("{:6.1} s  {what}", begin.elapsed().as_secs_f64()))?;
     println!("{}", report::table(&rows));
+    println!("to seal and to open 4 KiB takes the cipher {cipher_us:.3} us");
     let (seconds, cpus) = (begin.elapsed().as_secs_f64(), plan.cpus.len());
-    let path = report::write("fabric", &Report { cpus, rounds, seconds, rows })?;
+    let path = report::write("fabric", &Report { cpus, rounds, seconds, cipher_us, rows })?;
     println!("{} ({seconds:.0} s)", path.display());
     Ok(())
 }

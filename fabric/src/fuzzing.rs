@@ -3,7 +3,8 @@
 use std::io::Write;
 use std::net::{Shutdown, TcpListener, TcpStream};
 
-pub use crate::rdma::fuzz_note as rdma_note;
+pub use crate::rails::fuzz as rails;
+pub use crate::rdma::{fuzz_note as rdma_note, fuzz_stream as rdma_stream};
 pub use crate::tcp::fuzzing::{frames, greeting, handshake, session};
 
 /// A connected pair of sockets: who sends to us, and us.

@@ -23,14 +23,17 @@
 //!
 //! - [`tcp`]: one TCP connection per lane and peer, sealed, on one of several rails; what runs between servers.
 //! - [`rdma`]: queue pairs over InfiniBand or RoCE, set up over one of the others.
+//!   With several ports, `rails` makes one transport of them.
 //! - [`sim`]: all nodes in one process; for the tests of everything above the fabric.
 //!
 //! `tests/conformance.rs` holds all to the same contract.
 
+mod bell;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod priority;
+mod rails;
 pub mod rdma;
 pub mod secure;
 pub mod sim;

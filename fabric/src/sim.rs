@@ -13,7 +13,9 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::transport::{Counters, check_frame};
-use crate::{FabricError, LaneId, MAX_BACKLOG, MAX_NODES, NodeId, Receiver, Transport, TransportStats};
+use crate::{
+    FabricError, LaneId, MAX_BACKLOG, MAX_FRAME, MAX_NODES, NodeId, Receiver, Transport, TransportStats,
+};
 
 /// Makes the transports of a machine of `nodes` nodes (1 to [`MAX_NODES`]) with `lanes` lanes, by node.
 ///
@@ -159,7 +161,7 @@ impl Transport for SimTransport {
 
     fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError> {
         let me = self.node();
-        let len = check_frame(me, to, lane, self.nodes(), self.lanes(), parts)?;
+        let len = check_frame(me, to, lane, self.nodes(), self.lanes(), MAX_FRAME, parts)?;
         let lost = |why: &str| Err(FabricError::PeerLost { peer: to, why: why.to_owned() });
         // A link dies in both directions: the mark for this one is in this node's own inbox.
         if self.seat.wires.inboxes[me.index()][usize::from(lane)].lock().lost[to.index()] {

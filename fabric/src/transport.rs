@@ -2,6 +2,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use crate::FabricError;
 
@@ -31,6 +32,9 @@ pub const MAX_NODES: usize = 512;
 /// The longest frame, in bytes. Anything longer is a programming error at the sender and ends the session
 /// at the receiver.
 pub const MAX_FRAME: usize = 64 * 1024;
+
+/// What a transport that is a rail of another one must carry beyond [`MAX_FRAME`], in bytes.
+pub(crate) const ENVELOPE: usize = 1;
 
 /// What a sender keeps for one peer on one lane while the peer does not take it, in bytes. A peer that is
 /// further behind is lost.
@@ -108,6 +112,23 @@ pub trait Receiver: Send {
     fn arm(&mut self) -> Result<bool, FabricError>;
 }
 
+/// Receivers by lane, each of which is given out once.
+pub(crate) struct Receivers<R>(Mutex<Vec<Option<R>>>);
+
+impl<R: Receiver + 'static> Receivers<R> {
+    pub(crate) fn take(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
+        let mut receivers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let receiver = receivers.get_mut(usize::from(lane))?.take()?;
+        Some(Box::new(receiver))
+    }
+}
+
+impl<R> FromIterator<R> for Receivers<R> {
+    fn from_iter<I: IntoIterator<Item = R>>(receivers: I) -> Receivers<R> {
+        Receivers(Mutex::new(receivers.into_iter().map(Some).collect()))
+    }
+}
+
 /// Totals that several threads add to. Senders and the receiver have a cache line each.
 #[derive(Default)]
 pub(crate) struct Counters {
@@ -142,13 +163,14 @@ impl Counters {
     }
 }
 
-/// Checks what every transport refuses before it sends: returns the frame's length.
+/// Checks what every transport refuses before it sends: returns the frame's length, which is at most `most`.
 pub(crate) fn check_frame(
     from: NodeId,
     to: NodeId,
     lane: LaneId,
     nodes: usize,
     lanes: usize,
+    most: usize,
     parts: &[&[u8]],
 ) -> Result<usize, FabricError> {
     let len: usize = parts.iter().map(|p| p.len()).sum();
@@ -158,8 +180,8 @@ pub(crate) fn check_frame(
         format!("the machine has {nodes} nodes")
     } else if usize::from(lane) >= lanes {
         format!("the machine has {lanes} lanes")
-    } else if len == 0 || len > MAX_FRAME {
-        format!("a frame has 1 to {MAX_FRAME} bytes, this one {len}")
+    } else if len == 0 || len > most {
+        format!("a frame has 1 to {most} bytes, this one {len}")
     } else {
         return Ok(len);
     };

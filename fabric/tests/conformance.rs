@@ -23,6 +23,13 @@ macro_rules! for_each_transport {
                 }
             })+
         }
+        mod rdma_rails {
+            $(#[test] fn $test() {
+                if crate::common::two_rdma_devices().is_some() {
+                    super::$test(crate::common::Kind::RdmaRails);
+                }
+            })+
+        }
     };
 }
 

@@ -5,12 +5,11 @@ mod common;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, Tap, mesh_all, rail_config, rail_listeners, readable};
+use common::{PATIENCE, Tap, mesh_all, rail_config, rail_listeners, readable, traffic};
 use fabric::tcp::{MeshConfig, TcpTransport};
 use fabric::{FabricError, NodeId, Transport};
 use nix::sched::{CloneFlags, unshare};
@@ -86,15 +85,6 @@ fn cabled(plaintext: bool) -> ([TcpTransport; 2], [Cable; 2]) {
     ([made.next().unwrap(), made.next().unwrap()], cables)
 }
 
-/// Frame `i` of a lane, of one of many lengths.
-fn frame(i: u64) -> Vec<u8> {
-    let mut frame = vec![i as u8; 8 + (i * 7919 % 6000) as usize];
-    frame[..8].copy_from_slice(&i.to_le_bytes());
-    frame
-}
-
-/// Frames that the slowest of all receivers may be behind its sender.
-const WINDOW: u64 = 200;
 /// Frames of each lane in each direction.
 const FRAMES: u64 = 20_000;
 /// Frames between a cut, the cable's return, and the next cut.
@@ -102,40 +92,14 @@ const PERIOD: u64 = 480;
 
 fn moves_under_traffic(plaintext: bool) {
     let (nodes, cables) = cabled(plaintext);
-    // By receiving node and lane: how many frames have come.
-    let come: [[AtomicU64; 2]; 2] = Default::default();
-    let slowest = || come.iter().flatten().map(|count| count.load(SeqCst)).min().unwrap();
-    let deadline = Instant::now() + 3 * PATIENCE;
     let mut cuts = 0;
-    thread::scope(|scope| {
-        for (me, lane) in [(0usize, 0u16), (0, 1), (1, 0), (1, 1)] {
-            let (transport, peer, come) = (&nodes[me], NodeId(1 - me as u16), &come);
-            scope.spawn(move || {
-                let (mut tap, mut sent) = (Tap::new(transport, lane), 0);
-                let here = &come[me][usize::from(lane)];
-                let there = &come[1 - me][usize::from(lane)];
-                while here.load(SeqCst) < FRAMES || there.load(SeqCst) < FRAMES {
-                    while sent < FRAMES && sent < there.load(SeqCst) + WINDOW {
-                        transport.send(peer, lane, &[&frame(sent)]).unwrap();
-                        sent += 1;
-                    }
-                    // Until something comes, or a moment later: what the other end has received frees the window.
-                    readable(tap.fd(), 1);
-                    for (_, got) in tap.poll_some() {
-                        let next = here.load(SeqCst);
-                        assert!(got == frame(next), "lane {lane} at node {me}: not frame {next}");
-                        here.store(next + 1, SeqCst);
-                    }
-                    assert!(Instant::now() < deadline, "lane {lane} at node {me}: {sent} sent");
-                }
-            });
-        }
+    traffic(nodes.each_ref().map(|node| node as &dyn Transport), FRAMES, |slowest| {
         for turn in 1.. {
-            while slowest() < turn * PERIOD && slowest() < FRAMES {
-                assert!(Instant::now() < deadline, "after {cuts} cuts: {come:?}");
-                thread::park_timeout(Duration::from_millis(1));
+            let mut come = slowest();
+            while come < turn * PERIOD && come < FRAMES {
+                come = slowest();
             }
-            if slowest() >= FRAMES {
+            if come >= FRAMES {
                 break;
             }
             // One turn cuts a cable, the next mends it: never both.

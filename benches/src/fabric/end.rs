@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use fabric::secure::PrivateKey;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys, TcpTransport};
-use fabric::{NodeId, Receiver, Transport, sim};
+use fabric::{LaneId, NodeId, Receiver, Transport, sim};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -36,19 +36,27 @@ pub trait End: Send {
 /// # Errors
 /// The mesh cannot be made.
 pub fn ours(net: Net, polling: Polling) -> Result<[Box<dyn End>; 2]> {
-    let end = |transport: Box<dyn Transport>| -> Result<Box<dyn End>> {
-        let receiver = transport.take_receiver(0).context("lane 0 was taken before")?;
-        let peer = NodeId(1 - transport.node().0);
-        Ok(Box::new(Ours { transport, receiver, peer, polling, extra: 0 }))
-    };
     if net == Net::InProcess {
         let mut nodes = sim::cluster(2, 1)?.into_iter();
         let (near, far) = nodes.next().zip(nodes.next()).context("two nodes were asked for")?;
-        return Ok([end(Box::new(near))?, end(Box::new(far))?]);
+        return Ok([Ours::end(near, polling)?, Ours::end(far, polling)?]);
     }
     let any: SocketAddr = ([127, 0, 0, 1], 0).into();
     let rails = vec![any; if net == Net::TcpRails { 2 } else { 1 }];
-    let listeners = [Listener::bind(&rails)?, Listener::bind(&rails)?];
+    over_tcp(&rails, 1, net == Net::TcpPlain, polling)
+}
+
+/// Both ends over TCP, with a rail for each address; messages go over all `lanes` in turn.
+///
+/// # Errors
+/// The mesh cannot be made.
+pub fn over_tcp(
+    rails: &[SocketAddr],
+    lanes: u16,
+    plaintext: bool,
+    polling: Polling,
+) -> Result<[Box<dyn End>; 2]> {
+    let listeners = [Listener::bind(rails)?, Listener::bind(rails)?];
     let addresses = listeners.each_ref().map(|listener| listener.local_addrs().to_vec()).to_vec();
     // No secret: who can connect to the bench is on this host.
     let keys = [1, 2].map(|byte| PrivateKey::from_bytes([byte; 32]));
@@ -56,14 +64,14 @@ pub fn ours(net: Net, polling: Polling) -> Result<[Box<dyn End>; 2]> {
         Ok(listener.mesh(MeshConfig {
             node: NodeId(node),
             addresses: addresses.clone(),
-            lanes: 1,
+            lanes,
             machine: [7; 16],
             version: "bench".into(),
             keys: MeshKeys {
                 own: keys[usize::from(node)].clone(),
                 nodes: keys.each_ref().map(PrivateKey::public).to_vec(),
             },
-            plaintext: net == Net::TcpPlain,
+            plaintext,
             timeout: Duration::from_secs(10),
         })?)
     };
@@ -72,7 +80,7 @@ pub fn ours(net: Net, polling: Polling) -> Result<[Box<dyn End>; 2]> {
         let far = scope.spawn(|| mesh(far, 1));
         let near = mesh(near, 0)?;
         let Ok(far) = far.join() else { bail!("the far end's thread panicked") };
-        Ok([end(Box::new(near))?, end(Box::new(far?))?])
+        Ok([Ours::end(near, polling)?, Ours::end(far?, polling)?])
     })
 }
 
@@ -99,30 +107,58 @@ pub fn floor(net: Net, polling: Polling) -> Result<[Box<dyn End>; 2]> {
 
 struct Ours {
     transport: Box<dyn Transport>,
-    receiver: Box<dyn Receiver>,
+    /// By lane.
+    receivers: Vec<Box<dyn Receiver>>,
     peer: NodeId,
     polling: Polling,
+    /// The lane of the next message.
+    lane: LaneId,
     /// Frames that came beyond those that were asked for.
     extra: usize,
+}
+
+impl Ours {
+    fn end(transport: impl Transport + 'static, polling: Polling) -> Result<Box<dyn End>> {
+        let lanes = 0..transport.lanes() as LaneId;
+        let receivers = lanes.map(|lane| transport.take_receiver(lane)).collect::<Option<_>>();
+        let receivers = receivers.context("a lane was taken before")?;
+        let peer = NodeId(1 - transport.node().0);
+        Ok(Box::new(Ours { transport: Box::new(transport), receivers, peer, polling, lane: 0, extra: 0 }))
+    }
+
+    /// Sleeps until a lane may have something.
+    fn wait(&mut self) -> Result<()> {
+        for receiver in &mut self.receivers {
+            if receiver.arm()? {
+                return Ok(());
+            }
+        }
+        // SAFETY: the receivers, which own the descriptors, are borrowed meanwhile.
+        let fds = self.receivers.iter().map(|receiver| unsafe { BorrowedFd::borrow_raw(receiver.fd()) });
+        let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 impl End for Ours {
     fn send(&mut self, message: &[u8]) -> Result<()> {
         // As the engine sends: a head, and a page or nothing.
         let (head, body) = message.split_at(message.len().min(16));
-        Ok(self.transport.send(self.peer, 0, &[head, body])?)
+        let lane = self.lane;
+        self.lane = (lane + 1) % self.receivers.len() as LaneId;
+        Ok(self.transport.send(self.peer, lane, &[head, body])?)
     }
 
     fn receive(&mut self, _: usize, most: usize) -> Result<usize> {
         while self.extra == 0 {
-            self.extra = self.receiver.poll(&mut |_, _| ())?;
-            if self.extra == 0 && self.polling == Polling::Blocking && !self.receiver.arm()? {
-                // SAFETY: the receiver, which owns the descriptor, is borrowed meanwhile.
-                let fd = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
-                match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::NONE) {
-                    Ok(_) | Err(Errno::EINTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
+            for receiver in &mut self.receivers {
+                self.extra += receiver.poll(&mut |_, _| ())?;
+            }
+            if self.extra == 0 && self.polling == Polling::Blocking {
+                self.wait()?;
             }
         }
         let taken = self.extra.min(most);

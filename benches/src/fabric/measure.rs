@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use fabric::secure::{Handshake, Pattern, PrivateKey, TAG};
 
 use super::end::End;
 use crate::place;
@@ -137,12 +138,45 @@ pub fn outstanding(
     })
 }
 
+/// Microseconds to seal and to open a frame of `size` bytes: what the cipher alone adds to its way. The best of
+/// `rounds`.
+///
+/// # Errors
+/// The handshake fails, which it does not.
+pub fn cipher(size: usize, rounds: usize) -> Result<f64> {
+    const RECORDS: usize = 1000;
+    let keys = [1, 2].map(|byte| PrivateKey::from_bytes([byte; 32]));
+    let [near, far] = &keys;
+    let mut caller = Handshake::call(Pattern::BothKnown, near, &far.public(), &[])?;
+    let mut called = Handshake::answer(Pattern::BothKnown, far, Some(&near.public()), &[])?;
+    called.read(&caller.write()?)?;
+    caller.read(&called.write()?)?;
+    let ((mut sealer, _), (_, mut opener)) = (caller.finish()?, called.finish()?);
+    let mut record = vec![7; size + TAG];
+    let mut best = f64::INFINITY;
+    for _ in 0..rounds {
+        let began = Instant::now();
+        for _ in 0..RECORDS {
+            let tag = sealer.seal(&[0; 4], &mut record[..size])?;
+            record[size..].copy_from_slice(&tag);
+            opener.open(&[0; 4], &mut record)?;
+        }
+        best = best.min(began.elapsed().as_secs_f64() * 1e6 / RECORDS as f64);
+    }
+    Ok(best)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::end::{floor, ours};
     use super::*;
     use crate::choice::Net;
     use crate::fault_path::command::Polling;
+
+    #[test]
+    fn the_cipher_is_measured() {
+        assert!(cipher(4096, 1).unwrap() > 0.0);
+    }
 
     #[test]
     fn every_transport_and_its_floor_take_every_measurement() {

@@ -7,8 +7,10 @@
 //!
 //! - [`end`]: one end of a connection, ours or the floor's.
 //! - [`measure`]: round trips, one way, many under way.
+//! - [`rails`]: two rails beside one, each slower than what the CPUs can send.
 //! - [`plan`]: which transports, which operations, which goals.
 
 pub mod end;
 pub mod measure;
 pub mod plan;
+pub mod rails;

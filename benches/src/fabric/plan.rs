@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use super::end::{End, floor, ours};
-use super::measure;
+use super::{measure, rails};
 use crate::choice::{Choice, Net};
 use crate::fault_path::command::Polling;
 use crate::report::Row;
@@ -97,10 +97,29 @@ impl Plan {
                         }
                     }
                 }
+                if net == Net::TcpRails {
+                    rows.extend(self.shaped(polling, say));
+                }
                 rows.extend(best.into_iter().map(|(op, [ours, floor])| row(op, net, polling, ours, floor.0)));
             }
         }
         Ok(rows)
+    }
+
+    /// Two shaped rails beside one; nothing where this host cannot shape them.
+    fn shaped(&self, polling: Polling, say: &mut dyn FnMut(String)) -> Option<Row> {
+        let measured = rails::best_of(self.choice.rounds, polling, &self.cpus);
+        let [two, one] = measured.inspect_err(|why| say(format!("two rails beside one: {why:#}"))).ok()?;
+        Some(Row {
+            op: format!("one way, 2 rails of {} Mb/s by 1", rails::MEGABITS),
+            transport: Net::TcpRails.name().into(),
+            polling: polling.name().into(),
+            ours_us: two,
+            floor_us: one,
+            ratio: two / one,
+            goal: Some(1.0 / (2.0 * THROUGHPUT_GOAL)),
+            ours_p99_us: None,
+        })
     }
 }
 

@@ -3,12 +3,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::bell::Bell;
 use super::sender::Sender;
 use super::verbs::completion::{Channel, Cq};
 use super::verbs::memory::Slots;
 use super::verbs::queue::Srq;
 use super::watch::Watch;
+use crate::bell::Bell;
 use crate::transport::Counters;
 use crate::{FabricError, NodeId};
 

@@ -14,7 +14,8 @@
 //! - `ports`: which ports there are, and which to use. `setup`, `notes`: connecting over the session.
 //! - `window`: credits and the sizes that follow from them. `stream`: frames to messages and back. All pure.
 //! - `sender`, `receiver`, `lane`: the two sides of a lane and what they share.
-//! - `watch`: the device's own news. `bell`: wakes a lane's thread.
+//! - [`RdmaTransport::connect_rails`]: several ports, each a transport of its own, which `crate::rails` makes one.
+//! - `watch`: the device's own news.
 //!
 //! # Choices
 //!
@@ -35,11 +36,12 @@
 //! Who may connect is the session's business, and packet numbers are drawn at random. What travels over RDMA is
 //! neither encrypted nor authenticated: use a network that is the machine's own.
 
-mod bell;
 mod lane;
 mod notes;
 #[cfg(fuzzing)]
 pub use notes::fuzz as fuzz_note;
+#[cfg(fuzzing)]
+pub use stream::fuzz as fuzz_stream;
 mod ports;
 mod receiver;
 mod sender;
@@ -50,11 +52,12 @@ mod watch;
 mod window;
 
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crate::transport::check_frame;
-use crate::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
+use crate::rails::{self, RailsTransport};
+use crate::transport::{ENVELOPE, Receivers, check_frame};
+use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 use lane::Lane;
 use receiver::LaneReceiver;
 
@@ -99,8 +102,10 @@ pub fn active_mtu(device: &str, port: u8) -> Result<u32, String> {
 /// posted before reaches the peers.
 pub struct RdmaTransport {
     session: Arc<dyn Transport>,
+    /// The longest frame.
+    most: usize,
     lanes: Vec<Arc<Lane>>,
-    receivers: Mutex<Vec<Option<LaneReceiver>>>,
+    receivers: Receivers<LaneReceiver>,
 }
 
 impl RdmaTransport {
@@ -117,18 +122,53 @@ impl RdmaTransport {
         local: Option<IpAddr>,
         timeout: Duration,
     ) -> Result<RdmaTransport, FabricError> {
+        RdmaTransport::connect_as(session, settings, local, timeout, false)
+    }
+
+    /// The same over one port for each of `rails`, which gives what to use there and the node's own address. `session`
+    /// has lanes for each of them, one rail's after the other's. Each lane uses one rail at a time, and moves to the
+    /// next one when that loses the peer: nothing is lost, doubled or reordered. A rail that was lost is not used again.
+    ///
+    /// # Errors
+    /// As [`RdmaTransport::connect`]; also if two rails would use one port, or the session's lanes cannot be shared out
+    /// evenly.
+    pub fn connect_rails(
+        session: Arc<dyn Transport>,
+        rails: &[(RdmaSettings, Option<IpAddr>)],
+        timeout: Duration,
+    ) -> Result<Box<dyn Transport>, FabricError> {
+        let deadline = Instant::now() + timeout;
+        ports::distinct(&ports(), rails).map_err(setup::unavailable)?;
+        let shares = rails::share(&session, rails.len())?;
+        let connect = |(share, (settings, local)): (Arc<dyn Transport>, &(RdmaSettings, _))| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let rail = RdmaTransport::connect_as(share, settings, *local, left, true)?;
+            Ok(Box::new(rail) as Box<dyn Transport>)
+        };
+        let made = shares.into_iter().zip(rails).map(connect).collect::<Result<Vec<_>, FabricError>>()?;
+        Ok(Box::new(RailsTransport::new(made)?))
+    }
+
+    fn connect_as(
+        session: Arc<dyn Transport>,
+        settings: &RdmaSettings,
+        local: Option<IpAddr>,
+        timeout: Duration,
+        is_rail: bool,
+    ) -> Result<RdmaTransport, FabricError> {
+        let (nodes, mut lanes, mut receivers) = (session.nodes(), Vec::new(), Vec::new());
         if settings.service_level > 15 {
             return Err(FabricError::Setup(format!(
                 "the RDMA service level {} is not possible: choose 0 to 15",
                 settings.service_level
             )));
         }
-        let (nodes, mut lanes, mut receivers) = (session.nodes(), Vec::new(), Vec::new());
-        for (lane, receiver) in setup::connect(&session, settings, local, timeout)? {
-            receivers.push(Some(LaneReceiver::new(lane.clone(), receiver, nodes)?));
+        for (lane, receiver) in setup::connect(&session, settings, local, timeout, is_rail)? {
+            receivers.push(LaneReceiver::new(lane.clone(), receiver, nodes)?);
             lanes.push(lane);
         }
-        Ok(RdmaTransport { session, lanes, receivers: Mutex::new(receivers) })
+        let most = if is_rail { MAX_FRAME + ENVELOPE } else { MAX_FRAME };
+        Ok(RdmaTransport { session, most, lanes, receivers: receivers.into_iter().collect() })
     }
 }
 
@@ -146,13 +186,13 @@ impl Transport for RdmaTransport {
     }
 
     fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError> {
-        let len = check_frame(self.node(), to, lane, self.nodes(), self.lanes.len(), parts)?;
+        let len = check_frame(self.node(), to, lane, self.nodes(), self.lanes.len(), self.most, parts)?;
         self.lanes[usize::from(lane)].send(to, len, parts)
     }
 
     fn send_all(&self, to: NodeId, lane: LaneId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
         for frame in frames {
-            check_frame(self.node(), to, lane, self.nodes(), self.lanes.len(), frame)?;
+            check_frame(self.node(), to, lane, self.nodes(), self.lanes.len(), self.most, frame)?;
         }
         match frames {
             [] => Ok(()),
@@ -161,9 +201,7 @@ impl Transport for RdmaTransport {
     }
 
     fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
-        let mut receivers = self.receivers.lock().unwrap_or_else(PoisonError::into_inner);
-        let receiver = receivers.get_mut(usize::from(lane))?.take()?;
-        Some(Box::new(receiver))
+        self.receivers.take(lane)
     }
 
     fn stats(&self) -> TransportStats {

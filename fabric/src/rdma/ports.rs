@@ -132,6 +132,26 @@ pub(super) fn choose(
     Ok(Choice { device: port.device.clone(), port: port.port, gid: gid.copied() })
 }
 
+/// Checks that each rail has a port of its own: `rails` are what [`choose`] is told.
+///
+/// # Errors
+/// Why there is no port, or not one for each, as the end of a sentence.
+pub(super) fn distinct(ports: &[RdmaPort], rails: &[(RdmaSettings, Option<IpAddr>)]) -> Result<(), String> {
+    let choices = rails.iter().map(|(settings, local)| choose(ports, settings, *local));
+    let choices = choices.collect::<Result<Vec<_>, _>>()?;
+    for (rail, choice) in choices.iter().enumerate() {
+        let same = |other: &Choice| (&other.device, other.port) == (&choice.device, choice.port);
+        if let Some(before) = choices[..rail].iter().position(same) {
+            return Err(format!(
+                "rails {before} and {rail} would both use port {}/{}: each needs a port whose interface has the rail's \
+                 address in the machine file",
+                choice.device, choice.port
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// This host's RDMA ports, from /sys/class/infiniband.
 pub fn ports() -> Vec<RdmaPort> {
     ports_in(Path::new("/sys/class/infiniband"))
@@ -221,6 +241,18 @@ mod tests {
         let ports = [fast, port("a", 2, "ACTIVE", vec![v4(3, 5, true), v4(5, 6, true)])];
         let choice = choose(&ports, &RdmaSettings::default(), Some("10.0.0.6".parse().unwrap())).unwrap();
         assert_eq!((choice.device.as_str(), choice.port, choice.gid.unwrap().index), ("a", 2, 5));
+    }
+
+    #[test]
+    fn rails_take_the_ports_that_have_their_addresses_and_never_one_port_twice() {
+        let ports =
+            [port("a", 1, "ACTIVE", vec![v4(0, 5, true)]), port("a", 2, "ACTIVE", vec![v4(0, 6, true)])];
+        let rail = |last| (RdmaSettings::default(), Some(Ipv4Addr::new(10, 0, 0, last).into()));
+        assert_eq!(distinct(&ports, &[rail(5), rail(6)]), Ok(()));
+        let error = distinct(&ports, &[rail(6), rail(9)]).map(drop);
+        assert_eq!(error, Ok(()), "who has an address that is on no port takes what is best");
+        let error = distinct(&ports, &[rail(5), rail(9)]).unwrap_err();
+        assert!(error.starts_with("rails 0 and 1 would both use port a/1"), "{error}");
     }
 
     #[test]

@@ -12,7 +12,6 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::bell::Bell;
 use super::notes::Note;
 use super::stream::{HEADER, header};
 use super::verbs::completion::Cq;
@@ -21,6 +20,7 @@ use super::verbs::library::Library;
 use super::verbs::memory::Slots;
 use super::verbs::queue::{Data, Message, Qp};
 use super::window::{BESIDE, Immediate, SIGNAL_EVERY, SLOT, Window};
+use crate::bell::Bell;
 use crate::{FabricError, LaneId, MAX_BACKLOG, NodeId, Transport};
 
 /// Messages up to this length are copied into the send queue itself, if the device can.

@@ -17,7 +17,6 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use super::RdmaSettings;
-use super::bell::Bell;
 use super::lane::{LAST_WORDS, Lane, RECEIVES, SENDS};
 use super::notes::{Hello, Note, random_psn};
 use super::ports::{Choice, choose, ports};
@@ -27,9 +26,10 @@ use super::verbs::context::{Context, SharedContext};
 use super::verbs::ffi::{LINK_LAYER_ETHERNET, PORT_ACTIVE, PortAttr};
 use super::verbs::library::library;
 use super::verbs::memory::{Pd, Slots};
-use super::verbs::queue::{MOST_RECEIVES, Qp, Route, Srq};
+use super::verbs::queue::{MOST_RECEIVES, Qp, RAIL_RETRIES, RETRIES, Route, Srq};
 use super::watch::Watch;
 use super::window::{SEND_SLOTS, SLOT, Window};
+use crate::bell::Bell;
 use crate::transport::Counters;
 use crate::{FabricError, LaneId, NodeId, Receiver, Transport};
 
@@ -41,12 +41,14 @@ pub(super) fn unavailable(why: impl std::fmt::Display) -> FabricError {
     FabricError::Setup(format!("RDMA is unavailable because {why}"))
 }
 
-/// Opens the device and connects every lane to every peer.
+/// Opens the device and connects every lane to every peer; as one rail of several, which is given up sooner, if
+/// `is_rail`.
 pub(super) fn connect(
     session: &Arc<dyn Transport>,
     settings: &RdmaSettings,
     local: Option<IpAddr>,
     timeout: Duration,
+    is_rail: bool,
 ) -> Result<Vec<Connected>, FabricError> {
     library().map_err(unavailable)?;
     let choice = choose(&ports(), settings, local).map_err(unavailable)?;
@@ -67,7 +69,8 @@ pub(super) fn connect(
     );
     let watch = Watch::new(context.clone(), choice.port)?;
     let last_words = Arc::new(Mutex::new(LAST_WORDS));
-    let place = Place { context, choice, port, window, settings, session, watch, last_words };
+    let retries = if is_rail { RAIL_RETRIES } else { RETRIES };
+    let place = Place { context, choice, port, window, settings, retries, session, watch, last_words };
     let mut lanes = (0..session.lanes() as LaneId)
         .map(|lane| HalfLane::new(&place, lane))
         .collect::<Result<Vec<_>, _>>()?;
@@ -115,6 +118,7 @@ struct Place<'a> {
     port: PortAttr,
     window: Window,
     settings: &'a RdmaSettings,
+    retries: u8,
     session: &'a Arc<dyn Transport>,
     watch: Arc<Watch>,
     last_words: Arc<Mutex<Duration>>,
@@ -285,6 +289,7 @@ fn route(place: &Place<'_>, psn: u32, hello: &Hello) -> Result<Route, String> {
         lid: hello.lid,
         gid: place.choice.gid.map(|own| (hello.gid, own.index)),
         service_level: place.settings.service_level,
+        retries: place.retries,
         receive_psn: hello.psn,
         send_psn: psn,
     })

@@ -1,21 +1,23 @@
 //! Frames as bytes, bytes as messages, and back.
 //!
 //! What is sent to one peer on one lane is one stream of bytes: each frame's length (`u32`, little-endian,
-//! `1..=MAX_FRAME`), then its bytes, as over TCP. A message carries the next piece of it, usually one or a few whole
-//! frames, which are delivered from where the adapter put them; only a frame that was cut is copied together.
+//! `1..=MAX_FRAME`, and a byte more on one of several rails), then its bytes, as over TCP. A message carries the next
+//! piece of it, usually one or a few whole frames, which are delivered from where the adapter put them; only a frame
+//! that was cut is copied together.
 
 use crate::MAX_FRAME;
+use crate::transport::ENVELOPE;
 
 /// Bytes in front of each frame.
 pub(super) const HEADER: usize = 4;
 
 /// The header of a frame of `len` bytes.
 pub(super) fn header(len: usize) -> [u8; HEADER] {
-    debug_assert!((1..=MAX_FRAME).contains(&len));
+    debug_assert!((1..=MAX_FRAME + ENVELOPE).contains(&len));
     (len as u32).to_le_bytes()
 }
 
-/// A length that no sound peer sends: zero, or more than [`MAX_FRAME`].
+/// A length that no sound peer sends: zero, or more than [`MAX_FRAME`] and [`ENVELOPE`].
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
 pub(super) struct BadLength(pub(super) u32);
 
@@ -71,9 +73,23 @@ impl Reader {
 fn length(bytes: &[u8]) -> Result<Option<usize>, BadLength> {
     let Some(header) = bytes.first_chunk::<HEADER>() else { return Ok(None) };
     match u32::from_le_bytes(*header) {
-        len if len == 0 || len as usize > MAX_FRAME => Err(BadLength(len)),
+        len if len == 0 || len as usize > MAX_FRAME + ENVELOPE => Err(BadLength(len)),
         len => Ok(Some(len as usize)),
     }
+}
+
+/// The stream `data[1..]`, in messages of `data[0] + 1` bytes, gives the frames that are in it as a whole.
+#[cfg(fuzzing)]
+pub fn fuzz(data: &[u8]) {
+    let Some((&size, stream)) = data.split_first() else { return };
+    let frames = |size: usize| {
+        let (mut reader, mut frames) = (Reader::default(), Vec::new());
+        let read = stream
+            .chunks(size)
+            .try_for_each(|message| reader.deliver(message, |frame| frames.push(frame.to_vec())).map(drop));
+        (frames, read)
+    };
+    assert_eq!(frames(usize::from(size) + 1), frames(stream.len().max(1)));
 }
 
 #[cfg(test)]
@@ -123,7 +139,7 @@ mod tests {
         #[test]
         fn a_bad_length_is_found_wherever_it_is_cut(
             before in prop::collection::vec(length(), 0..5),
-            bad in prop_oneof![Just(0u32), Just(MAX_FRAME as u32 + 1), MAX_FRAME as u32 + 1..=u32::MAX],
+            bad in prop_oneof![Just(0u32), Just(MAX_FRAME as u32 + 2), MAX_FRAME as u32 + 2..=u32::MAX],
             size in 1..5000usize,
         ) {
             let frames: Vec<Vec<u8>> = before.iter().map(|n| vec![7; *n]).collect();

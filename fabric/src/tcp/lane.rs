@@ -37,9 +37,6 @@ const DIRECT_PEERS: usize = 1;
 /// Readiness events taken from epoll at once; more wait for the next poll.
 const EVENTS: usize = 64;
 
-/// Frames sent with one system call. Each is three parts to the kernel, which takes 1024.
-pub(super) const MOST_AT_ONCE: usize = 64;
-
 /// What the lane's epoll says when a peer was given up; no node has this number.
 const NEWS: u64 = u64::MAX;
 
@@ -92,7 +89,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Sends up to [`MOST_AT_ONCE`] frames, checked by the caller; see [`Link::send_all`].
+    /// Sends frames, checked by the caller; see [`Link::send_all`].
     pub(super) fn send_all(&self, to: NodeId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
         let bytes = self.link(to)?.send_all(&self.epoll, frames).inspect_err(|_| self.tell())?;
         self.counters.sent(frames.len() as u64, bytes as u64);

@@ -49,12 +49,12 @@ mod lane;
 mod link;
 mod listener;
 mod mesh;
-mod retained;
+pub(crate) mod retained;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use crate::transport::check_frame;
-use crate::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
+use crate::transport::{Receivers, check_frame};
+use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 use doors::Doors;
 use keeper::Mailbox;
 use lane::{Lane, LaneReceiver};
@@ -68,7 +68,7 @@ pub struct TcpTransport {
     node: NodeId,
     nodes: usize,
     lanes: Vec<Arc<Lane>>,
-    receivers: Mutex<Vec<Option<LaneReceiver>>>,
+    receivers: Receivers<LaneReceiver>,
     /// The keeper's, where there are several rails.
     mailbox: Option<Arc<Mailbox>>,
 }
@@ -91,11 +91,11 @@ impl TcpTransport {
             .zip(0..)
             .map(|(sessions, lane)| Lane::new(lane, plaintext, sessions, mailbox.clone()).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
-        let receivers = lanes.iter().map(|lane| Some(LaneReceiver::new(lane.clone()))).collect();
+        let receivers = lanes.iter().map(|lane| LaneReceiver::new(lane.clone())).collect();
         if let Some(mailbox) = &mailbox {
             keeper::start(doors, mailbox.clone(), &lanes, places, plaintext)?;
         }
-        Ok(TcpTransport { node, nodes, lanes, receivers: Mutex::new(receivers), mailbox })
+        Ok(TcpTransport { node, nodes, lanes, receivers, mailbox })
     }
 }
 
@@ -121,23 +121,22 @@ impl Transport for TcpTransport {
     }
 
     fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError> {
-        let len = check_frame(self.node, to, lane, self.nodes, self.lanes.len(), parts)?;
+        let len = check_frame(self.node, to, lane, self.nodes, self.lanes.len(), MAX_FRAME, parts)?;
         self.lanes[usize::from(lane)].send(to, len, parts)
     }
 
     fn send_all(&self, to: NodeId, lane: LaneId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
         for frame in frames {
-            check_frame(self.node, to, lane, self.nodes, self.lanes.len(), frame)?;
+            check_frame(self.node, to, lane, self.nodes, self.lanes.len(), MAX_FRAME, frame)?;
         }
-        frames
-            .chunks(lane::MOST_AT_ONCE)
-            .try_for_each(|some| self.lanes[usize::from(lane)].send_all(to, some))
+        match frames {
+            [] => Ok(()),
+            frames => self.lanes[usize::from(lane)].send_all(to, frames),
+        }
     }
 
     fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
-        let mut receivers = self.receivers.lock().unwrap_or_else(PoisonError::into_inner);
-        let receiver = receivers.get_mut(usize::from(lane))?.take()?;
-        Some(Box::new(receiver))
+        self.receivers.take(lane)
     }
 
     fn stats(&self) -> TransportStats {

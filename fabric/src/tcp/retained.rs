@@ -15,7 +15,7 @@ use super::frames::{HEADER, header};
 
 /// The frames of one lane to one peer, from the first that the peer is not known to have.
 #[derive(Default)]
-pub(super) struct Retained {
+pub(crate) struct Retained {
     /// Each frame with its header.
     bytes: VecDeque<u8>,
     /// The number of the first frame in `bytes`.
@@ -28,23 +28,23 @@ pub(super) struct Retained {
 
 /// A peer acknowledges frames that were never sent to it.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
-pub(super) struct NeverSent;
+pub(crate) struct NeverSent;
 
 impl Retained {
     /// Appends a frame of `len` bytes.
-    pub(super) fn push(&mut self, len: usize, parts: &[&[u8]]) {
+    pub(crate) fn push(&mut self, len: usize, parts: &[&[u8]]) {
         self.bytes.extend(header(len));
         parts.iter().for_each(|part| self.bytes.extend(*part));
         self.next += 1;
     }
 
     /// Bytes that are kept.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.bytes.len()
     }
 
     /// The frame that the connection is to be given next, in two parts.
-    pub(super) fn unsent(&self) -> Option<[&[u8]; 2]> {
+    pub(crate) fn unsent(&self) -> Option<[&[u8]; 2]> {
         let (number, at) = self.unsent;
         let len = HEADER + self.length_at(at)?;
         debug_assert!(number < self.next);
@@ -64,14 +64,14 @@ impl Retained {
     }
 
     /// It has been given [`Retained::unsent`].
-    pub(super) fn sent(&mut self) {
+    pub(crate) fn sent(&mut self) {
         if let Some(len) = self.length_at(self.unsent.1) {
             self.unsent = (self.unsent.0 + 1, self.unsent.1 + HEADER + len);
         }
     }
 
     /// The peer has the first `count` frames of the lane: they are forgotten.
-    pub(super) fn acknowledge(&mut self, count: u64) -> Result<(), NeverSent> {
+    pub(crate) fn acknowledge(&mut self, count: u64) -> Result<(), NeverSent> {
         if count > self.unsent.0 {
             return Err(NeverSent);
         }
@@ -86,7 +86,7 @@ impl Retained {
     }
 
     /// A new connection begins, to a peer that has the first `count` frames: the others are to be sent again.
-    pub(super) fn rewind(&mut self, count: u64) -> Result<(), NeverSent> {
+    pub(crate) fn rewind(&mut self, count: u64) -> Result<(), NeverSent> {
         if count < self.first {
             return Err(NeverSent);
         }

@@ -5,6 +5,8 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,6 +35,8 @@ pub enum Kind {
     Sim,
     /// RDMA through one device of this host, set up over TCP. Ask [`rdma_is_there`] first.
     Rdma,
+    /// RDMA through two devices of this host as two rails. Ask [`two_rdma_devices`] first.
+    RdmaRails,
 }
 
 /// Whether this host has an RDMA device that can be used; prints why not.
@@ -44,6 +48,21 @@ pub fn rdma_is_there() -> bool {
     };
     println!("skipped: {why}");
     false
+}
+
+/// Two RDMA devices of this host, if it has them; prints why not.
+pub fn two_rdma_devices() -> Option<[String; 2]> {
+    if !rdma_is_there() {
+        return None;
+    }
+    let active = fabric::rdma::ports().into_iter().filter(|port| port.is_active());
+    let mut devices: Vec<String> = active.map(|port| port.device).collect();
+    devices.dedup();
+    let two = devices.first_chunk().cloned();
+    if two.is_none() {
+        println!("skipped: this host has no two active RDMA devices");
+    }
+    two
 }
 
 impl Kind {
@@ -59,6 +78,10 @@ impl Kind {
                     .collect()
             }
             Kind::Rdma => rdma_all(Kind::Tcp.cluster(nodes, lanes), &RdmaSettings::default()),
+            Kind::RdmaRails => {
+                let devices = two_rdma_devices().expect("it was asked for");
+                rdma_rails(Kind::Tcp.cluster(nodes, 2 * lanes), &devices)
+            }
             Kind::TcpRails => {
                 let (listeners, addresses) = rail_listeners(nodes, 2);
                 mesh_all(listeners, |node| rail_config(node, &addresses, lanes))
@@ -77,14 +100,78 @@ impl Kind {
 
 /// Connects all nodes of a machine over RDMA at once, as processes would.
 pub fn rdma_all(sessions: Vec<Box<dyn Transport>>, settings: &RdmaSettings) -> Vec<Box<dyn Transport>> {
-    thread::scope(|scope| {
-        let connect = |session: Box<dyn Transport>| {
-            RdmaTransport::connect(session.into(), settings, None, PATIENCE).unwrap()
-        };
-        let running: Vec<_> =
-            sessions.into_iter().map(|session| scope.spawn(move || connect(session))).collect();
-        running.into_iter().map(|node| Box::new(node.join().unwrap()) as Box<dyn Transport>).collect()
+    connect_all(sessions, |session| {
+        Box::new(RdmaTransport::connect(session, settings, None, PATIENCE).unwrap())
     })
+}
+
+/// The same over a rail for each of `devices`; the sessions have lanes for all of them.
+pub fn rdma_rails(sessions: Vec<Box<dyn Transport>>, devices: &[String; 2]) -> Vec<Box<dyn Transport>> {
+    let rail = |device: &String| (RdmaSettings { device: Some(device.clone()), ..Default::default() }, None);
+    let rails = devices.each_ref().map(rail);
+    connect_all(sessions, |session| RdmaTransport::connect_rails(session, &rails, PATIENCE).unwrap())
+}
+
+fn connect_all(
+    sessions: Vec<Box<dyn Transport>>,
+    connect: impl Fn(Arc<dyn Transport>) -> Box<dyn Transport> + Sync,
+) -> Vec<Box<dyn Transport>> {
+    let connect = &connect;
+    thread::scope(|scope| {
+        let sessions = sessions.into_iter();
+        let running: Vec<_> = sessions.map(|session| scope.spawn(move || connect(session.into()))).collect();
+        running.into_iter().map(|node| node.join().unwrap()).collect()
+    })
+}
+
+/// Frame `i` of a lane, of one of many lengths.
+fn frame(i: u64) -> Vec<u8> {
+    let mut frame = vec![i as u8; 8 + (i * 7919 % 6000) as usize];
+    frame[..8].copy_from_slice(&i.to_le_bytes());
+    frame
+}
+
+/// Frames that the slowest of all receivers may be behind its sender.
+const WINDOW: u64 = 200;
+
+/// Two nodes exchange `frames` frames on each of two lanes in each direction, and check that each comes once and in
+/// order. `meanwhile` runs beside; what it is given says how many frames the slowest receiver has, and panics when all
+/// takes too long.
+pub fn traffic(nodes: [&dyn Transport; 2], frames: u64, meanwhile: impl FnOnce(&dyn Fn() -> u64)) {
+    // By receiving node and lane: how many frames have come.
+    let come: [[AtomicU64; 2]; 2] = Default::default();
+    let deadline = Instant::now() + 3 * PATIENCE;
+    thread::scope(|scope| {
+        for (me, lane) in [(0usize, 0u16), (0, 1), (1, 0), (1, 1)] {
+            let (transport, peer, come) = (nodes[me], NodeId(1 - me as u16), &come);
+            scope.spawn(move || {
+                let (mut tap, mut sent) = (Tap::new(transport, lane), 0);
+                let here = &come[me][usize::from(lane)];
+                let there = &come[1 - me][usize::from(lane)];
+                while here.load(SeqCst) < frames || there.load(SeqCst) < frames {
+                    while sent < frames && sent < there.load(SeqCst) + WINDOW {
+                        transport.send(peer, lane, &[&frame(sent)]).unwrap();
+                        sent += 1;
+                    }
+                    // Until something comes, or a moment later: what the other end has received frees the window.
+                    if !tap.arm() {
+                        readable(tap.fd(), 1);
+                    }
+                    for (_, got) in tap.poll_some() {
+                        let next = here.load(SeqCst);
+                        assert!(got == frame(next), "lane {lane} at node {me}: not frame {next}");
+                        here.store(next + 1, SeqCst);
+                    }
+                    assert!(Instant::now() < deadline, "lane {lane} at node {me}: {sent} sent");
+                }
+            });
+        }
+        meanwhile(&|| {
+            assert!(Instant::now() < deadline, "it takes too long: {come:?}");
+            thread::park_timeout(Duration::from_millis(1));
+            come.iter().flatten().map(|count| count.load(SeqCst)).min().unwrap()
+        });
+    });
 }
 
 /// Listeners on free loopback ports, and their addresses.

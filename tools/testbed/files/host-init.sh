@@ -1,7 +1,7 @@
 #!/bin/sh
 # Process 1 of an emulated host: sets it up, runs the agent, and powers off when the agent ends.
-# On the kernel command line: gestalt.host, its number from 0; gestalt.mtu, of its network in bytes; gestalt.rdma=1
-# for an RDMA device.
+# On the kernel command line: gestalt.host, its number from 0; gestalt.mtu, of its networks in bytes; gestalt.rdma=1
+# for an RDMA device on each.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 for word in $(cat /proc/cmdline); do
     case $word in
@@ -21,14 +21,17 @@ echo 1 > /proc/sys/vm/unprivileged_userfaultfd
 # Nested virtualization inside the emulated one would only cost time.
 modprobe kvm_amd nested=0
 ip link set lo up
-if [ -e /sys/class/net/eth0 ]; then
-    ip link set eth0 mtu "$mtu" up
-    ip address add "10.77.0.$((host + 1))/24" dev eth0
+for interface in /sys/class/net/eth*; do
+    [ -e "$interface" ] || continue
+    name=${interface##*/}
+    network=${name#eth}
+    ip link set "$name" mtu "$mtu" up
+    ip address add "10.$((77 + network)).0.$((host + 1))/24" dev "$name"
     if [ "$rdma" = 1 ]; then
         modprobe rdma_rxe
-        rdma link add rxe0 type rxe netdev eth0
+        rdma link add "rxe$network" type rxe netdev "$name"
     fi
-fi
+done
 # From here on the programs need no trip to the outside to be paged in.
 cp /gestalt/bin/* /usr/local/bin/
 cd /root || exit 1

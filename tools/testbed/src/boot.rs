@@ -234,6 +234,27 @@ impl Boot {
         }
     }
 
+    /// Follows the machine until `done` says so of what was said so far; whether it did before `limit` had passed.
+    ///
+    /// # Errors
+    /// The machine ends meanwhile, or a host is gone.
+    pub fn wait_until(&mut self, limit: Duration, done: impl Fn(&Outcome) -> bool) -> Result<bool> {
+        let deadline = Instant::now() + limit;
+        while !done(&self.outcome) {
+            match self.next(deadline)? {
+                Some(Event::Exit(_)) => bail!("the machine ended by itself\n{}", self.finish()?.tail()),
+                Some(_) => {}
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// What was said so far.
+    pub fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+
     /// Waits for the machine's end, whatever it says; `None` when it still runs after `limit`.
     ///
     /// # Errors

@@ -55,6 +55,9 @@ pub struct Machine {
     /// What each node may spend on the guest, in MiB. The kernel sees to it as well: every node is then a process of
     /// its own, in a control group with so much memory and [`PROGRAM_MIB`] more.
     pub budget_mib: Option<u32>,
+    /// Of how many rails each node has one address: networks beside the hosts' first, which is the coordinator's. With
+    /// 0 the first network is all there is.
+    pub rails: usize,
 }
 
 /// What a node's program itself may need, beside its budget for the guest.
@@ -73,6 +76,7 @@ impl Machine {
             actions: "report,smp-check,poweroff".into(),
             rdma: false,
             budget_mib: None,
+            rails: 0,
         }
     }
 
@@ -134,6 +138,11 @@ impl Machine {
             if self.hosts == 1 && self.joins(index) {
                 text += "fabric = \"127.0.0.1\"\n";
             }
+            let rails: Vec<String> =
+                (1..=self.rails).map(|rail| Rack::address_on(rail, self.host_of(index))).collect();
+            if !rails.is_empty() {
+                text += &format!("fabric = {rails:?}\n");
+            }
         }
         text + &self.device_entries()
     }
@@ -177,6 +186,14 @@ mod tests {
         assert_eq!(file.matches("remote").count(), 2);
         assert_eq!(file.matches("budget = \"300M\"").count(), 2);
         assert!(file.contains("listen = \"127.0.0.1:7700\""), "{file}");
+    }
+
+    #[test]
+    fn every_node_has_an_address_on_each_rail_and_the_coordinator_keeps_the_first_network() {
+        let machine = Machine { hosts: 2, rails: 2, ..Machine::equal(2, 1, 256) };
+        let file = machine.file("/g", false);
+        assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
+        assert!(file.contains("fabric = [\"10.78.0.2\", \"10.79.0.2\"]\n"), "{file}");
     }
 
     #[test]

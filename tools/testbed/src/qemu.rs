@@ -33,7 +33,9 @@ pub struct Hardware {
     pub memory_mib: u32,
     /// MTU of its network in bytes.
     pub mtu: u32,
-    /// Whether it has an RDMA device: soft-RoCE on its network interface.
+    /// How many networks it is on: the first, and rails for the fabric beside it.
+    pub networks: usize,
+    /// Whether it has an RDMA device on each network: soft-RoCE on its interface.
     pub rdma: bool,
 }
 
@@ -44,8 +46,8 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts host number `index`. `console` gets what its kernel prints; `network` is one end of a stream socket
-    /// pair whose other end is on the switch. Returns the stream to its agent too.
+    /// Starts host number `index`. `console` gets what its kernel prints; each of `networks` is one end of a
+    /// stream socket pair whose other end is on a switch. Returns the stream to its agent too.
     ///
     /// # Errors
     /// QEMU is not installed, or no socket pair can be made.
@@ -55,7 +57,7 @@ impl Qemu {
         index: usize,
         stage: &Path,
         console: PathBuf,
-        network: Option<OwnedFd>,
+        networks: Vec<OwnedFd>,
     ) -> Result<(Self, UnixStream)> {
         let (ours, theirs) = UnixStream::pair().context("making a socket pair")?;
         let agent = OwnedFd::from(theirs);
@@ -91,19 +93,20 @@ impl Qemu {
             .arg("-monitor")
             .arg(format!("unix:{},server=on,wait=off", comma(&console.with_extension("monitor"))));
         let mut inherited = vec![agent.as_raw_fd()];
-        if let Some(network) = &network {
+        for (card, network) in networks.iter().enumerate() {
             let fd = network.as_raw_fd();
             inherited.push(fd);
-            command.arg("-netdev").arg(format!("stream,id=net0,server=off,addr.type=fd,addr.str={fd}"));
+            command.arg("-netdev").arg(format!("stream,id=net{card},server=off,addr.type=fd,addr.str={fd}"));
             // No option ROM: nobody boots from it, and its package may be absent.
-            command.arg("-device").arg(format!("virtio-net-pci,netdev=net0,romfile=,mac={}", mac(index)));
+            let mac = mac(index, card);
+            command.arg("-device").arg(format!("virtio-net-pci,netdev=net{card},romfile=,mac={mac}"));
         }
         let log = File::options().create(true).append(true).open(&console)?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         inherit(&mut command, inherited);
         let child = exec::spawn_tethered(command)
             .context("cannot start qemu-system-x86_64: is the package qemu-system-x86 installed?")?;
-        // QEMU has its own copies of `agent` and `network` now; ours close here, so that its end shows as EOF.
+        // QEMU has its own copies of `agent` and `networks` now; ours close here, so that its end shows as EOF.
         Ok((Self { child, console }, ours))
     }
 
@@ -140,9 +143,9 @@ impl Drop for Qemu {
     }
 }
 
-/// A locally administered address for host number `index`.
-fn mac(index: usize) -> String {
-    format!("52:54:00:77:{:02x}:{:02x}", (index >> 8) & 0xff, index & 0xff)
+/// A locally administered address for a network card of host number `index`.
+fn mac(index: usize, card: usize) -> String {
+    format!("52:54:00:{:02x}:{:02x}:{:02x}", (0x77 + card) & 0xff, (index >> 8) & 0xff, index & 0xff)
 }
 
 /// A path inside a QEMU option, where a comma is written twice.

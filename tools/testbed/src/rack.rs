@@ -1,4 +1,4 @@
-//! The emulated rack: one or more emulated hosts, each with a real KVM, on one network.
+//! The emulated rack: one or more emulated hosts, each with a real KVM, on one network or on several.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,8 @@ const HOST_INIT: &str = include_str!("../files/host-init.sh");
 pub struct Rack {
     hosts: Vec<Host>,
     machines: Vec<Qemu>,
-    switch: Switch,
+    /// By network.
+    switches: Vec<Switch>,
     dir: PathBuf,
 }
 
@@ -41,12 +42,17 @@ impl Rack {
         let init = stage.path().join("host-init");
         std::fs::write(&init, HOST_INIT)?;
         std::fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-        let (switch, ports) = Switch::new(count)?;
-        let mut rack = Self { hosts: vec![], machines: vec![], switch, dir: stage.path().to_owned() };
+        let (mut switches, mut cards) = (Vec::new(), (0..count).map(|_| Vec::new()).collect::<Vec<_>>());
+        for _ in 0..hardware.networks.max(1) {
+            let (switch, ports) = Switch::new(count)?;
+            switches.push(switch);
+            cards.iter_mut().zip(ports).for_each(|(cards, port)| cards.push(port));
+        }
+        let mut rack = Self { hosts: vec![], machines: vec![], switches, dir: stage.path().to_owned() };
         let mut agents: Vec<UnixStream> = Vec::new();
-        for (index, port) in ports.into_iter().enumerate() {
+        for (index, cards) in cards.into_iter().enumerate() {
             let console = rack.console(index);
-            let (qemu, agent) = Qemu::start(image, hardware, index, stage.path(), console, Some(port))?;
+            let (qemu, agent) = Qemu::start(image, hardware, index, stage.path(), console, cards)?;
             rack.machines.push(qemu);
             agents.push(agent);
         }
@@ -66,9 +72,14 @@ impl Rack {
         &self.hosts
     }
 
-    /// Address of host `index` on the rack's network.
+    /// Address of host `index` on the rack's first network.
     pub fn address(index: usize) -> String {
-        format!("10.77.0.{}", index + 1)
+        Self::address_on(0, index)
+    }
+
+    /// Address of host `index` on one of the rack's networks, at most 178 of them.
+    pub fn address_on(network: usize, index: usize) -> String {
+        format!("10.{}.0.{}", 77 + network, index + 1)
     }
 
     /// The file on this machine that has what host `index`'s kernel prints.
@@ -86,9 +97,11 @@ impl Rack {
         self.machines[index].pid()
     }
 
-    /// Pulls the network cable of host `index`, or plugs it in again.
-    pub fn set_connected(&self, index: usize, connected: bool) {
-        self.switch.set_connected(index, connected);
+    /// Pulls the cable of host `index` to a network, or plugs it in again.
+    pub fn set_connected(&self, network: usize, index: usize, connected: bool) {
+        if let Some(switch) = self.switches.get(network) {
+            switch.set_connected(index, connected);
+        }
     }
 }
 

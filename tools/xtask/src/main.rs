@@ -9,7 +9,7 @@
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
 //! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
 //!
-//! [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`over_rdma`] the
+//! [`rails`] are the cut rails of `soak`. [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`over_rdma`] the
 //! fabric's tests on soft-RoCE, [`report`] the files in `target/report`.
 
 mod checks;
@@ -17,6 +17,7 @@ mod fuzz;
 mod options;
 mod over_rdma;
 mod quickstart;
+mod rails;
 mod report;
 mod scenarios;
 mod simulate;

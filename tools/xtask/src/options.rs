@@ -96,6 +96,7 @@ impl Options {
         config.hardware.cpus = self.host_cpus;
         config.hardware.memory_mib =
             machines.iter().map(|machine| machine.host_memory_mib()).max().unwrap_or(0);
+        config.hardware.networks = 1 + machines.iter().map(|machine| machine.rails).max().unwrap_or(0);
         config.hardware.rdma = machines.iter().any(|machine| machine.rdma);
         config.hosts = machines.iter().map(|machine| machine.hosts).max().unwrap_or(1);
         for machine in machines {

@@ -13,7 +13,7 @@ use testbed::rig::Rig;
 /// They take less than two minutes on an emulated host.
 const LIMIT: Duration = Duration::from_secs(600);
 /// The test programs, and which of their tests.
-const TESTS: [(&str, &str); 2] = [("conformance", "rdma::"), ("rdma", "")];
+const TESTS: [(&str, &str); 2] = [("conformance", "rdma"), ("rdma", "")];
 /// A second device, on an interface of which nobody depends: a test takes it down.
 const SET_UP: &str = "ip link add dummy0 type dummy && ip link set dummy0 mtu 4500 up && \
                       ip address add 10.99.0.1/24 dev dummy0 && rdma link add rxe9 type rxe netdev dummy0";

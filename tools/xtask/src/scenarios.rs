@@ -234,6 +234,12 @@ pub fn two_hosts() -> Scenario {
     Scenario::new("two hosts boot one guest", machine, Plan::Whole)
 }
 
+/// The same over RDMA, with the CPUs on the first host.
+pub fn two_hosts_over_rdma() -> Scenario {
+    let machine = Machine { hosts: 2, rdma: true, ..with_memory_node() };
+    Scenario::new("two hosts boot one guest over RDMA", machine, Plan::Whole)
+}
+
 /// Says that a scenario begins, and how it ended.
 pub fn announce<T>(name: &str, run: impl FnOnce() -> Result<T>) -> Result<T> {
     eprintln!("guest: {name} ...");

@@ -8,6 +8,7 @@ use testbed::machine::Machine;
 use testbed::rig::Rig;
 
 use crate::options::Options;
+use crate::rails::{self, Trial};
 use crate::report;
 use crate::scenarios::{self, LOSS_LIMIT, Plan, Scenario, announce};
 
@@ -31,6 +32,9 @@ pub struct Soak {
     /// Of all these, only what has this in its name
     #[arg(long)]
     only: Option<String>,
+    /// How many times to cut and restore a rail, of two, under a guest on two emulated hosts; over RDMA it is cut once
+    #[arg(long, default_value_t = 0)]
+    rails: usize,
     /// Show the consoles of the guests
     #[arg(long)]
     console: bool,
@@ -40,7 +44,7 @@ pub struct Soak {
 }
 
 /// `target/report/soak.json`.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Report {
     emulated: bool,
     nodes: usize,
@@ -49,6 +53,8 @@ struct Report {
     boots: Vec<Entry>,
     kills: Vec<Entry>,
     shapes: Vec<Entry>,
+    /// The rails that were cut, if any were to be.
+    rails: Option<Trial>,
     /// Median seconds to user space with all CPUs of the boots.
     boot_median_seconds: Option<f64>,
     /// The same of a machine of one node with as much of everything, on the same hosts, when shapes were booted.
@@ -100,33 +106,43 @@ impl Soak {
             shapes.push(scenarios::budgets());
             shapes.extend(scenarios::kernels());
         }
-        let mut two_hosts = self.shapes.then(scenarios::two_hosts);
+        let mut two_hosts =
+            if self.shapes { vec![scenarios::two_hosts(), scenarios::two_hosts_over_rdma()] } else { vec![] };
         if let Some(only) = &self.only {
-            let wanted = |scenario: &Scenario| scenario.name.contains(only.as_str());
-            [&mut boots, &mut kills, &mut shapes].into_iter().for_each(|list| list.retain(wanted));
-            two_hosts = two_hosts.filter(wanted);
+            for list in [&mut boots, &mut kills, &mut shapes, &mut two_hosts] {
+                list.retain(|scenario| scenario.name.contains(only.as_str()));
+            }
         }
-        let two_hosts: Vec<Scenario> = two_hosts.into_iter().collect();
-        let none = [&boots, &kills, &shapes, &two_hosts].into_iter().all(Vec::is_empty);
+        let none = [&boots, &kills, &shapes, &two_hosts].into_iter().all(Vec::is_empty) && self.rails == 0;
         ensure!(
             !none,
-            "nothing is to be done: ask for --boots, --kills or --shapes, and for a name that there is"
+            "nothing is to be done: ask for --boots, --kills, --shapes or --rails, and for a name that there is"
         );
         let binaries = artifacts::build()?;
-        let mut emulated = false;
-        let mut run = |groups: [Vec<Scenario>; 3]| -> Result<[Vec<Entry>; 3]> {
-            let machines: Vec<&Machine> = groups.iter().flatten().map(|scenario| &scenario.machine).collect();
-            if machines.is_empty() {
-                return Ok(Default::default());
-            }
+        let mut report = Report { seed, ..Report::default() };
+        let all: Vec<&Machine> =
+            boots.iter().chain(&kills).chain(&shapes).map(|scenario| &scenario.machine).collect();
+        if !all.is_empty() {
+            let rig = Rig::start(&self.options.rig(&all), &binaries)?;
+            report.emulated = rig.emulated().is_some();
+            eprintln!("soak: hosts are {}, seed {seed}", kind_of_hosts(report.emulated));
+            report.boots = run_all(boots, &rig, self.console);
+            report.kills = run_all(kills, &rig, self.console);
+            report.shapes = run_all(shapes, &rig, self.console);
+        }
+        if !two_hosts.is_empty() {
+            let machines: Vec<&Machine> = two_hosts.iter().map(|scenario| &scenario.machine).collect();
             let rig = Rig::start(&self.options.rig(&machines), &binaries)?;
-            emulated |= rig.emulated().is_some();
-            eprintln!("soak: hosts are {}, seed {seed}", kind_of_hosts(emulated));
-            Ok(groups.map(|group| run_all(group, &rig, self.console)))
-        };
-        let [boots, kills, mut shapes] = run([boots, kills, shapes])?;
-        shapes.extend(run([two_hosts, vec![], vec![]])?.into_iter().flatten());
-        let report = Report::new(&machine, emulated, seed, boots, kills, shapes);
+            report.emulated |= rig.emulated().is_some();
+            report.shapes.extend(run_all(two_hosts, &rig, self.console));
+        }
+        if self.rails > 0 {
+            let machine = rails::machine(machine.rdma);
+            let rig = Rig::start(&self.options.rig(&[&machine]), &binaries)?;
+            report.emulated |= rig.emulated().is_some();
+            report.rails = Some(rails::run(&rig, &machine, self.rails));
+        }
+        report.conclude(&machine);
         report.print();
         println!("written to {}", report::write("soak", &report)?.display());
         ensure!(report.failed == 0, "{} of the boots failed", report.failed);
@@ -161,40 +177,32 @@ fn run_all(scenarios: Vec<Scenario>, rig: &Rig, show: bool) -> Vec<Entry> {
 }
 
 impl Report {
-    fn new(
-        machine: &Machine,
-        emulated: bool,
-        seed: u64,
-        boots: Vec<Entry>,
-        kills: Vec<Entry>,
-        shapes: Vec<Entry>,
-    ) -> Self {
-        let boot_median_seconds = median(boots.iter().filter_map(|entry| entry.boot_seconds));
-        let alone = shapes.iter().filter(|entry| entry.name == ONE_NODE);
-        let one_node_boot_seconds = median(alone.filter_map(|entry| entry.boot_seconds));
-        let longest_loss_seconds = kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
-        let failed =
-            boots.iter().chain(&kills).chain(&shapes).filter(|entry| entry.failure.is_some()).count();
-        Self {
-            emulated,
-            nodes: machine.nodes.len(),
-            hosts: machine.hosts,
-            seed,
-            boots,
-            kills,
-            shapes,
-            boot_median_seconds,
-            one_node_boot_seconds,
-            ratio_to_one_node: boot_median_seconds.zip(one_node_boot_seconds).map(|(many, one)| many / one),
-            longest_loss_seconds,
-            failed,
-        }
+    /// Fills in what follows from the entries.
+    fn conclude(&mut self, machine: &Machine) {
+        (self.nodes, self.hosts) = (machine.nodes.len(), machine.hosts);
+        self.boot_median_seconds = median(self.boots.iter().filter_map(|entry| entry.boot_seconds));
+        let alone = self.shapes.iter().filter(|entry| entry.name == ONE_NODE);
+        self.one_node_boot_seconds = median(alone.filter_map(|entry| entry.boot_seconds));
+        self.ratio_to_one_node =
+            self.boot_median_seconds.zip(self.one_node_boot_seconds).map(|(many, one)| many / one);
+        self.longest_loss_seconds = self.kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
+        self.failed = self.failures().count();
+    }
+
+    /// What went wrong, by name.
+    fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
+        let entries = self.boots.iter().chain(&self.kills).chain(&self.shapes);
+        let boots = entries.filter_map(|entry| Some((entry.name.as_str(), entry.failure.as_deref()?)));
+        let rails = self.rails.iter().filter_map(|trial| Some(("cut rails", trial.failure.as_deref()?)));
+        boots.chain(rails)
     }
 
     fn print(&self) {
         let good = |entries: &[Entry]| entries.iter().filter(|entry| entry.failure.is_none()).count();
         println!("hosts are {}", kind_of_hosts(self.emulated));
-        println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
+        if !self.boots.is_empty() {
+            println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
+        }
         if let Some(seconds) = self.boot_median_seconds {
             println!("  median {seconds:.1} s to user space with all CPUs");
         }
@@ -209,10 +217,11 @@ impl Report {
         if !self.shapes.is_empty() {
             println!("{} of {} other machines booted", good(&self.shapes), self.shapes.len());
         }
-        for entry in self.boots.iter().chain(&self.kills).chain(&self.shapes) {
-            if let Some(failure) = &entry.failure {
-                println!("failed: {}: {}", entry.name, failure.lines().next().unwrap_or_default());
-            }
+        if let Some(trial) = &self.rails {
+            trial.print();
+        }
+        for (name, failure) in self.failures() {
+            println!("failed: {name}: {}", failure.lines().next().unwrap_or_default());
         }
     }
 }

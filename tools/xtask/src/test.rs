@@ -1,4 +1,4 @@
-//! `cargo xtask test`: unit tests, integration tests, guest boots. Ends with the line `N passed, N failed`.
+//! `cargo xtask test`: unit tests, integration tests, each fuzz target for a moment, guest boots. Ends with the line `N passed, N failed`.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -12,6 +12,7 @@ use testbed::machine::Machine;
 use testbed::rig::Rig;
 use testbed::{exec, setup};
 
+use crate::fuzz;
 use crate::options::Options;
 use crate::over_rdma;
 use crate::report;
@@ -20,7 +21,7 @@ use crate::scenarios::{self, Plan, Scenario, announce};
 /// Flags of the task.
 #[derive(Args)]
 pub struct Test {
-    /// Only unit and integration tests
+    /// Only unit and integration tests, and fuzz targets
     #[arg(long)]
     no_guests: bool,
     /// Only guest boots whose name contains this
@@ -43,6 +44,8 @@ struct Tally {
     emulated: Option<bool>,
     seconds: f64,
     guests: Vec<GuestResult>,
+    /// What fuzz targets found.
+    findings: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -64,6 +67,7 @@ impl Test {
         if self.guest.is_none() {
             setup::ensure(&[setup::TO_COMPILE])?;
             cargo_tests(&mut tally)?;
+            fuzz_targets(&mut tally)?;
         }
         if !self.no_guests {
             self.guests(&mut tally)?;
@@ -74,6 +78,9 @@ impl Test {
             if let Some(failure) = &guest.failure {
                 println!("failed: {}: {}", guest.name, failure.lines().next().unwrap_or_default());
             }
+        }
+        for failure in &tally.findings {
+            println!("failed: {failure}");
         }
         println!("{} passed, {} failed", tally.passed, tally.failed);
         ensure!(tally.failed == 0, "{} tests failed", tally.failed);
@@ -151,6 +158,16 @@ fn doctor(rig: &Rig) -> Result<()> {
         })?;
         ensure!(code == 0, "exit code {code} on {}:\n{}", host.name(), String::from_utf8_lossy(&said));
     }
+    Ok(())
+}
+
+/// Runs every fuzz target shortly; each is a test.
+fn fuzz_targets(tally: &mut Tally) -> Result<()> {
+    let findings = fuzz::run_all("", fuzz::SHORTLY, 1)?;
+    let count = findings.len();
+    tally.findings = findings.into_iter().filter_map(|finding| finding.failure).collect();
+    tally.passed += count - tally.findings.len();
+    tally.failed += tally.findings.len();
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The node's parts, each built on those before it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -258,11 +258,13 @@ fn mesh(
     keys: MeshKeys,
 ) -> anyhow::Result<Arc<dyn Transport>> {
     let machine = &assignment.machine;
-    let local = listener.local_addrs().first().map(SocketAddr::ip);
+    let rails: Vec<IpAddr> = listener.local_addrs().iter().map(SocketAddr::ip).collect();
+    // Every rail of RDMA is connected over lanes of its own.
+    let shares = if machine.rdma.is_some() { rails.len().max(1) as u16 } else { 1 };
     let session: Arc<dyn Transport> = Arc::new(listener.mesh(MeshConfig {
         node: NodeId(assignment.node),
         addresses,
-        lanes: assignment.machine.shards + 1,
+        lanes: shares * (machine.shards + 1),
         machine: assignment.machine.id,
         version: env!("CARGO_PKG_VERSION").into(),
         keys,
@@ -271,7 +273,11 @@ fn mesh(
     })?);
     let Some(rdma) = &machine.rdma else { return Ok(session) };
     let settings = rdma.settings(&machine.spec.nodes[usize::from(assignment.node)].name);
-    Ok(Arc::new(RdmaTransport::connect(session, &settings, local, MESH)?))
+    if rails.len() > 1 {
+        let rails: Vec<_> = rails.into_iter().map(|address| (settings.clone(), Some(address))).collect();
+        return Ok(RdmaTransport::connect_rails(session, &rails, MESH)?.into());
+    }
+    Ok(Arc::new(RdmaTransport::connect(session, &settings, rails.first().copied(), MESH)?))
 }
 
 /// The guest's TSC at this node; its frequency is node 0's.

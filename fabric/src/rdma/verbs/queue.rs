@@ -95,6 +95,8 @@ pub struct Route {
     pub gid: Option<([u8; 16], u8)>,
     /// InfiniBand service level, or RoCE priority, 0 to 15.
     pub service_level: u8,
+    /// Transmissions beyond the first before the connection fails, 0 to 6.
+    pub retries: u8,
     /// First packet number that is received.
     pub receive_psn: u32,
     /// First packet number that is sent.
@@ -104,8 +106,11 @@ pub struct Route {
 /// How long the peer's adapter may take to acknowledge, as the exponent of 4.096 us: 134 ms (IBA vol. 1, 9.7.6.1.3;
 /// adapters may take up to four times that).
 const ACK_TIMEOUT: u8 = 15;
-/// Transmissions beyond the first before the connection fails.
-const RETRIES: u8 = 7;
+/// Transmissions beyond the first before the connection fails: a second, and four where adapters take so long. Not 7,
+/// the most that there is: to soft-RoCE (Linux, rxe_comp.c) that means without end.
+pub const RETRIES: u8 = 6;
+/// The same where there is another rail to go on over: half of that.
+pub const RAIL_RETRIES: u8 = 3;
 /// Times that the peer may be without a receive slot, which credits rule out.
 const RNR_RETRIES: u8 = 6;
 /// The pause that a sender without receive slot is asked for: code 12 is 0.64 ms.
@@ -248,7 +253,7 @@ impl Qp {
             qp_state: state::RTS,
             sq_psn: route.send_psn,
             timeout: ACK_TIMEOUT,
-            retry_cnt: RETRIES,
+            retry_cnt: route.retries,
             rnr_retry: RNR_RETRIES,
             max_rd_atomic: 0,
             ..QpAttr::default()
