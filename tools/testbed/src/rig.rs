@@ -33,7 +33,7 @@ impl Default for RigConfig {
         Self {
             hosts: 1,
             emulate: false,
-            hardware: Hardware { cpus: 2, memory_mib: 3000, mtu: 4500, rdma: false },
+            hardware: Hardware { cpus: 2, memory_mib: 3000, mtu: 4500, rdma: false, disks: vec![] },
             kernels: vec![Kernel::TrixieCloud],
             programs: vec![],
         }
