@@ -51,6 +51,8 @@ pub enum Kind {
         user_data: String,
         /// The file `meta-data`.
         meta_data: String,
+        /// The file `network-config`, if there is one.
+        network_config: Option<String>,
     },
     /// A source of random numbers.
     Entropy,

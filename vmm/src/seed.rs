@@ -17,6 +17,8 @@ pub struct Seed {
     pub ssh_keys: Vec<PathBuf>,
     /// A file with user data: `#cloud-config`, a script, ...
     pub user_data: Option<PathBuf>,
+    /// A file with the network's configuration, version 1 or 2 of cloud-init's; without one, cards ask DHCP.
+    pub network_config: Option<PathBuf>,
 }
 
 impl Seed {
@@ -60,10 +62,12 @@ impl Seed {
                 meta_data += &format!("  - {}\n", serde_json::Value::from(key.as_str()));
             }
         }
+        let network_config = self.network_config.as_deref().map(read).transpose()?;
         // What is told anew must have a new id, or cloud-init believes that it knows it.
-        let id = fnv(&[user_data.as_bytes(), meta_data.as_bytes()]);
+        let network = network_config.as_deref().unwrap_or_default();
+        let id = fnv(&[user_data.as_bytes(), meta_data.as_bytes(), network.as_bytes()]);
         let meta_data = format!("instance-id: gestalt-{id:016x}\n{meta_data}");
-        Ok(PeripheralConfig { node: None, kind: Kind::Seed { user_data, meta_data } })
+        Ok(PeripheralConfig { node: None, kind: Kind::Seed { user_data, meta_data, network_config } })
     }
 }
 
@@ -90,7 +94,7 @@ mod tests {
 
     fn told(seed: &Seed) -> (String, String) {
         match seed.peripheral("demo").unwrap().kind {
-            Kind::Seed { user_data, meta_data } => (user_data, meta_data),
+            Kind::Seed { user_data, meta_data, .. } => (user_data, meta_data),
             other => panic!("{other:?}"),
         }
     }
@@ -102,6 +106,7 @@ mod tests {
             hostname: Some("big".into()),
             ssh_keys: vec![key.path().into()],
             user_data: Some(data.path().into()),
+            network_config: None,
         };
         let (user_data, meta_data) = told(&seed);
         assert_eq!(user_data, "#!/bin/sh\ntrue\n");
@@ -110,6 +115,22 @@ mod tests {
         assert_eq!(rest, "local-hostname: big\npublic-keys:\n  - \"ssh-ed25519 AAAA \\\"me\\\"\"\n");
         let other = told(&Seed { hostname: Some("small".into()), ..seed });
         assert_ne!(other.1.lines().next(), Some(id), "what is told anew has a new id");
+    }
+
+    #[test]
+    fn a_network_of_its_own_is_told_and_makes_it_a_new_guest() {
+        let network = file("version: 2\n");
+        let seed = Seed { network_config: Some(network.path().into()), ..Seed::default() };
+        assert!(!seed.is_empty());
+        match seed.peripheral("demo").unwrap().kind {
+            Kind::Seed { network_config, .. } => assert_eq!(network_config.as_deref(), Some("version: 2\n")),
+            other => panic!("{other:?}"),
+        }
+        let id = |seed: &Seed| told(seed).1.lines().next().unwrap().to_owned();
+        assert_ne!(
+            id(&seed),
+            id(&Seed { network_config: None, hostname: Some("demo".into()), ..seed.clone() })
+        );
     }
 
     #[test]

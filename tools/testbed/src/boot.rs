@@ -132,9 +132,9 @@ impl Boot {
         // The shell becomes `gestalt run`: its process id is the session's, and the parent of the local nodes.
         let shell = ["/bin/sh", "-c", "echo $$ >\"$0\"; exec \"$@\"", &on_host(&pid)];
         let command = [&gestalt, "run", &on_host(&file), "--report", &on_host(&report)];
-        let argv = [&shell[..], &command[..]].concat();
-        let spawn =
-            Spawn { argv: argv.into_iter().map(String::from).collect(), terminal, ..Spawn::default() };
+        let argv = [&shell[..], &command[..]].concat().into_iter().map(String::from);
+        let argv = argv.chain(machine.flags.iter().cloned()).collect();
+        let spawn = Spawn { argv, terminal, ..Spawn::default() };
         let job = host.spawn(spawn)?;
         let mut others = Vec::new();
         for index in (0..machine.nodes.len()).filter(|&index| machine.joins(index)) {
@@ -160,6 +160,11 @@ impl Boot {
     /// When it was started.
     pub fn started(&self) -> Instant {
         self.started
+    }
+
+    /// What came of it until now.
+    pub fn outcome(&self) -> &Outcome {
+        &self.outcome
     }
 
     /// Kills the process of node `index` with SIGKILL.
@@ -248,11 +253,6 @@ impl Boot {
             }
         }
         Ok(true)
-    }
-
-    /// What was said so far.
-    pub fn outcome(&self) -> &Outcome {
-        &self.outcome
     }
 
     /// Waits for the machine's end, whatever it says; `None` when it still runs after `limit`.

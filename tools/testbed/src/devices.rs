@@ -23,6 +23,9 @@ impl Machine {
     /// The part of the machine file that lists them.
     pub(crate) fn device_entries(&self) -> String {
         let mut text = String::new();
+        if let Some(path) = &self.system {
+            text += &format!("\n[[disk]]\npath = \"{path}\"\nnode = \"n0\"\nserial = \"system\"\n");
+        }
         for (index, node) in self.disks.iter().enumerate() {
             text += &format!(
                 "\n[[disk]]\npath = \"{}\"\nnode = \"n{node}\"\nserial = \"s{index}\"\n",
@@ -122,5 +125,9 @@ mod tests {
         let file = machine.file("/g", false);
         assert!(file.contains("boot.img") && machine.prepare(0).is_empty());
         assert!(!file.contains("kernel") && !file.contains("initrd"), "{file}");
+        let machine = Machine { system: Some("/dev/vdb".into()), ..Machine::equal(1, 1, 256) };
+        let file = machine.file("/g", false);
+        assert!(file.contains("path = \"/dev/vdb\"\nnode = \"n0\"") && !file.contains("kernel"), "{file}");
+        assert!(!file.contains("gestalt.run"), "{file}");
     }
 }

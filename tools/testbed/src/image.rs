@@ -24,6 +24,7 @@ const PACKAGES: &[&str] = &[
     "iputils-ping",
     "kmod",
     "numactl",
+    "openssh-client",
     "perftest",
     "procps",
     "rdma-core",

@@ -9,6 +9,7 @@
 //! - [`host`] runs jobs on a host, through [`proto`], against an [`agent`].
 //! - [`rack`] is the emulated hosts: [`qemu`] one of them, [`switch`] their network, [`image`] what they boot.
 //! - [`terminal`] lends our terminal to a job. [`stage`] is the directory that all hosts see.
+//! - [`debian`] is a disk with a whole Debian on it, [`login`] the way into a guest that booted it.
 //! - [`kernels`] with their [`drivers`] and [`guest`] are what guests boot; [`report`] reads what a guest says.
 //! - [`artifacts`] builds the programs under test, [`setup`] installs packages, [`apt`] fetches single ones,
 //!   [`archive`] writes initramfs images, [`cache`] keeps what is slow to make, [`exec`] runs commands that cannot
@@ -27,6 +28,7 @@ pub mod archive;
 pub mod artifacts;
 pub mod boot;
 pub mod cache;
+pub mod debian;
 mod devices;
 pub mod drivers;
 pub mod exec;
@@ -34,6 +36,7 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod kernels;
+pub mod login;
 pub mod machine;
 pub mod probe;
 pub mod progress;

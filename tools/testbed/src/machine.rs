@@ -43,6 +43,10 @@ pub struct Machine {
     pub disks: Vec<usize>,
     /// Disk 0 holds kernel and initramfs, and the machine file names none.
     pub boots_from_disk: bool,
+    /// A disk of node 0, beside the others, with a whole system that is booted: its path on the first host.
+    pub system: Option<String>,
+    /// Further flags of `gestalt run`.
+    pub flags: Vec<String>,
     /// The nodes that have a network card each, in order: card i is TAP interface `gestalt<i>` of its host, which has
     /// the address 10.9.i.1; the guest takes 10.9.i.2.
     pub cards: Vec<usize>,
@@ -71,6 +75,8 @@ impl Machine {
             hosts: 1,
             disks: Vec::new(),
             boots_from_disk: false,
+            system: None,
+            flags: Vec::new(),
             cards: Vec::new(),
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),
@@ -108,15 +114,19 @@ impl Machine {
     ///
     /// On `emulated` hosts the kernel starts one CPU and user space the others: they emulate AMD's nested
     /// paging, where a page-table walk needs its pages writable, so that nodes share page tables at the speed
-    /// of the fabric. Until the kernel has stopped the ticks of idle CPUs, every tick on every node does so.
+    /// of the fabric. Until the kernel has stopped the ticks of idle CPUs, every tick on every node does so. For the
+    /// same reason a whole system keeps to the first node, except for what is started elsewhere on purpose.
     pub fn file(&self, guest: &str, emulated: bool) -> String {
         let several = self.nodes.iter().filter(|node| node.cpus > 0).count() > 1;
         let late = if emulated && several { ("maxcpus=1 ", "online,") } else { ("", "") };
-        let mut text = format!(
-            "name = \"test\"\ncmdline = \"console=ttyS0 nowatchdog {}gestalt.run={}{}\"\n",
-            late.0, late.1, self.actions
-        );
-        if !self.boots_from_disk {
+        let actions = match self.system {
+            None => format!("gestalt.run={}{}", late.1, self.actions),
+            Some(_) if !late.0.is_empty() => self.apart(),
+            Some(_) => String::new(),
+        };
+        let mut text =
+            format!("name = \"test\"\ncmdline = \"console=ttyS0 nowatchdog {}{actions}\"\n", late.0);
+        if !self.boots_from_disk && self.system.is_none() {
             let kernel = self.kernel.name();
             text += &format!("kernel = \"{guest}/{kernel}\"\ninitrd = \"{guest}/initramfs\"\n");
         }
@@ -155,6 +165,16 @@ impl Machine {
     /// Whether any node joins.
     pub fn has_joining_nodes(&self) -> bool {
         (0..self.nodes.len()).any(|index| self.joins(index))
+    }
+
+    /// Words for a kernel whose user space stays on the first node's CPUs unless something asks for others.
+    fn apart(&self) -> String {
+        let (near, all) = (self.nodes[0].cpus, self.cpus());
+        format!(
+            "isolcpus={near}-{} systemd.cpu_affinity=0-{} rcupdate.rcu_cpu_stall_timeout=300",
+            all - 1,
+            near - 1
+        )
     }
 
     /// Where nodes join.

@@ -73,6 +73,9 @@ struct Run {
     /// Give each emulated host an RDMA device (soft-RoCE)
     #[arg(long)]
     rdma: bool,
+    /// A raw image that each emulated host has as /dev/vdb and so on (repeatable); it is not changed
+    #[arg(long)]
+    disk: Vec<PathBuf>,
     /// Print the consoles of the emulated hosts at the end
     #[arg(long)]
     consoles: bool,
@@ -130,6 +133,7 @@ fn run_command(args: &Run) -> Result<ExitCode> {
     config.hardware.cpus = args.cpus;
     config.hardware.memory_mib = args.memory;
     config.hardware.rdma = args.rdma;
+    config.hardware.disks.clone_from(&args.disk);
     let rig = Rig::start(&config, &binaries)?;
     match rig.emulated() {
         Some(why) => eprintln!("testbed: emulated host ({why})"),

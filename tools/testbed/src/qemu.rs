@@ -37,6 +37,8 @@ pub struct Hardware {
     pub networks: usize,
     /// Whether it has an RDMA device on each network: soft-RoCE on its interface.
     pub rdma: bool,
+    /// Raw images that it has as disks `/dev/vdb`, `/dev/vdc`, ... What it writes to them is forgotten at its end.
+    pub disks: Vec<PathBuf>,
 }
 
 /// A running QEMU. Dropped, it is killed.
@@ -80,7 +82,14 @@ impl Qemu {
             .args(["-append", &append])
             .arg("-drive")
             .arg(format!("if=none,id=root,format=raw,readonly=on,file={}", comma(&image.root)))
-            .args(["-device", "virtio-blk-pci,drive=root", "-fsdev"])
+            .args(["-device", "virtio-blk-pci,drive=root"]);
+        for (number, disk) in hardware.disks.iter().enumerate() {
+            let drive = format!("if=none,id=disk{number},format=raw,snapshot=on,file={}", comma(disk));
+            let device = format!("virtio-blk-pci,drive=disk{number}");
+            command.args(["-drive", &drive, "-device", &device]);
+        }
+        command
+            .arg("-fsdev")
             .arg(format!("local,id=stage,security_model=none,multidevs=remap,path={}", comma(stage)))
             .args(["-device", "virtio-9p-pci,fsdev=stage,mount_tag=stage"])
             .arg("-chardev")

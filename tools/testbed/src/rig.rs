@@ -33,7 +33,14 @@ impl Default for RigConfig {
         Self {
             hosts: 1,
             emulate: false,
-            hardware: Hardware { cpus: 2, memory_mib: 3000, mtu: 4500, networks: 1, rdma: false },
+            hardware: Hardware {
+                cpus: 2,
+                memory_mib: 3000,
+                mtu: 4500,
+                networks: 1,
+                rdma: false,
+                disks: vec![],
+            },
             kernels: vec![Kernel::TrixieCloud],
             programs: vec![],
         }

@@ -40,6 +40,14 @@ pub const TO_EMULATE: &[Need] = &[
     Need { have: "unshare", package: "util-linux" },
 ];
 
+/// For making disks with Debian on them.
+pub const TO_INSTALL: &[Need] = &[
+    Need { have: "mmdebstrap", package: "mmdebstrap" },
+    Need { have: "mke2fs", package: "e2fsprogs" },
+    Need { have: "unshare", package: "util-linux" },
+    Need { have: "/usr/share/keyrings/debian-archive-keyring.gpg", package: "debian-archive-keyring" },
+];
+
 /// Installs what is missing of `needs`. Does nothing, and needs no privilege, when all is there.
 ///
 /// # Errors

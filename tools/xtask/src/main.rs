@@ -3,6 +3,8 @@
 //! | task | file | what it does |
 //! |---|---|---|
 //! | `quickstart` | [`quickstart`] | one guest over several nodes, with what it says of itself |
+//! | `quickstart --disk` | [`disk`] | a Debian that boots from its own disk, and the disks of all nodes |
+//! | `image` | [`image`] | disks to boot |
 //! | `test` | [`test`] | unit tests, integration tests, guest boots |
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
@@ -13,7 +15,9 @@
 //! fabric's tests on soft-RoCE, [`report`] the files in `target/report`.
 
 mod checks;
+mod disk;
 mod fuzz;
+mod image;
 mod options;
 mod over_rdma;
 mod quickstart;
@@ -39,6 +43,8 @@ struct Cli {
 enum Task {
     /// Boot one guest over several nodes and show what it says of itself
     Quickstart(quickstart::Quickstart),
+    /// Make a disk to boot
+    Image(image::Image),
     /// Run unit tests, integration tests and guest boots
     Test(test::Test),
     /// Boot many times in a row, in other shapes, and kill nodes
@@ -57,6 +63,7 @@ fn main() -> ExitCode {
     let args = std::env::args_os().filter(|arg| arg != "--");
     let result = match Cli::parse_from(args).task {
         Task::Quickstart(task) => task.run(),
+        Task::Image(task) => task.run(),
         Task::Test(task) => task.run(),
         Task::Soak(task) => task.run(),
         Task::Simulate(task) => task.run(),

@@ -108,8 +108,11 @@ impl Options {
     }
 }
 
-/// Reads `512`, `512M` or `2G`.
-fn mebibytes(text: &str) -> Result<u32, String> {
+/// Reads `512`, `512M` or `2G` as MiB.
+///
+/// # Errors
+/// The text is none of these.
+pub fn mebibytes(text: &str) -> Result<u32, String> {
     let wrong = || format!("{text:?} is not a size: give MiB, or a number with M or G");
     let (number, factor) = match text.strip_suffix('G') {
         Some(number) => (number, 1024),

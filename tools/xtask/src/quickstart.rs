@@ -13,7 +13,7 @@ use testbed::terminal::{self, RawTerminal};
 use testbed::{artifacts, verdict};
 
 use crate::options::Options;
-use crate::report;
+use crate::{disk, report};
 
 /// A boot with its checks takes about a minute on an emulated host.
 const LIMIT: Duration = Duration::from_secs(900);
@@ -28,6 +28,9 @@ pub struct Quickstart {
     /// Stay at a shell in the guest; leaving it powers the machine off
     #[arg(long)]
     interactive: bool,
+    /// Boot a whole Debian from its own disk, log in over ssh and use a disk of each node from each node's CPUs
+    #[arg(long, conflicts_with = "interactive")]
+    disk: bool,
 }
 
 /// `target/report/quickstart.json`. Counters are null if `gestalt` did not report them.
@@ -70,6 +73,9 @@ impl Quickstart {
     /// # Errors
     /// Anything that keeps the guest from saying all it should.
     pub fn run(&self) -> Result<()> {
+        if self.disk {
+            return disk::run(&self.options);
+        }
         report::forget("quickstart")?;
         let mut machine = self.options.machine()?;
         if self.interactive {

@@ -87,6 +87,9 @@ pub struct RunArgs {
     /// Give cloud-init this user data
     #[arg(long, value_name = "FILE")]
     user_data: Option<PathBuf>,
+    /// Give cloud-init this network configuration; without it, network cards ask DHCP
+    #[arg(long, value_name = "FILE")]
+    network_config: Option<PathBuf>,
     /// Give the guest the host's random numbers
     #[arg(long)]
     entropy: bool,
@@ -265,6 +268,7 @@ impl RunArgs {
             hostname: self.hostname.clone(),
             ssh_keys: self.ssh_key.clone(),
             user_data: self.user_data.clone(),
+            network_config: self.network_config.clone(),
         };
         if !seed.is_empty() {
             config.devices.push(seed.peripheral(&config.name)?);

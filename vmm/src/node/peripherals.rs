@@ -119,8 +119,10 @@ fn device(kind: &Kind, give_up: &GiveUp) -> anyhow::Result<(String, Box<dyn Devi
             let card = Net::new(port, pairs, mac.unwrap_or_default());
             (format!("network card {tap}"), Box::new(card))
         }
-        Kind::Seed { user_data, meta_data } => {
-            let disk = Arc::new(MemoryDisk(firmware::seed::image(user_data, meta_data)?));
+        Kind::Seed { user_data, meta_data, network_config } => {
+            let mut files = vec![("user-data", user_data.as_str()), ("meta-data", meta_data)];
+            files.extend(network_config.iter().map(|text| ("network-config", text.as_str())));
+            let disk = Arc::new(MemoryDisk(firmware::seed::image(&files)?));
             let name = "cloud-init's seed".to_owned();
             let config = BlockConfig { name: name.clone(), serial: "seed".into(), readonly: true, queues: 1 };
             (name, Box::new(Block::new(disk, config)))
@@ -129,7 +131,7 @@ fn device(kind: &Kind, give_up: &GiveUp) -> anyhow::Result<(String, Box<dyn Devi
         Kind::Console { socket, name } => {
             let port = Port::bind(socket)?;
             match name {
-                None => (format!("console {}", socket.display()), Box::new(Console::console(port))),
+                None => (format!("console {}", socket.display()), Box::new(Console::terminal(port))),
                 Some(name) => (format!("channel {name}"), Box::new(Console::channel(port, name))),
             }
         }

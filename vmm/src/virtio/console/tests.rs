@@ -19,7 +19,7 @@ fn guest(name: Option<&str>, features: u64) -> Guest {
     let path = folder.path().join("port");
     let port = Port::bind(&path).unwrap();
     let device = match name {
-        None => Console::console(port),
+        None => Console::terminal(port),
         Some(name) => Console::channel(port, name),
     };
     let mut driver = Driver::new(Box::new(device));
