@@ -125,24 +125,26 @@ network() {
     done
 }
 
-# Fills three fifths of the free memory from a CPU of the first node, and reads it back from one of every node.
+# Fills half of the free memory from a CPU of the first node, and reads it back in turn from one of every node.
 fill() {
     mkdir -p /fill
     mount -t tmpfs -o size=100% fill /fill
-    pieces=$(awk '/^MemAvailable:/ { print int($2 / 1024 / 16 * 3 / 5) }' /proc/meminfo)
+    pieces=$(awk '/^MemAvailable:/ { print int($2 / 1024 / 16 / 2) }' /proc/meminfo)
     piece() { yes "piece $1" | taskset -c "$2" dd bs=1M count=16 iflag=fullblock 2>/dev/null; }
-    failed=
+    failed= readers=
     for number in $(seq "$pieces"); do
         piece "$number" 0 > "/fill/$number" || failed="$failed write:$number"
         echo "GESTALT-MARK wrote-$number-of-$pieces"
     done
     for node in /sys/devices/system/node/node[0-9]*; do
-        cpu=$(sed 's/[-,].*//' "$node/cpulist")
-        [ -n "$cpu" ] || continue
-        for number in $(seq "$pieces"); do
-            piece "$number" "$cpu" | taskset -c "$cpu" cmp - "/fill/$number" || failed="$failed $cpu:$number"
-            echo "GESTALT-MARK read-$number-of-$pieces-by-$cpu"
-        done
+        readers="$readers $(sed 's/[-,].*//' "$node/cpulist")"
+    done
+    set -- $readers
+    for number in $(seq "$pieces"); do
+        piece "$number" "$1" | taskset -c "$1" cmp - "/fill/$number" || failed="$failed $1:$number"
+        echo "GESTALT-MARK read-$number-of-$pieces-by-$1"
+        set -- "$@" "$1"
+        shift
     done
     umount /fill
     say fill_mib "$((pieces * 16))"
