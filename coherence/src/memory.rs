@@ -156,14 +156,15 @@ impl DualMemory {
         Ok(unsafe { madvise(start, pages as usize * PAGE_SIZE, MmapAdvise::MADV_DONTNEED) }?)
     }
 
-    /// Gives the frame of a page back to the host; the page must be unmapped from the guest view.
+    /// Gives the frames of pages back to the host. The kernel unmaps them from the guest view first, if they are mapped
+    /// there; what is touched afterwards is as if it had never been.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn free(&self, page: Page) -> io::Result<()> {
+    pub fn free(&self, page: Page, pages: u64) -> io::Result<()> {
         use nix::fcntl::{FallocateFlags, fallocate};
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(&self.file, mode, page.offset() as i64, PAGE_SIZE as i64)?)
+        Ok(fallocate(&self.file, mode, page.offset() as i64, (pages * PAGE_SIZE as u64) as i64)?)
     }
 
     /// Bytes of frames that the file holds now.

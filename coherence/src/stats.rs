@@ -84,6 +84,8 @@ counters! {
     prefetches_used,
     /// Untouched pages that came along with another page.
     run_pages,
+    /// Pages of this home whose frames were given up because nobody needs their content.
+    discarded,
     /// Coherence messages sent.
     messages_sent,
     /// Coherence messages received.

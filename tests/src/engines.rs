@@ -1,5 +1,6 @@
 //! Nodes without guests: memory and an engine each, over the in-process transport.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -97,6 +98,22 @@ impl Engines {
             }
             std::thread::yield_now();
         }
+    }
+
+    /// Nobody needs what is in `pages`, says a node.
+    ///
+    /// # Errors
+    /// It is not done in time.
+    pub fn discard(&self, node: usize, pages: Range<u64>) -> Result<()> {
+        Ok(self.engines[node].discard(&[pages], STUCK)?)
+    }
+
+    /// Bytes of frames that a node has. Without what could be given back at once, after [`Engines::at_rest`].
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn resident_bytes(&self, node: usize) -> Result<u64> {
+        Ok(self.memories[node].resident_bytes()?)
     }
 
     /// What is under way, for the message of a failure.

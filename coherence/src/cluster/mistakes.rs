@@ -18,7 +18,11 @@ fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
         _ => Cluster::new(3, 1),
     };
     let cluster = cluster.with_mistake(mistake);
-    let small = Small { cluster, evictions: true, prefetches: false };
+    let discards = match mistake {
+        Mistake::PunchSharedPage | Mistake::PunchWantedPage | Mistake::ForgetDiscarded => 1,
+        _ => 0,
+    };
+    let small = Small { cluster, evictions: true, prefetches: false, discards };
     let checker = small.checker().finish_when(HasDiscoveries::Any).spawn_bfs().join();
     let (name, path) =
         checker.discoveries().into_iter().min_by_key(|(_, path)| path.clone().into_actions().len())?;

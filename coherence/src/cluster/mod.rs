@@ -91,6 +91,13 @@ pub enum Step {
         /// What.
         page: Page,
     },
+    /// The node learns that nobody needs what is in the page.
+    Discard {
+        /// Where.
+        node: usize,
+        /// What.
+        page: Page,
+    },
 }
 
 /// What a step brought about, for who counts and who plans what comes next.
@@ -128,6 +135,13 @@ pub enum Seen {
         /// What.
         page: Page,
     },
+    /// A page was discarded for a node.
+    Discarded {
+        /// Which.
+        node: usize,
+        /// What.
+        page: Page,
+    },
     /// A demand waits for the release of a held page.
     Deferred {
         /// Where.
@@ -150,7 +164,7 @@ pub struct Cluster {
     held: Vec<Vec<Page>>,
     /// Accesses that wait, by node, in order: equal states compare equal, however they came about.
     waiting: Vec<Vec<(Page, bool)>>,
-    /// Pages that nobody has touched since power-on.
+    /// Pages that nobody has touched since power-on, or since they were discarded.
     untouched: Vec<bool>,
     /// By page: how many of the messages on their way bring its bytes.
     bodies: Vec<u16>,
@@ -244,6 +258,11 @@ impl Cluster {
         lanes.chain(held)
     }
 
+    /// Whether the page is as at power-on: zero, and nobody has touched it.
+    pub fn is_untouched(&self, page: Page) -> bool {
+        self.untouched[page.0 as usize]
+    }
+
     /// Whether an access of this node to this page waits already.
     pub fn is_waiting(&self, node: usize, page: Page, write: bool) -> bool {
         self.waiting[node].binary_search(&(page, write)).is_ok()
@@ -309,6 +328,10 @@ impl Cluster {
             }
             Step::Evict { node, page } => {
                 self.nodes[node].evict(page, &mut out);
+                (node, false)
+            }
+            Step::Discard { node, page } => {
+                self.nodes[node].discard(page, 0, &mut out);
                 (node, false)
             }
         };
@@ -417,6 +440,28 @@ impl Cluster {
                     copy.current = false;
                     self.frames[node] -= usize::from(std::mem::take(&mut self.copy(node, page).frame));
                 }
+                Effect::Clear(page) => {
+                    if self.mapped(node, page) != Rights::None {
+                        return Err(Broken::LandedUnderMapping(node, page));
+                    }
+                    self.take_frame(node, page)?;
+                    self.written(node, page);
+                }
+                Effect::Punch(first, count) => {
+                    for page in (first.0..first.0 + u64::from(count)).map(Page) {
+                        if self.homes.home(page).index() != node {
+                            return Err(Broken::Freed(node, page));
+                        }
+                        self.written(node, page);
+                        self.copy(node, page).mapped = Rights::Exclusive;
+                        self.untouched[page.0 as usize] = true;
+                        self.check_single_writer(page)?;
+                    }
+                }
+                Effect::Discarded(first, count) => {
+                    let pages = (first.0..first.0 + u64::from(count)).map(Page);
+                    seen.extend(pages.map(|page| Seen::Discarded { node, page }));
+                }
                 Effect::Hold(page) => self.hold(node, page, seen),
                 Effect::Deferred(page) => seen.push(Seen::Deferred { node, page }),
             }
@@ -469,16 +514,21 @@ impl Cluster {
         seen.push(Seen::Done { node, page, write });
         self.untouched[page.0 as usize] = false;
         if write {
-            for other in 0..self.nodes.len() {
-                self.copy(other, page).current = other == node;
-            }
-            if self.bodies[page.0 as usize] > 0 {
-                for flight in self.lanes.values_mut().flatten() {
-                    flight.current &= flight.message.page != page;
-                }
-            }
+            self.written(node, page);
         }
         Ok(())
+    }
+
+    /// The node's frame has the page's content from now on, and nobody else's has.
+    fn written(&mut self, node: usize, page: Page) {
+        for other in 0..self.nodes.len() {
+            self.copy(other, page).current = other == node;
+        }
+        if self.bodies[page.0 as usize] > 0 {
+            for flight in self.lanes.values_mut().flatten() {
+                flight.current &= flight.message.page != page;
+            }
+        }
     }
 
     /// Delivers and releases until nothing is under way, then checks what must hold at rest.

@@ -4,18 +4,20 @@
 //! lock: faults of different shards meet different threads, faults of one shard are batched. Between
 //! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
-//! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back.
+//! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back; [`Engine::discard`]
+//! gives up content that nobody needs.
 
 mod ahead;
 mod budget;
 pub mod chains;
+mod discard;
 mod outbox;
 mod recall;
 mod shard;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -25,6 +27,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use self::budget::{budget_for, check_budget};
 use self::chains::Chains;
+pub use self::discard::DiscardError;
 use self::shard::{Request, Shard};
 use crate::memory::DualMemory;
 use crate::page::{Homes, Shards};
@@ -105,6 +108,10 @@ pub type OnFailure = Arc<dyn Fn(EngineError) + Send + Sync>;
 pub struct Engine {
     stats: Vec<Arc<ShardStats>>,
     doors: Vec<Door>,
+    homes: Homes,
+    shards: Shards,
+    /// Whoever discards pages has this: so nobody asks for a page to be discarded while it is.
+    discarding: Mutex<()>,
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
     chains: Arc<Chains>,
@@ -134,6 +141,9 @@ impl Engine {
         let mut engine = Engine {
             stats: Vec::new(),
             doors: Vec::new(),
+            homes: config.homes.clone(),
+            shards,
+            discarding: Mutex::new(()),
             threads: Vec::new(),
             stop,
             chains: Arc::new(Chains::new(config.hold)),

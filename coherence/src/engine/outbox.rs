@@ -10,6 +10,7 @@ use fabric::{FabricError, LaneId, NodeId, Transport};
 use zerocopy::IntoBytes;
 
 use crate::memory::DualMemory;
+use crate::page::Page;
 use crate::protocol::{Head, Kind, Message};
 
 /// Messages that wait, at most.
@@ -96,6 +97,11 @@ impl Outbox {
         Ok(())
     }
 
+    /// Whether a message about the page waits.
+    pub fn has(&self, page: Page) -> bool {
+        self.waiting.iter().any(|waiting| waiting.message.page == page)
+    }
+
     /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty()
@@ -121,7 +127,7 @@ mod tests {
     use fabric::{Receiver, TransportStats};
 
     use super::*;
-    use crate::page::{PAGE_SIZE, Page};
+    use crate::page::PAGE_SIZE;
     use crate::protocol::Rights;
 
     /// Notes each call: to whom, and how long its frames are.

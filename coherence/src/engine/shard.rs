@@ -4,6 +4,7 @@ mod effects;
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +21,7 @@ use self::effects::is_zero;
 use super::ahead::{ReadAhead, Window};
 use super::budget::copies_of_shard;
 use super::chains::{Chain, Chains};
+use super::discard::Discards;
 use super::outbox::Outbox;
 use super::recall::Recall;
 use super::{EngineConfig, EngineError, recall};
@@ -33,6 +35,8 @@ use crate::uffd::{Fault, Mode, Uffd};
 pub enum Request {
     /// What is under way.
     Describe(Sender<Vec<String>>),
+    /// Nobody needs the content of these pages of this shard, of one home and one block.
+    Discard(Range<u64>, Sender<()>),
 }
 
 /// Frames whose pages went away, kept this many at most before they are given back to the host; fewer where the
@@ -78,6 +82,7 @@ struct Core {
     untouched: PageMap<Page>,
     garbage: Vec<Page>,
     most_garbage: usize,
+    discards: Discards,
     outbox: Outbox,
     /// Pages in a row that are to be mapped read-only, and how many they are.
     to_map: Option<(Page, u64)>,
@@ -155,6 +160,7 @@ impl Shard {
             untouched: PageMap::default(),
             garbage: Vec::with_capacity(most_garbage),
             most_garbage,
+            discards: Discards::default(),
             outbox: Outbox::default(),
             to_map: None,
         };
@@ -180,6 +186,9 @@ impl Shard {
         }
         let mut idle_since: Option<Instant> = None;
         while !stop.load(Ordering::Acquire) {
+            for request in inbox.try_iter() {
+                self.core.request(request)?;
+            }
             if self.work()? {
                 idle_since = None;
                 continue;
@@ -196,12 +205,6 @@ impl Shard {
             }
             if self.sleep(bell)? && bell.read().is_ok() {
                 self.core.reconsider_holds();
-            }
-            for request in inbox.try_iter() {
-                match request {
-                    // Who asked may have stopped waiting.
-                    Request::Describe(reply) => drop(reply.send(self.core.protocol.describe())),
-                }
             }
         }
         Ok(())
@@ -248,6 +251,23 @@ impl Shard {
 }
 
 impl Core {
+    fn request(&mut self, request: Request) -> Result<(), EngineError> {
+        match request {
+            Request::Describe(reply) => {
+                self.collect_garbage()?;
+                // Who asked may have stopped waiting.
+                drop(reply.send(self.protocol.describe()));
+            }
+            Request::Discard(pages, done) => {
+                let (first, count) = (Page(pages.start), pages.end - pages.start);
+                self.discards.begin(pages, done);
+                self.protocol.discard(first, (count - 1) as u16, &mut self.effects);
+                self.apply_together()?;
+            }
+        }
+        Ok(())
+    }
+
     fn take_faults(&mut self) -> Result<usize, EngineError> {
         let (mut faults, mut n) = ([None; 16], 0);
         let count = self

@@ -69,6 +69,7 @@ impl Protocol {
             acks: 0,
             then_write: false,
             prefetch,
+            discard: None,
             deferred: None,
             run,
             run_faults: 0,
@@ -112,7 +113,7 @@ impl Protocol {
         miss.want = rights;
         miss.then_write &= rights == Rights::Shared;
         miss.acks += i32::from(acks);
-        if body {
+        if body && miss.discard.is_none() {
             self.land(page, out)?;
         }
         // As home, the owner's bytes are also what a reader's forward was waiting for.
@@ -147,7 +148,14 @@ impl Protocol {
         }
         let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
         let (run_faults, run_writes, prefetch) = (miss.run_faults, miss.run_writes, miss.prefetch);
+        let discard = miss.discard;
         self.transient.remove(page);
+        if let Some(by) = discard {
+            let wanted = !prefetch || deferred.is_some();
+            if self.home_won_to_discard(page, by, wanted, out) {
+                return;
+            }
+        }
         match self.rights(page) {
             Rights::Shared if !self.is_idle(page) => out.push(Effect::Unprotect(page)),
             _ if prefetch => {}
@@ -180,7 +188,8 @@ impl Protocol {
         let invalidate = matches!(demand, Demand::Invalidate { .. });
         let (Demand::Invalidate { requester }
         | Demand::ForwardShared { requester }
-        | Demand::ForwardExclusive { requester }) = demand;
+        | Demand::ForwardExclusive { requester }
+        | Demand::Reclaim { requester }) = demand;
         if requester == self.me {
             return Err("it demanded a copy for the node that has it".into());
         }
@@ -251,6 +260,10 @@ impl Protocol {
             }
             Demand::Invalidate { requester } => self.send(requester, page, Kind::Ack, out),
             Demand::ForwardExclusive { requester } => {
+                self.send(requester, page, data(Rights::Exclusive), out);
+            }
+            Demand::Reclaim { requester } => {
+                out.push(Effect::Clear(page));
                 self.send(requester, page, data(Rights::Exclusive), out);
             }
             Demand::ForwardShared { requester } => {

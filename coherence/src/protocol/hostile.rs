@@ -20,6 +20,7 @@ enum Input {
     Evict(u64),
     Release(u64),
     Hold(u64),
+    Discard(u64, u16),
     Message(u16, u64, Kind),
     /// What a sound peer would answer to the last question.
     Answer,
@@ -33,6 +34,7 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
         1 => page.clone().prop_map(Input::Evict),
         2 => page.clone().prop_map(Input::Release),
         1 => page.clone().prop_map(Input::Hold),
+        1 => (page.clone(), 0u16..3).prop_map(|(page, run)| Input::Discard(page, run)),
         3 => (0u16..2, page, kinds(3)).prop_map(|(from, page, kind)| Input::Message(from * 2, page, kind)),
         5 => Just(Input::Answer),
     ];
@@ -87,7 +89,16 @@ impl View {
                     assert!(!View::home(page), "the home's frame was freed");
                     assert_eq!(self.mapped[page.0 as usize], Rights::None, "freed under a mapping");
                 }
-                Effect::Hold(_) | Effect::Deferred(_) => {}
+                Effect::Clear(page) => {
+                    assert_eq!(self.mapped[page.0 as usize], Rights::None, "cleared under a mapping");
+                }
+                Effect::Punch(first, count) => {
+                    for page in first.0..first.0 + u64::from(count) {
+                        assert!(View::home(Page(page)), "punched elsewhere than at home");
+                        self.mapped[page as usize] = Rights::Exclusive;
+                    }
+                }
+                Effect::Hold(_) | Effect::Deferred(_) | Effect::Discarded(..) => {}
             }
         }
     }
@@ -104,6 +115,8 @@ fn answer(kind: Kind) -> Option<Kind> {
         Kind::ForwardShared { .. } => data(Rights::Shared, 0),
         Kind::ForwardExclusive { .. } => data(Rights::Exclusive, 0),
         Kind::Invalidate { .. } => Some(Kind::Ack),
+        Kind::Reclaim => data(Rights::Exclusive, 0),
+        Kind::Discard { run } => Some(Kind::Discarded { run }),
         _ => None,
     }
 }
@@ -128,6 +141,10 @@ proptest! {
                 Input::Evict(page) => drop(node.evict(Page(page), &mut out)),
                 Input::Release(page) => node.release(Page(page), &mut out),
                 Input::Hold(page) => node.hold(Page(page)),
+                Input::Discard(page, run) => {
+                    let run = run.min((PAGES - 1 - page % PAGES) as u16);
+                    node.discard(Page(page), run, &mut out);
+                }
                 Input::Answer | Input::Message(..) => {
                     let (from, message) = match input {
                         Input::Message(from, page, kind) => (NodeId(from), Message { page: Page(page), kind }),

@@ -4,7 +4,7 @@ use fabric::NodeId;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};
 
 use super::Rights;
-use crate::page::{PAGE_SIZE, Page};
+use crate::page::{BLOCK, PAGE_SIZE, Page};
 
 /// The longest run of untouched pages that goes with a page.
 pub const MAX_RUN: u8 = 63;
@@ -62,6 +62,18 @@ pub enum Kind {
     PutExclusive,
     /// Home to the node that put: noted, you may forget the page.
     PutAck,
+    /// Anyone to home: nobody needs the content of this page and of `run` that follow; let it be zero.
+    Discard {
+        /// `0..512`, all in the page's block.
+        run: u16,
+    },
+    /// Home to owner: hand the page to me; its content is of no use.
+    Reclaim,
+    /// Home to who sent [`Kind::Discard`]: done with this page and `run` that follow.
+    Discarded {
+        /// `0..512`.
+        run: u16,
+    },
 }
 
 impl Kind {
@@ -71,7 +83,7 @@ impl Kind {
     }
 
     /// One more than the highest [`Kind::code`].
-    pub const CODES: usize = 12;
+    pub const CODES: usize = 15;
 
     /// The name of the kind with that [`Kind::code`].
     pub fn name_of(code: u8) -> &'static str {
@@ -88,6 +100,9 @@ impl Kind {
             "PutShared",
             "PutExclusive",
             "PutAck",
+            "Discard",
+            "Reclaim",
+            "Discarded",
         ];
         NAMES.get(usize::from(code)).copied().unwrap_or("unknown")
     }
@@ -106,6 +121,9 @@ impl Kind {
             Kind::PutShared => 9,
             Kind::PutExclusive => 10,
             Kind::PutAck => 11,
+            Kind::Discard { .. } => 12,
+            Kind::Reclaim => 13,
+            Kind::Discarded { .. } => 14,
         }
     }
 }
@@ -141,7 +159,8 @@ pub struct Head {
     rights: u8,
     /// Pages that follow, of the Gets and `Data`, else 0.
     run: u8,
-    /// Acks of `Data`, requester of `Invalidate` and the forwards, else 0.
+    /// Acks of `Data`, requester of `Invalidate` and the forwards, pages that follow of `Discard` and `Discarded`,
+    /// else 0.
     word: le::U16,
     zero2: le::U16,
     page: le::U64,
@@ -162,6 +181,7 @@ impl Message {
             Kind::Invalidate { requester }
             | Kind::ForwardShared { requester }
             | Kind::ForwardExclusive { requester } => (0, requester.0),
+            Kind::Discard { run } | Kind::Discarded { run } => (0, run),
             _ => (0, 0),
         };
         let body = match (self.kind.has_body(), zero) {
@@ -202,6 +222,10 @@ impl Message {
             return Err("asked for or granted a run of pages that is too long");
         }
         let (word, run) = (head.word.get(), head.run);
+        let discarded = || match u64::from(word) < BLOCK && head.page.get() + u64::from(word) < pages {
+            true => Ok(word),
+            false => Err("named a run of pages to discard that is too long"),
+        };
         let requester = || match usize::from(word) < nodes {
             true => Ok(NodeId(word)),
             false => Err("named a node that does not exist"),
@@ -227,6 +251,9 @@ impl Message {
             9 => Kind::PutShared,
             10 => Kind::PutExclusive,
             11 => Kind::PutAck,
+            12 => Kind::Discard { run: discarded()? },
+            13 => Kind::Reclaim,
+            14 => Kind::Discarded { run: discarded()? },
             _ => return Err("sent a coherence message of an unknown kind"),
         };
         if kind.has_body() != has_body {
@@ -264,6 +291,9 @@ pub(super) mod tests {
             Just(Kind::PutShared),
             Just(Kind::PutExclusive),
             Just(Kind::PutAck),
+            (0..100u16).prop_map(|run| Kind::Discard { run }),
+            Just(Kind::Reclaim),
+            (0..100u16).prop_map(|run| Kind::Discarded { run }),
         ]
     }
 

@@ -49,12 +49,18 @@ pub enum Mistake {
     IgnoreBudget,
     /// A fault that waited for a frame is forgotten.
     ForgetParked,
+    /// The home gives up the frame of a page that others have.
+    PunchSharedPage,
+    /// The home gives up the frame of a page for which somebody waits there.
+    PunchWantedPage,
+    /// The home does not say that it has discarded a page.
+    ForgetDiscarded,
 }
 
 impl Mistake {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Mistake; 22] = [
+    pub const ALL: [Mistake; 25] = [
         Mistake::DropAck,
         Mistake::AckBeforeUnmap,
         Mistake::AckTheHome,
@@ -77,6 +83,9 @@ impl Mistake {
         Mistake::KeepFrame,
         Mistake::IgnoreBudget,
         Mistake::ForgetParked,
+        Mistake::PunchSharedPage,
+        Mistake::PunchWantedPage,
+        Mistake::ForgetDiscarded,
     ];
 }
 

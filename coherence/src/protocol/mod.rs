@@ -1,7 +1,7 @@
 //! The coherence protocol: a pure state machine, one for each shard of each node.
 //!
-//! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`] and [`Protocol::release`];
-//! every input appends [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no
+//! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`], [`Protocol::discard`] and
+//! [`Protocol::release`]; every input appends [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no
 //! clock and no randomness here. The engine, the model checker, the property tests and the simulator all
 //! drive this code.
 //!
@@ -39,6 +39,10 @@
 //! wait for the answer, and ask for themselves if it does not bring their page. Only the home grants a run,
 //! in its own answer, so that whatever it says of these pages later comes after the grant.
 //!
+//! # Discarding
+//! Who knows that nobody needs the content of some pages (the balloon, of what the guest has freed) may have
+//! their home give their frames up ([`discard`]): afterwards they are as at power-on, zero and untouched.
+//!
 //! # Memory
 //! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home.
 //!
@@ -50,6 +54,7 @@
 mod budget;
 mod cache;
 mod copies;
+mod discard;
 mod home;
 #[cfg(test)]
 mod hostile;
@@ -126,6 +131,13 @@ pub enum Effect {
     Probe(Page),
     /// The frame's content is of no use any more; give its memory back (never at the home).
     Free(Page),
+    /// Fill the frame with zeroes; the page is not mapped. As a write by this node, which alone has the page.
+    Clear(Page),
+    /// At the home, which alone has them: that many pages, from this one on, are zero from now on and their frames
+    /// given up, mapped or not; the kernel fills them when they are touched.
+    Punch(Page, u16),
+    /// [`Protocol::discard`] is done with that many pages, from this one on.
+    Discarded(Page, u16),
     /// A page was won: call [`Protocol::release`] after it could be used.
     Hold(Page),
     /// A demand waits for the release of a held page. For the trace and the counters.
@@ -183,6 +195,8 @@ pub struct Protocol {
     directory: Directory,
     busy: PageMap<Busy>,
     streams: Streams,
+    /// Pages whose homes this node has asked to discard them, and which have not answered yet.
+    discarding: u64,
     /// Messages from one part of this node to the other.
     loopback: VecDeque<Message>,
     /// What is wrong with a message that had to wait.
@@ -208,6 +222,7 @@ impl Protocol {
             directory: Directory::new(me, chunk_pages),
             busy: PageMap::default(),
             streams: Streams::new(runs),
+            discarding: 0,
             loopback: VecDeque::new(),
             violation: None,
             #[cfg(test)]
@@ -318,6 +333,7 @@ impl Protocol {
         self.transient.is_empty()
             && self.busy.is_empty()
             && self.deferred.is_empty()
+            && self.discarding == 0
             && self.parked().next().is_none()
     }
 
@@ -365,6 +381,9 @@ impl Protocol {
             lines.push(format!("page {:#x}: held, deferred {:?}", page.0, d));
         }
         lines.extend(self.parked().map(|page| format!("page {:#x}: waits for a frame", page.0)));
+        if self.discarding > 0 {
+            lines.push(format!("{} pages are being discarded by their homes", self.discarding));
+        }
         for (page, b) in self.busy.iter() {
             lines.push(format!("page {:#x}: home busy, {:?}, {:?}", page.0, self.entry(page), b));
         }
@@ -478,6 +497,9 @@ impl Protocol {
                 self.cache_demand(page, Demand::ForwardExclusive { requester }, out)
             }
             Kind::PutAck if from_home => self.cache_put_ack(page, out),
+            Kind::Discard { run } if at_home => self.home_discard(page, from, run, out),
+            Kind::Reclaim if from_home => self.cache_demand(page, Demand::Reclaim { requester: from }, out),
+            Kind::Discarded { run } if from_home => self.discarded(page, run, out),
             _ => Err("the page's home is another node".into()),
         };
         result.map_err(|wrong| Violation { from: wrong.from.unwrap_or(from), page, what: wrong.what })

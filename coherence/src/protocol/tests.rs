@@ -14,6 +14,7 @@ enum Op {
     Access(usize, u64, bool),
     Evict(usize, u64),
     Prefetch(usize, u64, bool),
+    Discard(usize, u64),
     Pending(usize),
 }
 
@@ -22,6 +23,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         4 => (0usize..8, 0u64..8, any::<bool>()).prop_map(|(n, p, w)| Op::Access(n, p, w)),
         1 => (0usize..8, 0u64..8).prop_map(|(n, p)| Op::Evict(n, p)),
         1 => (0usize..8, 0u64..8, any::<bool>()).prop_map(|(n, p, w)| Op::Prefetch(n, p, w)),
+        1 => (0usize..8, 0u64..8).prop_map(|(n, p)| Op::Discard(n, p)),
         9 => any::<usize>().prop_map(Op::Pending),
     ];
     proptest::collection::vec(op, 1..400)
@@ -43,6 +45,7 @@ proptest! {
                 Op::Access(n, p, write) => Step::Access { node: n % nodes, page: Page(p % pages), write },
                 Op::Evict(n, p) => Step::Evict { node: n % nodes, page: Page(p % pages) },
                 Op::Prefetch(n, p, write) => Step::Prefetch { node: n % nodes, page: Page(p % pages), write },
+                Op::Discard(n, p) => Step::Discard { node: n % nodes, page: Page(p % pages) },
                 Op::Pending(pick) => {
                     let pending: Vec<_> = cluster.pending().collect();
                     match pending.len() {
@@ -110,6 +113,73 @@ fn an_untouched_page_that_is_read_may_be_written_at_once() {
     assert_eq!(access(&mut cluster, 1, true), 0);
 }
 
+/// Messages of a discard by node `by`, after which the page is as at power-on.
+fn discard(cluster: &mut Cluster, by: usize) -> u64 {
+    let mut seen = Vec::new();
+    cluster.step_seen(Step::Discard { node: by, page: Page(0) }, &mut seen).unwrap();
+    while let Some(step) = { cluster.pending().next() } {
+        cluster.step_seen(step, &mut seen).unwrap();
+    }
+    cluster.check_rest().unwrap();
+    assert!(cluster.is_untouched(Page(0)));
+    assert_eq!(cluster.node(0).entry(Page(0)), Entry::Exclusive(NodeId(0)));
+    assert_eq!(seen.iter().filter(|seen| matches!(seen, Seen::Discarded { .. })).count(), 1);
+    seen.iter().filter(|seen| matches!(seen, Seen::Sent { .. })).count() as u64
+}
+
+#[test]
+fn a_discarded_page_is_as_at_power_on_whoever_had_it() {
+    let mut cluster = Cluster::new(4, 4);
+    for by in 0..3 {
+        let ask = if by == 0 { 0 } else { 2 };
+        access(&mut cluster, 0, true);
+        assert_eq!(discard(&mut cluster, by), ask, "at its home only");
+        access(&mut cluster, 1, true);
+        assert_eq!(discard(&mut cluster, by), ask + 2, "dirty at another node");
+        access(&mut cluster, 3, true);
+        access(&mut cluster, 0, false);
+        access(&mut cluster, 1, false);
+        assert_eq!(discard(&mut cluster, by), ask + 4, "shared by two others and the home");
+        assert_eq!(access(&mut cluster, 1, false), 2);
+        assert_eq!(access(&mut cluster, 1, true), 0, "granted like memory that nobody touched");
+    }
+}
+
+#[test]
+fn an_access_during_a_discard_finds_the_page_before_or_after_it() {
+    for by in 0..3 {
+        let mut cluster = Cluster::new(3, 3);
+        access(&mut cluster, 1, true);
+        cluster.step(Step::Discard { node: by, page: Page(0) }).unwrap();
+        for node in [0, 2] {
+            cluster.step(Step::Access { node, page: Page(0), write: true }).unwrap();
+        }
+        cluster.settle().unwrap();
+        assert!(!cluster.is_untouched(Page(0)));
+    }
+}
+
+#[test]
+fn a_run_is_discarded_in_one_message_and_its_parts_in_their_own() {
+    let homes = Arc::new(Homes::new([8, 8]));
+    let mut home = Protocol::new(NodeId(0), homes, 512, RunPolicy::NONE);
+    let mut out = Vec::new();
+    let said = |page, kind| Message { page: Page(page), kind };
+    home.message(NodeId(1), said(3, Kind::GetExclusive { run: 0 }), 0, &mut out).unwrap();
+    out.clear();
+    home.message(NodeId(1), said(1, Kind::Discard { run: 5 }), 0, &mut out).unwrap();
+    let sent = |page, kind| Effect::Send { to: NodeId(1), message: said(page, kind) };
+    let expected = [
+        Effect::Punch(Page(1), 2),
+        sent(1, Kind::Discarded { run: 1 }),
+        sent(3, Kind::Reclaim),
+        Effect::Punch(Page(4), 3),
+        sent(4, Kind::Discarded { run: 2 }),
+    ];
+    assert_eq!(out, expected);
+    assert!(home.message(NodeId(1), said(6, Kind::Discard { run: 2 }), 0, &mut out).is_err());
+}
+
 #[test]
 fn untouched_neighbours_come_with_one_round_trip() {
     let mut cluster = Cluster::with_homes(Homes::new([32, 1]), RunPolicy { first: 15, most: 15 });
@@ -136,6 +206,9 @@ fn what_no_sound_peer_sends_is_a_violation_and_never_a_panic() {
         Kind::PutShared,
         Kind::PutExclusive,
         Kind::PutAck,
+        Kind::Discard { run: 1 },
+        Kind::Reclaim,
+        Kind::Discarded { run: 0 },
     ];
     let mut violations = 0;
     for first in kinds {
@@ -155,7 +228,7 @@ fn what_no_sound_peer_sends_is_a_violation_and_never_a_panic() {
             }
         }
     }
-    assert!(violations > 200, "only {violations} of 432 pairs were refused");
+    assert!(violations > 200, "only {violations} of 675 pairs were refused");
 }
 
 /// A home that still holds the page which it has promised to another node.

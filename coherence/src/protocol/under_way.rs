@@ -9,9 +9,19 @@ use super::Rights;
 /// What another node wants of a copy that is here.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Demand {
-    Invalidate { requester: NodeId },
-    ForwardShared { requester: NodeId },
-    ForwardExclusive { requester: NodeId },
+    Invalidate {
+        requester: NodeId,
+    },
+    ForwardShared {
+        requester: NodeId,
+    },
+    ForwardExclusive {
+        requester: NodeId,
+    },
+    /// The home wants the page and not its content.
+    Reclaim {
+        requester: NodeId,
+    },
 }
 
 /// A page that this node asked for and does not have yet, or gave back and may not forget yet.
@@ -36,6 +46,8 @@ pub(super) struct Miss {
     pub(super) then_write: bool,
     /// No fault waits (yet): the page is not mapped when it comes.
     pub(super) prefetch: bool,
+    /// Not the content is wanted, but that nobody has any: who asked the home for that.
+    pub(super) discard: Option<NodeId>,
     /// What was asked of the page that is on its way.
     pub(super) deferred: Option<Demand>,
     /// How many pages that follow were asked for as well; no request of their own is made for them.

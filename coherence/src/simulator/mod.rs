@@ -1,7 +1,8 @@
 //! The production protocol at hundreds of nodes, in virtual time, by seed.
 //!
 //! Every node has a few CPUs that access memory one access at a time; messages take time, in order on a lane
-//! and in any order across lanes; some nodes are slow; pages are evicted and prefetched. One seed gives one
+//! and in any order across lanes; some nodes are slow; pages are evicted, prefetched and
+//! discarded. One seed gives one
 //! run, to the last step, on every machine: what breaks breaks again.
 //!
 //! After every step the [`Cluster`] checks that there is a single writer or many readers, that each access
@@ -51,6 +52,8 @@ pub struct Config {
     pub evictions: u16,
     /// Accesses after which a node prefetches a page.
     pub prefetches: u16,
+    /// Accesses after which a node discards a page.
+    pub discards: u16,
     /// Nodes whose messages take twenty times as long.
     pub slow_nodes: u16,
     /// How long a message takes, in the mean.
@@ -78,6 +81,7 @@ impl Config {
             eviction: Eviction::Clock,
             evictions: 3,
             prefetches: 10,
+            discards: 3,
             slow_nodes: 30,
             delay: 8_000,
             hold: 20_000,

@@ -24,6 +24,8 @@ pub struct Report {
     pub deferred: u64,
     /// Pages that were unmapped to see whether they are used.
     pub probes: u64,
+    /// Pages that were discarded.
+    pub discarded: u64,
     /// Pages that were given up to make room.
     pub evictions: u64,
     /// How often nothing was under way and the whole directory was compared with the nodes.
@@ -71,8 +73,8 @@ impl fmt::Display for Report {
         writeln!(f, "{:<18} {all:>10} {per_op:>12.4} {per_miss:>12.4}", "all")?;
         writeln!(
             f,
-            "{} demands waited for a held page; {} copies were evicted, {} probed",
-            self.deferred, self.evictions, self.probes
+            "{} demands waited for a held page; {} copies were evicted, {} probed; {} pages were discarded",
+            self.deferred, self.evictions, self.probes, self.discarded
         )?;
         let us = |ns: u64| ns as f64 / 1e3;
         writeln!(

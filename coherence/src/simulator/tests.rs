@@ -9,7 +9,7 @@ fn sixteen_nodes_keep_their_promises() {
     assert!(report.ops >= 60_000 && report.rests == 16);
     // Each way a miss can take was taken.
     assert!(report.messages[1..].iter().all(|&count| count > 0), "{:?}", report.messages);
-    assert!(report.deferred > 0 && report.evictions > 0);
+    assert!(report.deferred > 0 && report.evictions > 0 && report.discarded > 0);
 }
 
 #[test]
@@ -43,6 +43,7 @@ fn misses(copies: usize, eviction: Eviction) -> (u64, u64) {
         eviction,
         evictions: 0,
         prefetches: 0,
+        discards: 0,
         writes: 5,
         locality: 0,
         slow_nodes: 0,

@@ -164,6 +164,10 @@ impl World {
         if self.random.per_mille(self.config.evictions) {
             self.evict(node)?;
         }
+        if self.random.per_mille(self.config.discards) {
+            let page = self.workload.popular(&mut self.random);
+            self.step(Step::Discard { node, page }, Some(page))?;
+        }
         Ok(())
     }
 
@@ -225,6 +229,7 @@ impl World {
                 }
             }
             Seen::Deferred { .. } => self.report.deferred += 1,
+            Seen::Discarded { .. } => self.report.discarded += 1,
             Seen::Probed { .. } => self.report.probes += 1,
         }
         Ok(())

@@ -31,9 +31,11 @@ impl Core {
     fn carry_out(&mut self, effect: Effect, body: Body<'_>) -> Result<(), EngineError> {
         let failed = |what, page: Page| move |source| EngineError::Page { what, page: page.0, source };
         match effect {
-            Effect::Send { .. } | Effect::Hold(_) | Effect::Deferred(_) | Effect::Map(_, Rights::Shared) => {}
+            Effect::Send { .. } | Effect::Hold(_) | Effect::Deferred(_) | Effect::Discarded(..) => {}
+            Effect::Map(_, Rights::Shared) => {}
             // The bytes of a page that is to be sent must not change before.
-            Effect::Land(_) => self.flush()?,
+            Effect::Clear(page) if !self.outbox.has(page) => {}
+            Effect::Land(_) | Effect::Clear(_) => self.flush()?,
             // Nor may a page be mapped after it was to lose rights.
             Effect::Protect(_) | Effect::Unmap(..) | Effect::Probe(_) => self.map_gathered()?,
             _ => self.settle()?,
@@ -66,7 +68,13 @@ impl Core {
                 let address = self.memory.guest_address(page);
                 let len = PAGE_SIZE as u64;
                 let shared = rights == Rights::Shared;
-                if self.uffd.map(address, len, shared).map_err(failed("mapping", page))? == 0 {
+                let mut mapped = self.uffd.map(address, len, shared);
+                if self.home.contains(&page.0) && mapped.as_ref().is_err_and(is_absent) {
+                    // Its frame was given up after the event.
+                    self.memory.ensure_frame(page);
+                    mapped = self.uffd.map(address, len, shared);
+                }
+                if mapped.map_err(failed("mapping", page))? == 0 {
                     // Mapped already: set its rights and wake who waited.
                     self.uffd.protect(address, len, shared).map_err(failed("protecting", page))?;
                     self.uffd.wake(address, len).map_err(failed("waking the waiters", page))?;
@@ -122,6 +130,19 @@ impl Core {
                     self.collect_garbage()?;
                 }
             }
+            Effect::Clear(page) => {
+                // SAFETY: the protocol clears only pages that are not mapped, and only this shard writes its pages.
+                unsafe { self.memory.fill(page, None) };
+            }
+            Effect::Punch(first, count) => {
+                trace::event(Event::Unmap, first.0, u64::from(count));
+                for page in (first.0..first.0 + u64::from(count)).map(Page) {
+                    self.untouched.remove(page);
+                }
+                self.memory.free(first, count.into()).map_err(failed("giving up the frame", first))?;
+                ShardStats::add(&self.stats.discarded, count.into());
+            }
+            Effect::Discarded(first, count) => self.discards.done(first, count),
             Effect::Hold(page) => {
                 // The page was mapped just before for who waited, unless it came ahead of its need.
                 let mapped = self.untouched.get(page).is_none();
@@ -214,7 +235,7 @@ impl Core {
     pub(super) fn collect_garbage(&mut self) -> Result<(), EngineError> {
         while let Some(page) = self.garbage.pop() {
             if self.protocol.is_garbage(page) {
-                self.memory.free(page).map_err(|source| EngineError::Page {
+                self.memory.free(page, 1).map_err(|source| EngineError::Page {
                     what: "freeing the frame",
                     page: page.0,
                     source,
@@ -223,6 +244,11 @@ impl Core {
         }
         Ok(())
     }
+}
+
+/// Whether a page could not be mapped because it has no frame.
+fn is_absent(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
 }
 
 /// Whether a frame holds nothing but zeroes.

@@ -1,0 +1,77 @@
+//! Giving up content that nobody needs: [`Engine::discard`], for the balloon.
+
+use std::ops::Range;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Sender, unbounded};
+
+use super::Engine;
+use super::shard::Request;
+use crate::page::{BLOCK, Page};
+
+/// Pages were not discarded: the engine has ended or takes too long.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("memory that the guest does not need could not be given up: the coherence engine does not answer")]
+pub struct DiscardError;
+
+impl Engine {
+    /// Nobody needs what is in `pages`, ranges in order that do not overlap: gives up their frames, at their homes and
+    /// wherever copies are, and returns when that is done, at every node. They are zero then, except those that somebody
+    /// used meanwhile.
+    ///
+    /// One call works at a time; then it waits `limit` at most. Not for a thread for which the engine may have to wait.
+    ///
+    /// # Errors
+    /// [`DiscardError`]; some of the pages may have been given up, or be so later.
+    pub fn discard(&self, pages: &[Range<u64>], limit: Duration) -> Result<(), DiscardError> {
+        let _turn = self.discarding.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadline = Instant::now() + limit;
+        let (done, answers) = unbounded();
+        let (mut parts, mut asked) = (0, 0);
+        for range in pages {
+            let mut rest = range.start.max(asked)..range.end.min(self.homes.pages());
+            while !rest.is_empty() {
+                let end = self.homes.range(self.homes.home(Page(rest.start))).end;
+                let end = rest.end.min(end).min((rest.start / BLOCK + 1) * BLOCK);
+                let door = &self.doors[usize::from(self.shards.shard(Page(rest.start)))];
+                door.requests
+                    .send(Request::Discard(rest.start..end, done.clone()))
+                    .map_err(|_| DiscardError)?;
+                // A full eventfd wakes as well.
+                let _ = door.bell.write(1);
+                (parts, asked, rest.start) = (parts + 1, end, end);
+            }
+        }
+        drop(done);
+        (0..parts).try_for_each(|_| answers.recv_deadline(deadline).map_err(|_| DiscardError))
+    }
+}
+
+/// A shard's part of it: who waits for which pages.
+#[derive(Default)]
+pub struct Discards(Vec<Discard>);
+
+struct Discard {
+    pages: Range<u64>,
+    left: u64,
+    done: Sender<()>,
+}
+
+impl Discards {
+    /// Somebody waits until all of `pages` are done.
+    pub fn begin(&mut self, pages: Range<u64>, done: Sender<()>) {
+        self.0.push(Discard { left: pages.end - pages.start, pages, done });
+    }
+
+    /// So many pages are done.
+    pub fn done(&mut self, first: Page, count: u16) {
+        let waits = |discard: &Discard| discard.pages.contains(&first.0) && discard.left > 0;
+        let Some(at) = self.0.iter().position(waits) else { return };
+        self.0[at].left = self.0[at].left.saturating_sub(count.into());
+        if self.0[at].left == 0 {
+            // Who waited may have given up.
+            let _ = self.0.remove(at).done.send(());
+        }
+    }
+}
