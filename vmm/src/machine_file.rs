@@ -43,7 +43,20 @@
 //! mac = "02:00:00:00:00:07"           # default: made from the names of machine, node and interface
 //! queues = 2                          # pairs of queues; default 1
 //!
+//! [[console]]                         # a second console, hvc0 in the guest
+//! socket = "/run/console.sock"        # a Unix socket made on its node's host; relative to this file
+//! node = "n1"                         # default: the first node
+//!
+//! [[channel]]                         # between a program in the guest and one on its node's host
+//! name = "org.qemu.guest_agent.0"     # /dev/virtio-ports/NAME in the guest
+//! socket = "/run/agent.sock"          # a Unix socket made on its node's host; relative to this file
+//! node = "n1"                         # default: the first node
+//!
 //! [entropy]                           # random numbers from the host
+//! node = "n0"                         # default: the first node
+//!
+//! [balloon]                           # takes back memory that the guest does not use
+//! size = "512M"                       # and so much that it does use; default 0
 //! node = "n0"                         # default: the first node
 //! ```
 
@@ -84,7 +97,27 @@ struct FileForm {
     disk: Vec<DiskForm>,
     #[serde(default)]
     net: Vec<NetForm>,
+    #[serde(default)]
+    console: Vec<ConsoleForm>,
+    #[serde(default)]
+    channel: Vec<ChannelForm>,
     entropy: Option<EntropyForm>,
+    balloon: Option<BalloonForm>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConsoleForm {
+    socket: PathBuf,
+    node: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChannelForm {
+    name: String,
+    socket: PathBuf,
+    node: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -110,6 +143,13 @@ struct DiskForm {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct EntropyForm {
+    node: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BalloonForm {
+    size: Option<SizeForm>,
     node: Option<String>,
 }
 
@@ -173,7 +213,7 @@ pub fn read(path: &Path) -> Result<MachineConfig, ConfigError> {
     config.kernel = beside(folder, config.kernel);
     config.initrd = config.initrd.map(|initrd| beside(folder, initrd));
     for device in &mut config.devices {
-        if let Kind::Disk { path, .. } = &mut device.kind {
+        if let Kind::Disk { path, .. } | Kind::Console { socket: path, .. } = &mut device.kind {
             *path = beside(folder, std::mem::take(path));
         }
     }
@@ -197,6 +237,8 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         None => Ok(default),
         Some(value) => parse_duration(&value).map_err(|error| ConfigError(format!("{key}: {error}"))),
     };
+    let mut devices = devices(form.disk, form.net, form.entropy, form.balloon)?;
+    devices.extend(ports(form.console, form.channel));
     Ok(MachineConfig {
         name: form.name.unwrap_or(default.name),
         kernel: form.kernel.unwrap_or_default(),
@@ -204,7 +246,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         cmdline: form.cmdline.unwrap_or(default.cmdline),
         listen: form.listen,
         nodes: form.node.into_iter().map(node).collect::<Result<_, _>>()?,
-        devices: devices(form.disk, form.net, form.entropy)?,
+        devices,
         distances: form.distances,
         silence: duration("silence", form.silence, default.silence)?,
         shards: form.shards.or(default.shards),
@@ -224,6 +266,7 @@ fn devices(
     disks: Vec<DiskForm>,
     cards: Vec<NetForm>,
     entropy: Option<EntropyForm>,
+    balloon: Option<BalloonForm>,
 ) -> Result<Vec<PeripheralConfig>, ConfigError> {
     let disk = |DiskForm { path, node, readonly, serial, queues }| PeripheralConfig {
         node,
@@ -235,15 +278,35 @@ fn devices(
         devices.push(PeripheralConfig { node, kind: Kind::Net { tap, mac, queues } });
     }
     devices.extend(entropy.map(|form| PeripheralConfig { node: form.node, kind: Kind::Entropy }));
+    if let Some(BalloonForm { size, node }) = balloon {
+        let size = size.as_ref().map(SizeForm::bytes).transpose()?.unwrap_or(0);
+        devices.push(PeripheralConfig { node, kind: Kind::Balloon { size } });
+    }
     Ok(devices)
+}
+
+fn ports(consoles: Vec<ConsoleForm>, channels: Vec<ChannelForm>) -> impl Iterator<Item = PeripheralConfig> {
+    let console =
+        |ConsoleForm { socket, node }| PeripheralConfig { node, kind: Kind::Console { socket, name: None } };
+    let channel = |ChannelForm { name, socket, node }| PeripheralConfig {
+        node,
+        kind: Kind::Console { socket, name: Some(name) },
+    };
+    consoles.into_iter().map(console).chain(channels.into_iter().map(channel))
+}
+
+impl SizeForm {
+    fn bytes(&self) -> Result<u64, ConfigError> {
+        match self {
+            SizeForm::Bytes(bytes) => Ok(*bytes),
+            SizeForm::Text(text) => parse_size(text),
+        }
+    }
 }
 
 fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
     let at = |error: ConfigError| ConfigError(format!("node {:?}: {error}", form.name));
-    let size = |form: &SizeForm| match form {
-        SizeForm::Bytes(bytes) => Ok(*bytes),
-        SizeForm::Text(text) => parse_size(text).map_err(at),
-    };
+    let size = |form: &SizeForm| form.bytes().map_err(at);
     let memory = size(&form.memory)?;
     let budget = form.budget.as_ref().map(size).transpose()?;
     let rails = match &form.fabric {
@@ -315,6 +378,15 @@ mod tests {
         tap = "tap0"
         mac = "02:00:00:00:00:07"
         [entropy]
+        [balloon]
+        size = "64M"
+        node = "n1"
+        [[console]]
+        socket = "/run/console.sock"
+        [[channel]]
+        name = "agent"
+        socket = "/run/agent.sock"
+        node = "n1"
     "#;
 
     fn refusal(text: &str) -> String {
@@ -346,6 +418,16 @@ mod tests {
         let net = Kind::Net { tap: "tap0".into(), mac: Some([2, 0, 0, 0, 0, 7]), queues: None };
         assert_eq!(config.devices[1], PeripheralConfig { node: None, kind: net });
         assert_eq!(config.devices[2], PeripheralConfig { node: None, kind: Kind::Entropy });
+        let balloon = Kind::Balloon { size: 64 << 20 };
+        assert_eq!(config.devices[3], PeripheralConfig { node: Some("n1".into()), kind: balloon });
+        let port = |socket: &str, name: Option<&str>| Kind::Console {
+            socket: socket.into(),
+            name: name.map(Into::into),
+        };
+        let console = PeripheralConfig { node: None, kind: port("/run/console.sock", None) };
+        let channel =
+            PeripheralConfig { node: Some("n1".into()), kind: port("/run/agent.sock", Some("agent")) };
+        assert_eq!(config.devices[4..], [console, channel]);
         assert_eq!(config.check(), Ok(()));
     }
 

@@ -9,9 +9,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigError, MachineConfig};
+use crate::config::{ConfigError, MachineConfig, parse_size};
 use crate::seed::fnv;
 use crate::virtio::block::{MAX_QUEUES, SERIAL_LEN};
+use crate::virtio::console::MAX_NAME as MAX_CHANNEL;
 use crate::virtio::net::MAX_PAIRS;
 use crate::virtio::net::tap::MAX_NAME;
 
@@ -53,6 +54,18 @@ pub enum Kind {
     },
     /// A source of random numbers.
     Entropy,
+    /// A second console, at a Unix socket of its node's host; or, with a name, a channel to a program there.
+    Console {
+        /// The socket.
+        socket: PathBuf,
+        /// The channel's name in the guest.
+        name: Option<String>,
+    },
+    /// Takes back memory that the guest does not use.
+    Balloon {
+        /// Bytes that it takes from the guest even if they are used, as far as the guest can do without.
+        size: u64,
+    },
 }
 
 /// A device as its owner asks for it.
@@ -118,6 +131,9 @@ pub fn place(machine: &MachineConfig) -> Result<Vec<Peripheral>, ConfigError> {
         check(&kind)?;
         placed.push(Peripheral { node: node as u16, slot: slot as u8, kind });
     }
+    if placed.iter().filter(|device| matches!(device.kind, Kind::Balloon { .. })).count() > 1 {
+        return wrong("a machine has one balloon at most: it is for the memory of all nodes");
+    }
     Ok(placed)
 }
 
@@ -147,7 +163,23 @@ fn check(kind: &Kind) -> Result<(), ConfigError> {
             }
             queues.map(|queues| (queues, MAX_PAIRS))
         }
-        Kind::Seed { .. } | Kind::Entropy => None,
+        Kind::Console { socket, name } => {
+            if socket.as_os_str().is_empty() {
+                return wrong("a console or channel has no socket: name one, such as /run/guest.sock");
+            }
+            if let Some(name) = name
+                && (name.is_empty()
+                    || name.len() > MAX_CHANNEL
+                    || !name.bytes().all(|b| b.is_ascii_graphic()))
+            {
+                return wrong(format!(
+                    "{name:?} cannot be a channel's name: use 1 to {MAX_CHANNEL} letters, digits and signs, as in \
+                     org.qemu.guest_agent.0"
+                ));
+            }
+            None
+        }
+        Kind::Seed { .. } | Kind::Entropy | Kind::Balloon { .. } => None,
     };
     match queues {
         Some((queues, most)) if !(1..=most).contains(&queues) => {
@@ -217,6 +249,59 @@ pub fn parse_disk(text: &str) -> Result<PeripheralConfig, ConfigError> {
         }
     }
     Ok(PeripheralConfig { node, kind: Kind::Disk { path, readonly, serial, queues } })
+}
+
+/// A console from `SOCKET[,node=NAME]`.
+///
+/// # Errors
+/// One sentence with the form that is understood.
+pub fn parse_console(text: &str) -> Result<PeripheralConfig, ConfigError> {
+    let (socket, node) = socket_and_node("console", text)?;
+    Ok(PeripheralConfig { node, kind: Kind::Console { socket, name: None } })
+}
+
+/// A channel from `NAME=SOCKET[,node=NAME]`.
+///
+/// # Errors
+/// One sentence with the form that is understood.
+pub fn parse_channel(text: &str) -> Result<PeripheralConfig, ConfigError> {
+    let Some((name, rest)) = text.split_once('=') else {
+        return wrong(format!(
+            "{text:?} is no channel: write for example org.qemu.guest_agent.0=/run/agent.sock"
+        ));
+    };
+    let (socket, node) = socket_and_node("channel", rest)?;
+    Ok(PeripheralConfig { node, kind: Kind::Console { socket, name: Some(name.into()) } })
+}
+
+fn socket_and_node(what: &str, text: &str) -> Result<(PathBuf, Option<String>), ConfigError> {
+    let mut parts = text.split(',');
+    let (socket, mut node) = (PathBuf::from(parts.next().unwrap_or_default()), None);
+    for part in parts {
+        match part.split_once('=') {
+            Some(("node", name)) => node = Some(name.to_owned()),
+            _ => {
+                return wrong(format!("a {what} has no {part:?}: write for example /run/guest.sock,node=n1"));
+            }
+        }
+    }
+    Ok((socket, node))
+}
+
+/// A balloon from `[SIZE][,node=NAME]`, the size as for memory; 0 if there is none.
+///
+/// # Errors
+/// One sentence with the form that is understood.
+pub fn parse_balloon(text: &str) -> Result<PeripheralConfig, ConfigError> {
+    let (mut size, mut node) = (0, None);
+    for part in text.split(',').filter(|part| !part.is_empty()) {
+        match part.split_once('=') {
+            None => size = parse_size(part)?,
+            Some(("node", name)) => node = Some(name.to_owned()),
+            _ => return wrong(format!("a balloon has no {part:?}: write for example 512M,node=n1")),
+        }
+    }
+    Ok(PeripheralConfig { node, kind: Kind::Balloon { size } })
 }
 
 fn number(text: &str) -> Result<u16, ConfigError> {
@@ -322,6 +407,39 @@ mod tests {
             let said = place(&MachineConfig { devices, ..machine(&[]) }).unwrap_err().0;
             assert!(said.contains(part), "{said:?} does not contain {part:?}");
         }
+    }
+
+    #[test]
+    fn consoles_and_channels_have_sockets_and_channels_names() {
+        let kind = |name: Option<&str>| Kind::Console { socket: "/run/s".into(), name: name.map(Into::into) };
+        let console = parse_console("/run/s,node=n1").unwrap();
+        assert_eq!(console, PeripheralConfig { node: Some("n1".into()), kind: kind(None) });
+        let channel = parse_channel("org.qemu.guest_agent.0=/run/s").unwrap();
+        assert_eq!(channel, PeripheralConfig { node: None, kind: kind(Some("org.qemu.guest_agent.0")) });
+        assert!(parse_channel("/run/s").unwrap_err().0.contains("no channel"));
+        assert!(parse_console("/run/s,colour=red").unwrap_err().0.contains("colour"));
+        for (device, part) in [
+            (parse_console(""), "no socket"),
+            (parse_channel("a="), "no socket"),
+            (parse_channel("a name=s"), "channel's name"),
+            (parse_channel("=s"), "channel's name"),
+        ] {
+            let said =
+                place(&MachineConfig { devices: vec![device.unwrap()], ..machine(&[]) }).unwrap_err().0;
+            assert!(said.contains(part), "{said:?} does not contain {part:?}");
+        }
+    }
+
+    #[test]
+    fn a_machine_has_one_balloon_for_all_its_memory() {
+        let balloon = parse_balloon("512M,node=n1").unwrap();
+        let expected = PeripheralConfig { node: Some("n1".into()), kind: Kind::Balloon { size: 512 << 20 } };
+        assert_eq!(balloon, expected);
+        assert_eq!(parse_balloon("").unwrap().kind, Kind::Balloon { size: 0 });
+        assert!(parse_balloon("colour=red").unwrap_err().0.contains("colour"));
+        let devices = vec![balloon.clone(), balloon];
+        let said = place(&MachineConfig { devices, ..machine(&[]) }).unwrap_err().0;
+        assert!(said.contains("one balloon"), "{said}");
     }
 
     #[test]

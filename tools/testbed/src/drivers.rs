@@ -22,6 +22,7 @@ const ORDER: &[&str] = &[
     "rng-core",
     "virtio-rng",
     "virtio_balloon",
+    "virtio_console",
 ];
 
 /// The archive: `modules/<release>/<name>.ko`, and `modules/<release>/order` with their names.

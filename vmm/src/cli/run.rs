@@ -20,7 +20,9 @@ use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
 use crate::keys::{KeyFile, MachineKey};
 use crate::machine_file::{self, parse_fabric};
-use crate::peripherals::{Kind, PeripheralConfig, parse_disk, parse_net};
+use crate::peripherals::{
+    Kind, PeripheralConfig, parse_balloon, parse_channel, parse_console, parse_disk, parse_net,
+};
 use crate::rdma::FabricKind;
 use crate::seed::Seed;
 use crate::terminal::{self, Output};
@@ -88,6 +90,16 @@ pub struct RunArgs {
     /// Give the guest the host's random numbers
     #[arg(long)]
     entropy: bool,
+    /// A second console, at a Unix socket made on its node's host: SOCKET[,node=NAME]; give it once per console
+    #[arg(long, value_name = "SOCKET[,node=NAME]", value_parser = parse_console)]
+    console: Vec<PeripheralConfig>,
+    /// A channel to a program in the guest, such as an agent: NAME=SOCKET[,node=NAME]; give it once per channel
+    #[arg(long, value_name = "NAME=SOCKET[,node=NAME]", value_parser = parse_channel)]
+    channel: Vec<PeripheralConfig>,
+    /// Take back memory that the guest does not use, and SIZE (default 0) that it does: [SIZE][,node=NAME]
+    #[arg(long, value_name = "SIZE[,node=NAME]", value_parser = parse_balloon, num_args = 0..=1,
+          default_missing_value = "")]
+    balloon: Option<PeripheralConfig>,
     /// A node that says nothing for so long is lost
     #[arg(long, value_parser = parse_duration)]
     silence: Option<Duration>,
@@ -260,6 +272,7 @@ impl RunArgs {
         if self.entropy {
             config.devices.push(PeripheralConfig { node: None, kind: Kind::Entropy });
         }
+        config.devices.extend(self.console.iter().chain(&self.channel).chain(&self.balloon).cloned());
         config.listen = self.listen.or(config.listen);
         config.shards = self.shards.or(config.shards);
         config.initrd = self.initrd.clone().or(config.initrd);

@@ -138,7 +138,8 @@ impl Node {
         };
         let idle = Idle::default();
         if machine.spec.pci {
-            let bus = peripherals::root_bus(assignment.node, &machine.devices, &ram, &router, &idle)?;
+            let bus =
+                peripherals::root_bus(assignment.node, &machine.devices, &ram, &layout, &router, &idle)?;
             local.pci = bus.map(Arc::new);
         }
         let local = Arc::new(local);

@@ -1,12 +1,18 @@
 //! Guest RAM as devices reach it: the node's guest view.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Context;
 use coherence::memory::DualMemory;
 use firmware::Layout;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
+
+use super::chain::Buffers;
 
 /// Guest RAM by guest physical address. Clones are the same memory.
 ///
@@ -49,6 +55,20 @@ impl GuestRam {
     /// Memory that is not coherent with anything, for tests.
     pub fn plain(map: GuestMemoryMmap) -> GuestRam {
         GuestRam { map: Arc::new(map), _memory: None }
+    }
+
+    /// Where buffers of it are, by guest physical address.
+    pub fn addresses(&self, buffers: &Buffers) -> Vec<Range<u64>> {
+        let address = |buffer: &libc::iovec| {
+            let host = buffer.iov_base as u64;
+            self.map.iter().find_map(|region| {
+                let start = region.get_host_address(MemoryRegionAddress(0)).ok()? as u64;
+                let offset = host.checked_sub(start).filter(|offset| *offset < region.len())?;
+                let gpa = region.start_addr().0 + offset;
+                Some(gpa..gpa + buffer.iov_len as u64)
+            })
+        };
+        buffers.iovecs().iter().filter_map(address).collect()
     }
 
     /// By address.

@@ -12,7 +12,9 @@
 //! | [`memory`] | guest RAM as devices reach it |
 //! | [`block`] | disks |
 //! | [`net`] | network cards |
+//! | [`console`] | consoles, and channels to programs on the host |
 //! | [`entropy`] | random numbers |
+//! | [`balloon`] | memory that the guest does not use |
 //!
 //! The way of one request: the driver, on any node, puts a chain of buffers into the queue and writes the doorbell ->
 //! the write reaches the device's node ([`crate::router::devices`]; nobody waits for it) and rings the queue's bell ->
@@ -30,8 +32,10 @@
 //! Vcpu threads only touch registers: they never wait for a worker, for guest memory or for I/O. Workers hold no lock
 //! while they touch guest memory.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod console;
 pub mod entropy;
 pub mod memory;
 pub mod net;

@@ -1,5 +1,6 @@
 //! A virtqueue at work, owned by the thread that serves it.
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
@@ -26,6 +27,20 @@ pub enum QueueError {
     /// The rings themselves do not make sense.
     #[error("its queue is not sound ({0})")]
     Ring(virtio_queue::Error),
+}
+
+/// Puts the queue's thread to sleep until its bell rings, which is hushed then, or one of `files` can be read.
+pub fn sleep(queue: &LiveQueue, files: impl IntoIterator<Item = RawFd>) {
+    queue.idle();
+    let wanted = std::iter::once(queue.bell().as_raw_fd()).chain(files);
+    let mut fds: Vec<libc::pollfd> =
+        wanted.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
+    // SAFETY: the kernel reads and writes as many entries as there are; a descriptor that is not open is an answer.
+    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+    // Interrupted at worst, and then looking for news does no harm.
+    if fds[0].revents != 0 {
+        let _ = queue.bell().read();
+    }
 }
 
 /// How a device speaks up.

@@ -1,0 +1,102 @@
+//! Bytes from the guest.
+
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::port::Port;
+use crate::virtio::LiveQueue;
+use crate::virtio::chain::Chain;
+use crate::virtio::queue::QueueError;
+
+/// Bytes that are written to the socket at once.
+const PIECE: u64 = 4096;
+/// A channel's reader that takes nothing for so long is disconnected.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Writes what the driver puts into the queue to whoever is connected, until it is stopped. A driver that is not sound
+/// gives the device up.
+pub fn run(mut queue: LiveQueue, port: &Port, console: bool) {
+    if let Err(error) = work(&mut queue, port, console) {
+        queue.signals().give_up(&error.to_string());
+    }
+}
+
+fn work(queue: &mut LiveQueue, port: &Port, console: bool) -> Result<(), QueueError> {
+    let memory = queue.memory().clone();
+    loop {
+        queue.hush()?;
+        while let Some(mut chain) = queue.pop(&memory)? {
+            write(queue, port, console, &mut chain);
+            queue.push(chain.head, 0)?;
+            if queue.stopped() {
+                return Ok(());
+            }
+        }
+        if !queue.ask()? && !queue.wait() {
+            return Ok(());
+        }
+    }
+}
+
+fn write(queue: &LiveQueue, port: &Port, console: bool, chain: &mut Chain) {
+    let mut piece = [0; PIECE as usize];
+    while !chain.readable.is_empty() && !queue.stopped() {
+        let len = chain.readable.take(PIECE).read(&mut piece);
+        if !write_piece(queue, port, console, &piece[..len]) {
+            return;
+        }
+    }
+}
+
+/// Whether the next piece may be taken as well.
+fn write_piece(queue: &LiveQueue, port: &Port, console: bool, mut bytes: &[u8]) -> bool {
+    if console && port.keep(bytes) {
+        return true;
+    }
+    let Some(stream) = port.connected() else { return false };
+    let mut deadline = Instant::now() + PATIENCE;
+    while !bytes.is_empty() {
+        match port.write(&stream, bytes) {
+            Err(_) => return false,
+            // The rest is lost: who holds a console up holds the guest up.
+            Ok(len) if console && len < bytes.len() => return false,
+            Ok(0) if Instant::now() >= deadline => {
+                let name = &queue.signals().name;
+                tracing::warn!("{name}: whoever is connected reads nothing, and is disconnected");
+                port.disconnect(&stream);
+                return false;
+            }
+            Ok(0) => {
+                if !wait_for_room(queue, &stream, deadline) {
+                    return false;
+                }
+            }
+            Ok(len) => {
+                bytes = &bytes[len..];
+                deadline = Instant::now() + PATIENCE;
+            }
+        }
+    }
+    true
+}
+
+/// Waits until the stream takes more, or the deadline; `false` if it is time to end.
+fn wait_for_room(queue: &LiveQueue, stream: &std::os::unix::net::UnixStream, deadline: Instant) -> bool {
+    queue.idle();
+    // SAFETY: the queue owns the bell and outlives this call.
+    let bell = unsafe { std::os::fd::BorrowedFd::borrow_raw(queue.bell().as_raw_fd()) };
+    let mut fds = [
+        PollFd::new(bell, PollFlags::POLLIN),
+        PollFd::new(std::os::fd::AsFd::as_fd(stream), PollFlags::POLLOUT),
+    ];
+    let left = deadline.saturating_duration_since(Instant::now());
+    // Interrupted at worst, and then looking does no harm.
+    let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+    if fds[0].any() == Some(true) {
+        // Requests are looked for in any case when this one is done.
+        let _ = queue.bell().read();
+    }
+    !queue.stopped()
+}
