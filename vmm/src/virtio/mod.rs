@@ -37,11 +37,15 @@ pub mod block;
 pub mod chain;
 pub mod console;
 pub mod entropy;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+#[cfg(any(test, fuzzing))]
+mod hostile;
 pub mod memory;
 pub mod net;
 pub mod queue;
 pub mod registers;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod testing;
 pub mod transport;
 pub mod workers;

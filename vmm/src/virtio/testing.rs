@@ -1,6 +1,5 @@
 //! A small driver for tests: sets a device up through its registers, as Linux does, and puts requests into its queues.
 
-use std::io::Write;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -59,6 +58,11 @@ impl Driver {
         };
         let transport = Arc::new(Transport::new("the device", device, 0xc000_0000, &around).unwrap());
         Driver { transport, memory, messages, indices: vec![(0, 0); queues] }
+    }
+
+    /// Interrupts that came until now are of no interest.
+    pub fn forget(&self) {
+        while self.messages.try_recv().is_ok() {}
     }
 
     /// Sets everything up; accepts `features` beside those of the transport (version 1 and indirect buffers).
@@ -239,10 +243,11 @@ pub fn rings(queue: u16) -> [u64; 3] {
 }
 
 /// A file of `sectors` sectors, sector n full of n + 1.
+#[cfg(test)]
 pub fn image(sectors: u8) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     for sector in 0..sectors {
-        file.write_all(&[sector + 1; 512]).unwrap();
+        std::io::Write::write_all(&mut file, &[sector + 1; 512]).unwrap();
     }
     file
 }

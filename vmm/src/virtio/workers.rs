@@ -56,8 +56,9 @@ impl Workers {
             return false;
         }
         for thread in self.threads.drain(..) {
-            // A panic there has been printed.
-            let _ = thread.join();
+            // A panic there has been printed, and is a mistake in this program whatever the driver did.
+            let joined = thread.join();
+            debug_assert!(joined.is_ok(), "a thread of {} panicked", self.name);
         }
         // A new flag: the old one stays as it is for whoever still looks at it.
         self.stop = Arc::default();

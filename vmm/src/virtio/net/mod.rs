@@ -36,6 +36,8 @@ const CONTROL_SIZE: u16 = 64;
 pub const MAX_PAIRS: u16 = 32;
 /// Bytes of the header before each packet (5.1.6).
 pub const HEADER: usize = 12;
+/// The largest packet with its header: a segment of 64 KiB that nobody has cut yet, and its Ethernet header.
+const LARGEST: usize = HEADER + 14 + 4 + 65536;
 
 /// What packets come from and go to. Its files are not to block.
 pub trait Port: Send + Sync {

@@ -7,13 +7,11 @@ use std::sync::Arc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::transmit::is_gone;
-use super::{Cable, HEADER, Port};
+use super::{Cable, HEADER, LARGEST, Port};
 use crate::virtio::LiveQueue;
 use crate::virtio::chain::Buffers;
 use crate::virtio::queue::QueueError;
 
-/// The largest packet with its header: a segment of 64 KiB that the host has not cut, and its Ethernet header.
-const LARGEST: usize = HEADER + 14 + 4 + 65536;
 /// Offset of the number of buffers in the header.
 const NUM_BUFFERS: usize = 10;
 

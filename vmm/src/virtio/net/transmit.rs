@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use super::{Cable, HEADER, Port};
+use super::{Cable, HEADER, LARGEST, Port};
 use crate::virtio::LiveQueue;
 use crate::virtio::chain::Chain;
 
@@ -26,7 +26,8 @@ pub fn run(queue: LiveQueue, port: &dyn Port, pair: u16, cable: &Cable) {
 /// Sends a packet. One that the host does not take is lost, as on a wire.
 fn send(chain: &Chain, port: &dyn Port, pair: u16) -> io::Result<()> {
     let buffers = chain.readable.iovecs();
-    if chain.readable.len() <= HEADER as u64 || buffers.len() > MOST_BUFFERS {
+    let fits = HEADER as u64 + 1..=LARGEST as u64;
+    if !fits.contains(&chain.readable.len()) || buffers.len() > MOST_BUFFERS {
         return Ok(());
     }
     // SAFETY: the buffers are guest memory, mapped for as long as `chain` lives; the kernel only reads them.
