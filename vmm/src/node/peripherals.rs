@@ -129,7 +129,7 @@ fn device(kind: &Kind, give_up: &GiveUp) -> anyhow::Result<(String, Box<dyn Devi
         Kind::Console { socket, name } => {
             let port = Port::bind(socket)?;
             match name {
-                None => (format!("console {}", socket.display()), Box::new(Console::console(port))),
+                None => (format!("console {}", socket.display()), Box::new(Console::terminal(port))),
                 Some(name) => (format!("channel {name}"), Box::new(Console::channel(port, name))),
             }
         }

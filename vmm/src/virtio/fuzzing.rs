@@ -119,7 +119,7 @@ pub fn console(data: &[u8]) {
     let address = SocketAddr::from_abstract_name(name).expect("a short name");
     let listener = UnixListener::bind_addr(&address).expect("a new name");
     let port = HostPort::listening(listener).expect("the listener can be told not to block");
-    let device = if named { Console::channel(port, "name") } else { Console::console(port) };
+    let device = if named { Console::channel(port, "name") } else { Console::terminal(port) };
     // Programs come, write, read and go.
     let mut stream: Option<UnixStream> = None;
     let outside = |input: &mut Input| match input.byte() % 4 {

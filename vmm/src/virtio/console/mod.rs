@@ -50,7 +50,7 @@ pub struct Console {
 
 impl Console {
     /// A console at whose other end is `port`.
-    pub fn console(port: Port) -> Console {
+    pub fn terminal(port: Port) -> Console {
         Console { port: Arc::new(port), name: None }
     }
 

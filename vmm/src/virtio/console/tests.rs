@@ -19,7 +19,7 @@ fn guest(name: Option<&str>, features: u64) -> Guest {
     let path = folder.path().join("port");
     let port = Port::bind(&path).unwrap();
     let device = match name {
-        None => Console::console(port),
+        None => Console::terminal(port),
         Some(name) => Console::channel(port, name),
     };
     let mut driver = Driver::new(Box::new(device));
@@ -58,7 +58,7 @@ fn read(stream: &mut UnixStream, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_console_carries_bytes_both_ways_and_over_a_reboot() {
+fn a_console_carries_bytes_both_ways_and_over_a_reset() {
     let mut guest = guest(None, 0);
     let mut host = connect(&guest.path);
     host.write_all(b"root\n").unwrap();
