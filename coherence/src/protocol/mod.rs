@@ -15,10 +15,10 @@
 //!
 //! # The directory is exact
 //! A node never drops a copy silently: it puts it ([`Kind::PutShared`], [`Kind::PutExclusive`]) and forgets
-//! the page only when the home has acknowledged. So an Invalidate or Forward that finds a miss under way
+//! the page only when the home has acknowledged. So an Invalidate, Forward or Reclaim that finds a miss under way
 //! can be told apart:
 //!
-//! | waiting for | Invalidate arrives | Forward arrives |
+//! | waiting for | Invalidate arrives | Forward or Reclaim arrives |
 //! |---|---|---|
 //! | Shared | it is for the copy on its way to us: answered after it came | cannot be |
 //! | Exclusive | it is for the copy we still have: answered at once | for the page on its way: answered after it came |

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
 # kernel command line lists: online, report, drivers, devices, disks, network,
-# fill, memory, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
+# fill, occupy, vacate, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
 #
 #   GESTALT-MARK <event>           something happened now
 #   GESTALT-REPORT <key>=<value>   a fact
@@ -151,20 +151,22 @@ fill() {
     if [ -z "$failed" ]; then say fill ok; else say fill "wrong:$failed"; fi
 }
 
-# Fills memory of every node from a CPU there, frees it, and gives the balloon time to report it.
-memory() {
+# Takes memory of every node.
+occupy() {
     for dir in /sys/devices/system/node/node[0-9]*; do
-        cpu=$(sed 's/[-,].*//' "$dir/cpulist")
-        [ -n "$cpu" ] || continue
-        taskset -c "$cpu" dd if=/dev/urandom of="/dev/shm/${dir##*/}" bs=1M count=64 2>/dev/null
+        node=${dir##*node}
+        mkdir -p "/occupied/$node"
+        mount -t tmpfs -o "mpol=bind:$node" occupied "/occupied/$node"
+        yes occupied | dd of="/occupied/$node/file" bs=1M count=64 iflag=fullblock 2>/dev/null
     done
-    echo "GESTALT-MARK filled"
-    sleep 4
-    rm /dev/shm/node*
-    echo "GESTALT-MARK freed"
-    # The kernel reports two seconds later, block by block.
-    sleep 10
-    echo "GESTALT-MARK reported"
+    echo "GESTALT-MARK occupied"
+}
+
+# Frees it, and gives the balloon time: the kernel reports two seconds later, piece by piece.
+vacate() {
+    rm /occupied/*/file
+    sleep 12
+    echo "GESTALT-MARK vacated"
 }
 
 check() {
@@ -180,7 +182,8 @@ act() {
         disks) disks ;;
         network) network ;;
         fill) fill ;;
-        memory) memory ;;
+        occupy) occupy ;;
+        vacate) vacate ;;
         smp-check) check ;;
         loop-smp-check) while check; do :; done ;;
         ask) ask ;;

@@ -97,6 +97,8 @@ pub struct Boot {
     /// Where host 0 finds the process id of `gestalt run`.
     pid: String,
     console: Console,
+    /// What the guest said and nobody has looked at yet.
+    said: VecDeque<Said>,
     started: Instant,
     heard: Instant,
     report: std::path::PathBuf,
@@ -145,6 +147,7 @@ impl Boot {
             others,
             pid: on_host(&pid),
             console: Console::default(),
+            said: VecDeque::new(),
             started,
             heard: started,
             report: rig.stage().join(report),
@@ -180,6 +183,21 @@ impl Boot {
         host.output(&script, Duration::from_secs(30)).map(drop).context("killing a node's process")
     }
 
+    /// What the nodes on host 0 hold of the guest's memory: their own and copies of others', in KiB.
+    ///
+    /// # Errors
+    /// The host is gone.
+    pub fn memory_kib(&self, host: &Host) -> Result<u64> {
+        let script = format!(
+            "for process in $(pgrep -s $(cat {})); do for file in /proc/$process/fd/*; do \
+             case $(readlink $file) in /memfd:*) stat -L -c %b $file ;; esac; done; done | \
+             awk '{{ blocks += $1 }} END {{ print int(blocks / 2) }}'",
+            self.pid
+        );
+        let said = host.output(&script, Duration::from_secs(60))?;
+        said.trim().parse().with_context(|| format!("no size of memory: {said:?}"))
+    }
+
     /// Processes of this machine that still run on host 0, as `ps` shows them; empty when all is gone.
     ///
     /// # Errors
@@ -197,6 +215,25 @@ impl Boot {
         let limit = Instant::now() + watch.limit;
         let mut panicked: Option<Instant> = None;
         loop {
+            while let Some(said) = self.said.pop_front() {
+                match said {
+                    Said::Mark(mark) => {
+                        self.outcome.marks.push((mark.clone(), self.started.elapsed()));
+                        if watch.until_mark.as_ref() == Some(&mark) {
+                            return Ok(self.outcome.clone());
+                        }
+                    }
+                    Said::Fact(key, value) => drop(self.outcome.facts.0.insert(key, value)),
+                    Said::Ask => {
+                        let answer = watch.answers.pop_front().unwrap_or_else(|| "poweroff".into());
+                        self.input().send(format!("{answer}\n").as_bytes())?;
+                    }
+                    Said::Text(text) if text.contains("Kernel panic - not syncing") => {
+                        panicked = Some(Instant::now() + LAST_WORDS);
+                    }
+                    Said::Text(_) => {}
+                }
+            }
             let patience = self.heard + watch.silence;
             let deadline =
                 [Some(limit), Some(patience), panicked].into_iter().flatten().min().expect("not empty");
@@ -217,25 +254,7 @@ impl Boot {
                 continue;
             };
             see(&bytes);
-            for said in self.console.take(&bytes) {
-                match said {
-                    Said::Mark(mark) => {
-                        self.outcome.marks.push((mark.clone(), self.started.elapsed()));
-                        if watch.until_mark.as_ref() == Some(&mark) {
-                            return Ok(self.outcome.clone());
-                        }
-                    }
-                    Said::Fact(key, value) => drop(self.outcome.facts.0.insert(key, value)),
-                    Said::Ask => {
-                        let answer = watch.answers.pop_front().unwrap_or_else(|| "poweroff".into());
-                        self.input().send(format!("{answer}\n").as_bytes())?;
-                    }
-                    Said::Text(text) if text.contains("Kernel panic - not syncing") => {
-                        panicked = Some(Instant::now() + LAST_WORDS);
-                    }
-                    Said::Text(_) => {}
-                }
-            }
+            self.said.extend(self.console.take(&bytes));
         }
     }
 

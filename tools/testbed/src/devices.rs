@@ -1,4 +1,4 @@
-//! Disks and network cards of the machines that tests boot.
+//! Disks, network cards and balloons of the machines that tests boot.
 
 use std::fs;
 use std::path::Path;
@@ -36,6 +36,9 @@ impl Machine {
             text += &format!(
                 "\n[[net]]\ntap = \"gestalt{index}\"\nnode = \"n{node}\"\nmac = \"02:00:00:00:00:{index:02x}\"\n"
             );
+        }
+        if self.balloon {
+            text += "\n[balloon]\n";
         }
         text
     }

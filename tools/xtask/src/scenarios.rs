@@ -14,6 +14,8 @@ use testbed::verdict;
 const LIMIT: Duration = Duration::from_secs(600);
 /// Within this the rest of a machine ends when a node is lost.
 pub const LOSS_LIMIT: Duration = Duration::from_secs(5);
+/// What `occupy` in the guest's init takes of each node's memory, in MiB.
+const OCCUPIED_MIB: u64 = 64;
 /// How long a machine that lost a node is watched before it counts as hanging.
 const LOSS_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -28,6 +30,8 @@ pub enum Plan {
     Devices,
     /// Boot, report, `smp-check`, fill most of the memory, power off.
     Full,
+    /// Boot, take memory and free it: the nodes must give it back.
+    Vacate,
     /// Talk to the guest over its console, reboot it from inside, power it off the second time.
     Reboot,
     /// Kill the process of this node so many milliseconds after the guest's user space has begun.
@@ -71,6 +75,7 @@ impl Scenario {
             Plan::Quick => "report,poweroff",
             Plan::Devices => "report,drivers,devices,disks,network,poweroff",
             Plan::Full => "report,fill,poweroff",
+            Plan::Vacate => "report,drivers,occupy,ask",
             Plan::Reboot => "report,ask",
             Plan::Kill { .. } => "loop-smp-check",
         }
@@ -108,6 +113,7 @@ impl Scenario {
                 self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
                 Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
             }
+            Plan::Vacate => self.memory(rig, boot),
             Plan::Reboot => self.reboot(boot),
             Plan::Kill { node, after_ms } => self.kill(rig, boot, node, after_ms),
         }
@@ -119,6 +125,29 @@ impl Scenario {
             bail!("{}\n{}", faults.join("; "), outcome.tail());
         }
         Ok(())
+    }
+
+    /// What the guest has taken and freed leaves its nodes.
+    fn memory(&self, rig: &Rig, boot: &mut Boot) -> Result<Times> {
+        let mut until = |mark: &str, answer: &str| -> Result<u64> {
+            let mut watch = Watch::to_the_end(LIMIT);
+            watch.until_mark = Some(mark.into());
+            watch.answers = [answer.to_owned()].into();
+            boot.watch(watch, |bytes| self.see(bytes))?;
+            boot.memory_kib(&rig.hosts()[0])
+        };
+        let (before, after) = (until("occupied", "")?, until("vacated", "vacate")?);
+        let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
+        self.judge(&outcome, false)?;
+        let (gone, expected) =
+            (before.saturating_sub(after) / 1024, OCCUPIED_MIB * self.machine.nodes.len() as u64);
+        eprintln!(
+            "the nodes held {} MiB and gave {gone} MiB back, of {expected} that were freed",
+            before / 1024
+        );
+        // Pieces smaller than 2 MiB, and those whose neighbours are used, stay.
+        ensure!(gone >= expected * 3 / 4, "the nodes gave only {gone} MiB back\n{}", outcome.tail());
+        Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
     }
 
     fn reboot(&self, boot: &mut Boot) -> Result<Times> {
@@ -220,6 +249,12 @@ pub fn devices_of_all() -> Scenario {
 pub fn budgets() -> Scenario {
     let machine = Machine { budget_mib: Some(282), ..Machine::equal(2, 1, 256) };
     Scenario::new("nodes keep to their budgets", machine, Plan::Full)
+}
+
+/// A balloon gives memory of two nodes back that the guest freed.
+pub fn balloon() -> Scenario {
+    let machine = Machine { balloon: true, ..with_memory_node() };
+    Scenario::new("memory that the guest frees leaves its nodes", machine, Plan::Vacate)
 }
 
 /// Kernel and initrd come out of the guest's own disk.

@@ -102,7 +102,7 @@ impl Test {
             Scenario::new("the loss of node 0 ends the machine", with_memory_node(), kill(0, 300)),
         ];
         quick.push(scenarios::over_rdma());
-        quick.extend([scenarios::devices(), scenarios::from_disk()]);
+        quick.extend([scenarios::devices(), scenarios::from_disk(), scenarios::balloon()]);
         quick.extend(scenarios::kernels());
         let mut scenarios: Vec<Scenario> = quick.into_iter().filter(wanted).collect();
         if scenarios.is_empty() {

@@ -230,6 +230,6 @@ mod tests {
         driver.write(0x200c, &0u32.to_le_bytes());
         driver.start(PAGE_POISON);
         driver.request(2, &[(0x2_0000, 0x4000, true)]);
-        assert_eq!(take(&given), [0x2_0000..0x2_4000]);
+        assert_eq!(take(&given), std::slice::from_ref(&(0x2_0000..0x2_4000)));
     }
 }

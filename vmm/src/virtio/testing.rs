@@ -142,6 +142,7 @@ impl Driver {
     }
 
     /// Reads registers one byte after the other.
+    #[cfg(test)]
     pub fn read_bytes(&self, offset: u64, len: u64) -> Vec<u8> {
         (offset..offset + len).map(|at| self.read(at, 1) as u8).collect()
     }
@@ -227,6 +228,7 @@ impl Driver {
     }
 
     /// Waits until the device says that it needs a reset.
+    #[cfg(test)]
     pub fn wait_broken(&self) {
         let deadline = Instant::now() + PATIENCE;
         while self.read(0x14, 1) & 0x40 == 0 {

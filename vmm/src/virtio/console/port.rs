@@ -35,7 +35,7 @@ pub enum PortError {
     },
 }
 
-/// The host's end of a port. It outlives the driver's sessions, so that a reboot of the guest does not end a connection.
+/// The host's end of a port. It outlives the driver's sessions, so that a reset does not end a connection.
 pub struct Port {
     listener: UnixListener,
     path: Option<PathBuf>,

@@ -58,7 +58,7 @@ fn read(stream: &mut UnixStream, len: usize) -> Vec<u8> {
 }
 
 #[test]
-fn a_console_carries_bytes_both_ways_and_over_a_reboot() {
+fn a_console_carries_bytes_both_ways_and_over_a_reset() {
     let mut guest = guest(None, 0);
     let mut host = connect(&guest.path);
     host.write_all(b"root\n").unwrap();
