@@ -129,11 +129,13 @@ network() {
 fill() {
     mkdir -p /fill
     mount -t tmpfs -o size=100% fill /fill
+    yes gestalt | dd of=/tmp/text bs=64k count=16 iflag=fullblock 2>/dev/null
     pieces=$(awk '/^MemAvailable:/ { print int($2 / 1024 / 16 / 2) }' /proc/meminfo)
-    piece() { yes "piece $1" | taskset -c "$2" dd bs=1M count=16 iflag=fullblock 2>/dev/null; }
+    # Sixteen times the text, and its number.
+    echo 'for i in 1 2 3 4; do cat /tmp/text /tmp/text /tmp/text /tmp/text; done; echo "$1"' > /tmp/piece
     failed= readers=
     for number in $(seq "$pieces"); do
-        piece "$number" 0 > "/fill/$number" || failed="$failed write:$number"
+        taskset -c 0 sh /tmp/piece "$number" > "/fill/$number" || failed="$failed write:$number"
         echo "GESTALT-MARK wrote-$number-of-$pieces"
     done
     for node in /sys/devices/system/node/node[0-9]*; do
@@ -141,76 +143,14 @@ fill() {
     done
     set -- $readers
     for number in $(seq "$pieces"); do
-        piece "$number" "$1" | taskset -c "$1" cmp - "/fill/$number" || failed="$failed $1:$number"
+        [ "$(sh /tmp/piece "$number" | md5sum)" = "$(taskset -c "$1" md5sum < "/fill/$number")" ] || failed="$failed $1:$number"
         echo "GESTALT-MARK read-$number-of-$pieces-by-$1"
         set -- "$@" "$1"
         shift
     done
     umount /fill
+    rm /tmp/text /tmp/piece
     say fill_mib "$((pieces * 16))"
     if [ -z "$failed" ]; then say fill ok; else say fill "wrong:$failed"; fi
 }
 
-# Takes memory of every node.
-occupy() {
-    for dir in /sys/devices/system/node/node[0-9]*; do
-        node=${dir##*node}
-        mkdir -p "/occupied/$node"
-        mount -t tmpfs -o "mpol=bind:$node" occupied "/occupied/$node"
-        yes occupied | dd of="/occupied/$node/file" bs=1M count=64 iflag=fullblock 2>/dev/null
-    done
-    echo "GESTALT-MARK occupied"
-}
-
-# Frees it, and gives the balloon time: the kernel reports two seconds later, piece by piece.
-vacate() {
-    rm /occupied/*/file
-    sleep 12
-    echo "GESTALT-MARK vacated"
-}
-
-check() {
-    if smp-check "$@"; then say smp_check ok; else say smp_check failed; fi
-}
-
-act() {
-    case $1 in
-        online) online ;;
-        report) report ;;
-        drivers) drivers ;;
-        devices) devices ;;
-        disks) disks ;;
-        network) network ;;
-        fill) fill ;;
-        occupy) occupy ;;
-        vacate) vacate ;;
-        smp-check) check ;;
-        loop-smp-check) while check; do :; done ;;
-        ask) ask ;;
-        # A terminal of its own, so that Ctrl-C reaches what runs in the shell and not this script.
-        shell) setsid cttyhack sh -l ;;
-        poweroff) echo "GESTALT-MARK poweroff"; poweroff -f ;;
-        reboot) echo "GESTALT-MARK reboot"; reboot -f ;;
-        'sh '*) eval "${1#sh }"; say status $? ;;
-        *) echo "GESTALT-REPORT unknown_action=$1" ;;
-    esac
-}
-
-# Whoever has the console decides what happens next. Nobody there within two minutes: power off.
-ask() {
-    while echo GESTALT-ASK && read -r -t 120 line; do act "$line"; done
-}
-
-actions=report,shell
-for word in $(cat /proc/cmdline); do
-    case $word in gestalt.run=*) actions=${word#*=} ;; esac
-done
-IFS=,
-for action in $actions; do
-    unset IFS
-    act "$action"
-    IFS=,
-done
-# Process 1 may not end.
-act poweroff
-while :; do sleep 1; done
