@@ -34,13 +34,17 @@
 //! path = "root.img"                   # raw image or block device on its node's host; relative to this file
 //! node = "n1"                         # default: the first node
 //! readonly = true                     # default false
-//! serial = "root"                     # default disk0 and so on
+//! name = "root"                       # default disk0 and so on
+//! serial = "root"                     # default: the name
 //! queues = 4                          # default: one for each CPU, 16 at most
+//! iops = 500                          # requests each second; default: no limit
+//! bandwidth = "20M"                   # bytes each second; default: no limit
 //!
 //! [[net]]
 //! tap = "tap0"                        # a TAP interface of its node's host
 //! node = "n1"                         # default: the first node
-//! mac = "02:00:00:00:00:07"           # default: made from the names of machine, node and interface
+//! name = "outside"                    # default net0 and so on; iops and bandwidth as above, in each direction
+//! mac = "02:00:00:00:00:07"           # default: made from the names of machine and card
 //! queues = 2                          # pairs of queues; default 1
 //!
 //! [entropy]                           # random numbers from the host
@@ -55,6 +59,7 @@ use firmware::NodeSpec;
 use serde::Deserialize;
 
 use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
+use crate::limits::Limits;
 use crate::peripherals::{Kind, PeripheralConfig, parse_mac};
 use crate::rdma::{FabricKind, RdmaForm};
 
@@ -94,6 +99,9 @@ struct NetForm {
     node: Option<String>,
     mac: Option<String>,
     queues: Option<u16>,
+    name: Option<String>,
+    iops: Option<u64>,
+    bandwidth: Option<SizeForm>,
 }
 
 #[derive(Deserialize)]
@@ -105,6 +113,9 @@ struct DiskForm {
     readonly: bool,
     serial: Option<String>,
     queues: Option<u16>,
+    name: Option<String>,
+    iops: Option<u64>,
+    bandwidth: Option<SizeForm>,
 }
 
 #[derive(Deserialize)]
@@ -144,6 +155,15 @@ impl Default for RailsForm {
 enum SizeForm {
     Bytes(u64),
     Text(String),
+}
+
+impl SizeForm {
+    fn bytes(&self) -> Result<u64, ConfigError> {
+        match self {
+            SizeForm::Bytes(bytes) => Ok(*bytes),
+            SizeForm::Text(text) => parse_size(text),
+        }
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -225,25 +245,30 @@ fn devices(
     cards: Vec<NetForm>,
     entropy: Option<EntropyForm>,
 ) -> Result<Vec<PeripheralConfig>, ConfigError> {
-    let disk = |DiskForm { path, node, readonly, serial, queues }| PeripheralConfig {
-        node,
-        kind: Kind::Disk { path, readonly, serial, queues },
-    };
-    let mut devices: Vec<_> = disks.into_iter().map(disk).collect();
-    for NetForm { tap, node, mac, queues } in cards {
-        let mac = mac.as_deref().map(parse_mac).transpose()?;
-        devices.push(PeripheralConfig { node, kind: Kind::Net { tap, mac, queues } });
+    let mut devices = Vec::new();
+    for form in disks {
+        let limits = limits(form.iops, form.bandwidth)?;
+        let DiskForm { path, readonly, serial, queues, node, name, .. } = form;
+        let kind = Kind::Disk { path, readonly, serial, queues };
+        devices.push(PeripheralConfig { node, name, limits, kind });
     }
-    devices.extend(entropy.map(|form| PeripheralConfig { node: form.node, kind: Kind::Entropy }));
+    for form in cards {
+        let limits = limits(form.iops, form.bandwidth)?;
+        let NetForm { tap, mac, queues, node, name, .. } = form;
+        let mac = mac.as_deref().map(parse_mac).transpose()?;
+        devices.push(PeripheralConfig { node, name, limits, kind: Kind::Net { tap, mac, queues } });
+    }
+    devices.extend(entropy.map(|form| PeripheralConfig::new(form.node, Kind::Entropy)));
     Ok(devices)
+}
+
+fn limits(iops: Option<u64>, bandwidth: Option<SizeForm>) -> Result<Limits, ConfigError> {
+    Ok(Limits { iops, bandwidth: bandwidth.as_ref().map(SizeForm::bytes).transpose()? })
 }
 
 fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
     let at = |error: ConfigError| ConfigError(format!("node {:?}: {error}", form.name));
-    let size = |form: &SizeForm| match form {
-        SizeForm::Bytes(bytes) => Ok(*bytes),
-        SizeForm::Text(text) => parse_size(text).map_err(at),
-    };
+    let size = |form: &SizeForm| form.bytes().map_err(at);
     let memory = size(&form.memory)?;
     let budget = form.budget.as_ref().map(size).transpose()?;
     let rails = match &form.fabric {
@@ -311,6 +336,9 @@ mod tests {
         path = "root.img"
         node = "n1"
         serial = "root"
+        name = "system"
+        iops = 500
+        bandwidth = "20M"
         [[net]]
         tap = "tap0"
         mac = "02:00:00:00:00:07"
@@ -342,10 +370,12 @@ mod tests {
             serial: Some("root".into()),
             queues: None,
         };
-        assert_eq!(config.devices[0], PeripheralConfig { node: Some("n1".into()), kind: disk });
+        let limits = Limits { iops: Some(500), bandwidth: Some(20 << 20) };
+        let name = Some("system".to_owned());
+        assert_eq!(config.devices[0], PeripheralConfig { node: Some("n1".into()), name, limits, kind: disk });
         let net = Kind::Net { tap: "tap0".into(), mac: Some([2, 0, 0, 0, 0, 7]), queues: None };
-        assert_eq!(config.devices[1], PeripheralConfig { node: None, kind: net });
-        assert_eq!(config.devices[2], PeripheralConfig { node: None, kind: Kind::Entropy });
+        assert_eq!(config.devices[1], PeripheralConfig::new(None, net));
+        assert_eq!(config.devices[2], PeripheralConfig::new(None, Kind::Entropy));
         assert_eq!(config.check(), Ok(()));
     }
 

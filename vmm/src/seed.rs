@@ -63,7 +63,7 @@ impl Seed {
         // What is told anew must have a new id, or cloud-init believes that it knows it.
         let id = fnv(&[user_data.as_bytes(), meta_data.as_bytes()]);
         let meta_data = format!("instance-id: gestalt-{id:016x}\n{meta_data}");
-        Ok(PeripheralConfig { node: None, kind: Kind::Seed { user_data, meta_data } })
+        Ok(PeripheralConfig::new(None, Kind::Seed { user_data, meta_data }))
     }
 }
 
