@@ -98,6 +98,7 @@ impl Soak {
             shapes.extend(scenarios::shapes());
             shapes.push(scenarios::devices_of_all());
             shapes.push(scenarios::budgets());
+            shapes.push(scenarios::hot_plug());
             shapes.extend(scenarios::kernels());
         }
         let mut two_hosts = self.shapes.then(scenarios::two_hosts);

@@ -17,6 +17,9 @@ use crate::over_rdma;
 use crate::report;
 use crate::scenarios::{self, Plan, Scenario, announce};
 
+/// How often a device comes and goes; `soak` does it more often.
+const HOT_PLUGS: usize = 3;
+
 /// Flags of the task.
 #[derive(Args)]
 pub struct Test {
@@ -95,7 +98,7 @@ impl Test {
             Scenario::new("the loss of node 0 ends the machine", with_memory_node(), kill(0, 300)),
         ];
         quick.push(scenarios::over_rdma());
-        quick.extend([scenarios::devices(), scenarios::from_disk()]);
+        quick.extend([scenarios::devices(HOT_PLUGS), scenarios::from_disk()]);
         quick.extend(scenarios::kernels());
         let mut scenarios: Vec<Scenario> = quick.into_iter().filter(wanted).collect();
         if scenarios.is_empty() {
