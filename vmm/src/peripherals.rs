@@ -177,7 +177,7 @@ pub fn place_next<'a>(
             mac.get_or_insert_with(|| address(&machine.name, &name));
             queues.get_or_insert(1);
         }
-        Kind::Seed { .. } | Kind::Entropy => {}
+        _ => {}
     }
     check(&kind)?;
     device.limits.check()?;

@@ -352,7 +352,7 @@ impl Live {
                 let mac = mac.unwrap_or_default().map(|byte| format!("{byte:02x}"));
                 (tap.clone(), mac.join(":"))
             }
-            Kind::Seed { .. } | Kind::Entropy => Default::default(),
+            _ => Default::default(),
         };
         let state = match entry.state {
             State::Opening => "coming",
