@@ -26,8 +26,8 @@ use vmm::node_api::FromCoordinator;
 fn gestalt(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gestalt"));
     // Sockets of running machines, of which tests have several of one name.
-    let sockets = env!("CARGO_TARGET_TMPDIR");
-    command.args(arguments).env_remove("GESTALT_LOG").env("XDG_RUNTIME_DIR", sockets);
+    let sockets = Path::new(env!("CARGO_TARGET_TMPDIR")).join("machines");
+    command.args(arguments).env_remove("GESTALT_LOG").env(vmm::operator::place::FOLDER, sockets);
     command
 }
 

@@ -10,13 +10,19 @@ use nix::unistd::Uid;
 /// How a socket's name ends.
 const END: &str = ".sock";
 
-/// The folder: `gestalt` in `$XDG_RUNTIME_DIR`, or else `/run/gestalt` for root and `/tmp/gestalt-UID` for others.
+/// Names another folder.
+pub const FOLDER: &str = "GESTALT_RUN_DIR";
+
+/// The folder: what [`FOLDER`] says, or else `/run/gestalt` for root, and for others `gestalt` in `$XDG_RUNTIME_DIR` or
+/// `/tmp/gestalt-UID`. (Root's does not depend on whether it is a session, a service or `sudo` that asks.)
 pub fn folder() -> PathBuf {
     let user = Uid::effective();
-    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute()) {
-        Some(dir) => dir.join("gestalt"),
-        None if user.is_root() => "/run/gestalt".into(),
-        None => format!("/tmp/gestalt-{user}").into(),
+    let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|dir| dir.is_absolute());
+    match (given(FOLDER), given("XDG_RUNTIME_DIR")) {
+        (Some(folder), _) => folder,
+        _ if user.is_root() => "/run/gestalt".into(),
+        (None, Some(folder)) => folder.join("gestalt"),
+        (None, None) => format!("/tmp/gestalt-{user}").into(),
     }
 }
 
