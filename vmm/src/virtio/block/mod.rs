@@ -22,6 +22,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
 use self::request::Server;
 use super::{Device, Session, Workers, read_block};
+use crate::limits::Limiter;
 
 /// Bytes of the unit in which virtio counts.
 pub const SECTOR: u64 = 512;
@@ -55,6 +56,7 @@ pub struct BlockConfig {
 pub struct Block {
     disk: Arc<dyn Disk>,
     config: BlockConfig,
+    limiter: Arc<Limiter>,
     failures: Arc<AtomicU64>,
 }
 
@@ -62,7 +64,12 @@ impl Block {
     /// `disk` as the guest shall see it.
     pub fn new(disk: Arc<dyn Disk>, mut config: BlockConfig) -> Block {
         config.queues = config.queues.clamp(1, MAX_QUEUES);
-        Block { disk, config, failures: Arc::default() }
+        Block { disk, config, limiter: Arc::default(), failures: Arc::default() }
+    }
+
+    /// The same, held to what `limiter` allows.
+    pub fn limited(self, limiter: Arc<Limiter>) -> Block {
+        Block { limiter, ..self }
     }
 
     fn registers(&self) -> [u8; 60] {
@@ -132,8 +139,13 @@ impl Device for Block {
 
     fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
         for queue in session.queues.into_iter().flatten() {
-            let server = self.server();
-            workers.spawn(move || queue.serve(|chain| server.serve(chain)))?;
+            let (server, limiter, pause) = (self.server(), self.limiter.clone(), queue.pause());
+            workers.spawn(move || {
+                queue.serve(|chain| {
+                    pause.admitted(&limiter, request::data_len(chain));
+                    server.serve(chain)
+                });
+            })?;
         }
         Ok(())
     }
@@ -145,5 +157,7 @@ fn bit(feature: u32) -> u64 {
 
 #[cfg(test)]
 mod coherent;
+#[cfg(test)]
+mod limited;
 #[cfg(test)]
 mod tests;
