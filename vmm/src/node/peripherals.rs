@@ -13,7 +13,7 @@ use crate::pci::RootBus;
 use crate::peripherals::{Kind, Peripheral};
 use crate::router::Router;
 use crate::virtio::balloon::{Balloon, GiveUp};
-use crate::virtio::block::{Block, BlockConfig, MemoryDisk, RawDisk};
+use crate::virtio::block::{self, Block, BlockConfig, MemoryDisk};
 use crate::virtio::console::{Console, Port};
 use crate::virtio::entropy::Entropy;
 use crate::virtio::net::{Net, Tap};
@@ -110,7 +110,7 @@ fn device(kind: &Kind, give_up: &GiveUp) -> anyhow::Result<(String, Box<dyn Devi
                 readonly: *readonly,
                 queues: queues.unwrap_or(1),
             };
-            let disk = Arc::new(RawDisk::open(path, *readonly)?);
+            let disk = block::open(path, *readonly)?;
             (config.name.clone(), Box::new(Block::new(disk, config)))
         }
         Kind::Net { tap, mac, queues } => {
