@@ -16,7 +16,7 @@ use crate::pci::RootBus;
 use crate::peripherals::{Kind, Peripheral};
 use crate::router::Router;
 use crate::virtio::balloon::{Balloon, GiveUp};
-use crate::virtio::block::{Block, BlockConfig, MemoryDisk, RawDisk};
+use crate::virtio::block::{self, Block, BlockConfig, MemoryDisk};
 use crate::virtio::console::{Console, Port};
 use crate::virtio::entropy::Entropy;
 use crate::virtio::net::{Net, Tap};
@@ -191,7 +191,7 @@ fn open(place: &Peripheral, give_up: &GiveUp) -> anyhow::Result<Opened> {
                 queues: queues.unwrap_or(1),
             };
             let (title, limiter) = (config.name.clone(), limiter());
-            let disk = Arc::new(RawDisk::open(path, *readonly)?);
+            let disk = block::open(path, *readonly)?;
             let device = Box::new(Block::new(disk, config).limited(limiter.clone()));
             Opened { title, device, limiters: vec![limiter] }
         }

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | this one | the device: features, registers, a thread for each queue |
 //! | [`disk`] | what is behind it: a file or block device of the host |
+//! | [`qcow2`] | the same, in QEMU's format |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
 //! Each queue has a thread of its own that does one request after the other. The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait
 //! for each other's requests nor share the pages of a ring.
 
 pub mod disk;
+pub mod qcow2;
 pub mod request;
 
 use std::io;
@@ -20,6 +22,7 @@ use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
+pub use self::qcow2::{Qcow2Disk, open};
 use self::request::Server;
 use super::{Device, Session, Workers, read_block};
 use crate::limits::Limiter;
