@@ -52,6 +52,10 @@ pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
 /// ACPI reset register, one byte.
 pub const ACPI_RESET_PORT: u16 = 0x602;
+/// First port of the registers through which PCI devices come and go (8 ports); the AML of the DSDT uses them.
+pub const HOTPLUG_PORT: u16 = 0x610;
+/// Global system interrupt of the same (level, active high).
+pub const HOTPLUG_GSI: u32 = 20;
 /// What the guest writes to [`ACPI_RESET_PORT`] to reboot.
 pub const ACPI_RESET_VALUE: u8 = 1;
 /// SLP_TYP of power-off: what `\_S5` holds.

@@ -23,6 +23,9 @@ pub const WINDOW_LEN: u64 = 1 << 20;
 pub const MAX_BUSES: usize = 256;
 /// Devices of one bus.
 pub const SLOTS: u8 = 32;
+/// The slots of each bus, from 0 on, in which devices can come and go while the machine runs. Linux says a line for each
+/// of them when it boots.
+pub const HOT_SLOTS: u8 = 16;
 
 /// How many root buses a machine of `nodes` nodes has.
 pub fn buses(nodes: usize) -> usize {

@@ -149,6 +149,7 @@ impl MachineConfig {
                 "the kernel's command line contains a control character: use one line of plain text",
             );
         }
+        check_word("a machine's", &self.name, 64)?;
         for node in &self.nodes {
             check_name(&node.spec.name)?;
         }
@@ -330,10 +331,18 @@ fn wrong<T>(why: impl Into<String>) -> Result<T, ConfigError> {
 /// # Errors
 /// A sentence about the first thing wrong.
 pub fn check_name(name: &str) -> Result<(), ConfigError> {
+    check_word("a node's", name, 64)
+}
+
+/// The same for the name of something else, such as "a device's", with at most `most` characters.
+///
+/// # Errors
+/// A sentence about the first thing wrong.
+pub fn check_word(whose: &str, name: &str, most: usize) -> Result<(), ConfigError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    if name.is_empty() || name.len() > 64 || name.starts_with(['-', '.']) || !name.chars().all(plain) {
+    if name.is_empty() || name.len() > most || name.starts_with(['-', '.']) || !name.chars().all(plain) {
         return wrong(format!(
-            "{name:?} cannot be a node's name: use 1 to 64 letters, digits, '.', '_' and '-', beginning with a \
+            "{name:?} cannot be {whose} name: use 1 to {most} letters, digits, '.', '_' and '-', beginning with a \
              letter or digit"
         ));
     }

@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`cli`], [`config`], [`machine_file`], [`rdma`] | the command line and what it describes |
 //! | [`coordinator`], [`terminal`] | `gestalt run`: brings the nodes up and holds them to the end |
+//! | [`operator`] | what `gestalt device` says to a running machine |
 //! | [`node_api`] | what coordinator and node say to each other |
 //! | [`node`] | one node, from its assignment to the machine's end: start reading here |
 //! | [`keys`] | how coordinator and nodes know each other |
@@ -22,6 +23,7 @@
 //! | [`devices`] | node 0's devices |
 //! | [`pci`], [`virtio`] | each node's PCI bus and the disks and network cards on it |
 //! | [`peripherals`], [`seed`] | disks and network cards as the owner asks for them; what cloud-init is told |
+//! | [`limits`] | what a device may do each second |
 //! | [`clock`] | one time stamp counter for all nodes |
 //!
 //! `docs/architecture.md` follows one interrupt and one port access through these modules.
@@ -35,10 +37,12 @@ pub mod doctor;
 pub mod irq;
 pub mod keys;
 pub mod kvm;
+pub mod limits;
 pub mod machine_file;
 pub mod node;
 pub mod node_api;
 pub mod node_msg;
+pub mod operator;
 pub mod pci;
 pub mod peripherals;
 pub mod rdma;

@@ -34,13 +34,17 @@
 //! path = "root.img"                   # raw image or block device on its node's host; relative to this file
 //! node = "n1"                         # default: the first node
 //! readonly = true                     # default false
-//! serial = "root"                     # default disk0 and so on
+//! name = "root"                       # default disk0 and so on
+//! serial = "root"                     # default: the name
 //! queues = 4                          # default: one for each CPU, 16 at most
+//! iops = 500                          # requests each second; default: no limit
+//! bandwidth = "20M"                   # bytes each second; default: no limit
 //!
 //! [[net]]
 //! tap = "tap0"                        # a TAP interface of its node's host
 //! node = "n1"                         # default: the first node
-//! mac = "02:00:00:00:00:07"           # default: made from the names of machine, node and interface
+//! name = "outside"                    # default net0 and so on; iops and bandwidth as above, in each direction
+//! mac = "02:00:00:00:00:07"           # default: made from the names of machine and card
 //! queues = 2                          # pairs of queues; default 1
 //!
 //! [[console]]                         # a second console, hvc0 in the guest
@@ -68,6 +72,7 @@ use firmware::NodeSpec;
 use serde::Deserialize;
 
 use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
+use crate::limits::Limits;
 use crate::peripherals::{Kind, PeripheralConfig, parse_mac};
 use crate::rdma::{FabricKind, RdmaForm};
 
@@ -127,6 +132,9 @@ struct NetForm {
     node: Option<String>,
     mac: Option<String>,
     queues: Option<u16>,
+    name: Option<String>,
+    iops: Option<u64>,
+    bandwidth: Option<SizeForm>,
 }
 
 #[derive(Deserialize)]
@@ -138,6 +146,9 @@ struct DiskForm {
     readonly: bool,
     serial: Option<String>,
     queues: Option<u16>,
+    name: Option<String>,
+    iops: Option<u64>,
+    bandwidth: Option<SizeForm>,
 }
 
 #[derive(Deserialize)]
@@ -184,6 +195,15 @@ impl Default for RailsForm {
 enum SizeForm {
     Bytes(u64),
     Text(String),
+}
+
+impl SizeForm {
+    fn bytes(&self) -> Result<u64, ConfigError> {
+        match self {
+            SizeForm::Bytes(bytes) => Ok(*bytes),
+            SizeForm::Text(text) => parse_size(text),
+        }
+    }
 }
 
 #[derive(Deserialize, Default)]
@@ -268,40 +288,36 @@ fn devices(
     entropy: Option<EntropyForm>,
     balloon: Option<BalloonForm>,
 ) -> Result<Vec<PeripheralConfig>, ConfigError> {
-    let disk = |DiskForm { path, node, readonly, serial, queues }| PeripheralConfig {
-        node,
-        kind: Kind::Disk { path, readonly, serial, queues },
-    };
-    let mut devices: Vec<_> = disks.into_iter().map(disk).collect();
-    for NetForm { tap, node, mac, queues } in cards {
-        let mac = mac.as_deref().map(parse_mac).transpose()?;
-        devices.push(PeripheralConfig { node, kind: Kind::Net { tap, mac, queues } });
+    let mut devices = Vec::new();
+    for form in disks {
+        let limits = limits(form.iops, form.bandwidth)?;
+        let DiskForm { path, readonly, serial, queues, node, name, .. } = form;
+        let kind = Kind::Disk { path, readonly, serial, queues };
+        devices.push(PeripheralConfig { node, name, limits, kind });
     }
-    devices.extend(entropy.map(|form| PeripheralConfig { node: form.node, kind: Kind::Entropy }));
+    for form in cards {
+        let limits = limits(form.iops, form.bandwidth)?;
+        let NetForm { tap, mac, queues, node, name, .. } = form;
+        let mac = mac.as_deref().map(parse_mac).transpose()?;
+        devices.push(PeripheralConfig { node, name, limits, kind: Kind::Net { tap, mac, queues } });
+    }
+    devices.extend(entropy.map(|form| PeripheralConfig::new(form.node, Kind::Entropy)));
     if let Some(BalloonForm { size, node }) = balloon {
         let size = size.as_ref().map(SizeForm::bytes).transpose()?.unwrap_or(0);
-        devices.push(PeripheralConfig { node, kind: Kind::Balloon { size } });
+        devices.push(PeripheralConfig::new(node, Kind::Balloon { size }));
     }
     Ok(devices)
 }
 
-fn ports(consoles: Vec<ConsoleForm>, channels: Vec<ChannelForm>) -> impl Iterator<Item = PeripheralConfig> {
-    let console =
-        |ConsoleForm { socket, node }| PeripheralConfig { node, kind: Kind::Console { socket, name: None } };
-    let channel = |ChannelForm { name, socket, node }| PeripheralConfig {
-        node,
-        kind: Kind::Console { socket, name: Some(name) },
-    };
-    consoles.into_iter().map(console).chain(channels.into_iter().map(channel))
+fn limits(iops: Option<u64>, bandwidth: Option<SizeForm>) -> Result<Limits, ConfigError> {
+    Ok(Limits { iops, bandwidth: bandwidth.as_ref().map(SizeForm::bytes).transpose()? })
 }
 
-impl SizeForm {
-    fn bytes(&self) -> Result<u64, ConfigError> {
-        match self {
-            SizeForm::Bytes(bytes) => Ok(*bytes),
-            SizeForm::Text(text) => parse_size(text),
-        }
-    }
+fn ports(consoles: Vec<ConsoleForm>, channels: Vec<ChannelForm>) -> impl Iterator<Item = PeripheralConfig> {
+    let port = |socket, name, node| PeripheralConfig::new(node, Kind::Console { socket, name });
+    let console = move |ConsoleForm { socket, node }| port(socket, None, node);
+    let channel = move |ChannelForm { name, socket, node }| port(socket, Some(name), node);
+    consoles.into_iter().map(console).chain(channels.into_iter().map(channel))
 }
 
 fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
@@ -374,6 +390,9 @@ mod tests {
         path = "root.img"
         node = "n1"
         serial = "root"
+        name = "system"
+        iops = 500
+        bandwidth = "20M"
         [[net]]
         tap = "tap0"
         mac = "02:00:00:00:00:07"
@@ -414,19 +433,20 @@ mod tests {
             serial: Some("root".into()),
             queues: None,
         };
-        assert_eq!(config.devices[0], PeripheralConfig { node: Some("n1".into()), kind: disk });
+        let limits = Limits { iops: Some(500), bandwidth: Some(20 << 20) };
+        let name = Some("system".to_owned());
+        assert_eq!(config.devices[0], PeripheralConfig { node: Some("n1".into()), name, limits, kind: disk });
         let net = Kind::Net { tap: "tap0".into(), mac: Some([2, 0, 0, 0, 0, 7]), queues: None };
-        assert_eq!(config.devices[1], PeripheralConfig { node: None, kind: net });
-        assert_eq!(config.devices[2], PeripheralConfig { node: None, kind: Kind::Entropy });
+        assert_eq!(config.devices[1], PeripheralConfig::new(None, net));
+        assert_eq!(config.devices[2], PeripheralConfig::new(None, Kind::Entropy));
         let balloon = Kind::Balloon { size: 64 << 20 };
-        assert_eq!(config.devices[3], PeripheralConfig { node: Some("n1".into()), kind: balloon });
+        assert_eq!(config.devices[3], PeripheralConfig::new(Some("n1".into()), balloon));
         let port = |socket: &str, name: Option<&str>| Kind::Console {
             socket: socket.into(),
             name: name.map(Into::into),
         };
-        let console = PeripheralConfig { node: None, kind: port("/run/console.sock", None) };
-        let channel =
-            PeripheralConfig { node: Some("n1".into()), kind: port("/run/agent.sock", Some("agent")) };
+        let console = PeripheralConfig::new(None, port("/run/console.sock", None));
+        let channel = PeripheralConfig::new(Some("n1".into()), port("/run/agent.sock", Some("agent")));
         assert_eq!(config.devices[4..], [console, channel]);
         assert_eq!(config.check(), Ok(()));
     }

@@ -13,6 +13,8 @@
 //!   vCPUs run                                          │
 //!          │ ── Console (node 0) ────────────────────> │ terminal
 //!          │ <── ConsoleInput (node 0) ─────────────── │
+//!          │ <── Device(order) ─────────────────────── │ a device comes, goes or gets other limits
+//!          │ ── DeviceDone, Ejected (node 0) ────────> │
 //!          │ ── PowerOff | Reset | PeerLost | Failed > │   whoever says it, everybody is told Stop
 //!          │ <── Stop ──────────────────────────────── │
 //!          │ ── Report (if asked), Dump ─────────────> │
@@ -33,6 +35,8 @@ use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
+use crate::devices::hotplug::{Change, SlotId};
+use crate::limits::Limits;
 use crate::peripherals::Peripheral;
 use crate::rdma::RdmaConfig;
 
@@ -150,6 +154,32 @@ pub struct NodeReport {
     pub fault_latency: Vec<(u64, u64)>,
 }
 
+/// What is asked of a node's devices while the machine runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceOrder {
+    /// Open this device, which is to be on this node, and put it into its slot.
+    Add(Peripheral),
+    /// The guest has let go of the device in this slot: take it out and close it.
+    Remove {
+        /// The slot of the node's bus.
+        slot: u8,
+    },
+    /// Hold the device in this slot to these limits.
+    Set {
+        /// The slot of the node's bus.
+        slot: u8,
+        /// The limits.
+        limits: Limits,
+    },
+    /// Tell the guest what has become of a slot of any bus (node 0).
+    Announce {
+        /// The slot.
+        slot: SlotId,
+        /// What has become of it.
+        change: Change,
+    },
+}
+
 /// What a node says to the coordinator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToCoordinator {
@@ -181,6 +211,15 @@ pub enum ToCoordinator {
     },
     /// The answer to [`Stop::report`].
     Report(NodeReport),
+    /// The answer to [`FromCoordinator::Device`].
+    DeviceDone {
+        /// The order's number.
+        id: u32,
+        /// `Err`: why not, a sentence.
+        result: Result<(), String>,
+    },
+    /// The guest has let go of the device in this slot (node 0).
+    Ejected(SlotId),
     /// Text worth keeping with a failure that another node reported: the trace, the vCPUs' registers.
     Dump(String),
 }
@@ -196,6 +235,13 @@ pub enum FromCoordinator {
     Go,
     /// Bytes typed at the terminal (node 0).
     ConsoleInput(Vec<u8>),
+    /// Change a device.
+    Device {
+        /// For the answer.
+        id: u32,
+        /// How.
+        order: DeviceOrder,
+    },
     /// End.
     Stop(Stop),
 }

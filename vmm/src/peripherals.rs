@@ -4,12 +4,16 @@
 //!  --disk root.img,node=n1      [[disk]] in a machine file
 //!            └────────> PeripheralConfig (a node's name) ── place ──> Peripheral (node and slot) ──> that node builds it
 //! ```
+//!
+//! A device's name is what its owner calls it by while the machine runs. A disk's serial number and a card's address
+//! follow from the name unless they are given, so that they stay the same wherever a device of that name is added.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigError, MachineConfig, parse_size};
+use crate::config::{ConfigError, MachineConfig, check_word, parse_size};
+use crate::limits::Limits;
 use crate::seed::fnv;
 use crate::virtio::block::{MAX_QUEUES, SERIAL_LEN};
 use crate::virtio::console::MAX_NAME as MAX_CHANNEL;
@@ -19,6 +23,8 @@ use crate::virtio::net::tap::MAX_NAME;
 /// Slots of one node's bus that devices can have; the last one is kept for the function that tells a kernel built for
 /// aggregated machines what it runs on.
 const SLOTS: usize = 31;
+/// Longest name of a device: as long as a disk's serial number can be.
+const MAX_DEVICE_NAME: usize = SERIAL_LEN;
 /// Queues of a device if nothing is said, at most: one for each CPU of the machine.
 const DEFAULT_QUEUES: u16 = 16;
 
@@ -31,7 +37,7 @@ pub enum Kind {
         path: PathBuf,
         /// The guest may not write to it.
         readonly: bool,
-        /// What the guest reads as its serial number. Default: `disk0` and so on.
+        /// What the guest reads as its serial number. Default: the device's name.
         serial: Option<String>,
         /// Queues. Default: one for each CPU, 16 at most.
         queues: Option<u16>,
@@ -40,7 +46,7 @@ pub enum Kind {
     Net {
         /// A TAP interface of its node's host.
         tap: String,
-        /// Its address. Default: made from the names of the machine and the interface.
+        /// Its address. Default: made from the names of machine and device.
         mac: Option<[u8; 6]>,
         /// Pairs of queues. Default: 1.
         queues: Option<u16>,
@@ -70,22 +76,62 @@ pub enum Kind {
     },
 }
 
+impl Kind {
+    /// How its kind is called, which is what devices without names are named after.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Kind::Disk { .. } => "disk",
+            Kind::Net { .. } => "net",
+            Kind::Seed { .. } => "seed",
+            Kind::Entropy => "entropy",
+            Kind::Console { name: None, .. } => "console",
+            Kind::Console { .. } => "channel",
+            Kind::Balloon { .. } => "balloon",
+        }
+    }
+}
+
 /// A device as its owner asks for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeripheralConfig {
     /// The name of its node; `None`: node 0.
     pub node: Option<String>,
+    /// Its own name. Default: `disk0`, `net0` and so on.
+    pub name: Option<String>,
+    /// What it may do each second.
+    pub limits: Limits,
     /// What it is.
     pub kind: Kind,
+}
+
+impl PeripheralConfig {
+    /// A device of node `node` with the default name and no limits.
+    pub fn new(node: Option<String>, kind: Kind) -> PeripheralConfig {
+        PeripheralConfig { node, name: None, limits: Limits::default(), kind }
+    }
+
+    /// Takes an option that all devices have: `node`, `name`, `iops`, `bandwidth`; `false` if `key` is another.
+    fn set(&mut self, key: &str, value: &str) -> Result<bool, ConfigError> {
+        match key {
+            "node" => self.node = Some(value.to_owned()),
+            "name" => self.name = Some(value.to_owned()),
+            _ => return self.limits.set(key, value),
+        }
+        Ok(true)
+    }
 }
 
 /// A device in its place, with nothing left open. The same at every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peripheral {
+    /// Its name, which no other has.
+    pub name: String,
     /// Its node's index, which is its bus.
     pub node: u16,
     /// Its slot there.
     pub slot: u8,
+    /// What it may do each second.
+    pub limits: Limits,
     /// What it is.
     pub kind: Kind,
 }
@@ -95,48 +141,104 @@ pub struct Peripheral {
 /// # Errors
 /// One sentence: what is wrong and what to do.
 pub fn place(machine: &MachineConfig) -> Result<Vec<Peripheral>, ConfigError> {
-    let cpus: u32 = machine.nodes.iter().map(|node| node.spec.cpus).sum();
-    let queues = u16::try_from(cpus).unwrap_or(u16::MAX).clamp(1, DEFAULT_QUEUES);
-    let mut taken = vec![0; machine.nodes.len()];
-    let mut disks = 0;
     let mut placed = Vec::with_capacity(machine.devices.len());
     for device in &machine.devices {
-        let node = match &device.node {
-            None => 0,
-            Some(name) => machine.node_named(name).ok_or_else(|| {
-                ConfigError(format!("a device is to be on node \"{name}\", which the machine does not have"))
-            })?,
-        };
-        if node >= firmware::pci::MAX_BUSES {
-            return wrong(format!(
-                "node {node} cannot have devices: only the first {} can",
-                firmware::pci::MAX_BUSES
-            ));
-        }
-        let Some(slot) = taken.get(node).copied().filter(|slot| *slot < SLOTS) else {
-            return wrong(format!("node {node} has more than {SLOTS} devices: put some on other nodes"));
-        };
-        taken[node] = slot + 1;
-        let mut kind = device.kind.clone();
-        if let Kind::Disk { serial, queues: wanted, path, .. } = &mut kind {
-            serial.get_or_insert_with(|| format!("disk{disks}"));
-            wanted.get_or_insert(queues);
-            disks += 1;
+        let chosen = machine.devices.iter().filter_map(|other| other.name.as_deref());
+        let next = place_next(machine, device, &placed, SLOTS, chosen)?;
+        placed.push(next);
+    }
+    Ok(placed)
+}
+
+/// Gives one more device a place beside those in `taken`: a slot below `slots`, and a name that is neither theirs nor,
+/// unless it is its own, one of `chosen`.
+///
+/// # Errors
+/// One sentence: what is wrong and what to do.
+pub fn place_next<'a>(
+    machine: &MachineConfig,
+    device: &PeripheralConfig,
+    taken: &[Peripheral],
+    slots: usize,
+    chosen: impl Iterator<Item = &'a str> + Clone,
+) -> Result<Peripheral, ConfigError> {
+    let node = match &device.node {
+        None => 0,
+        Some(name) => machine.node_named(name).ok_or_else(|| {
+            ConfigError(format!("a device is to be on node {name:?}, which the machine does not have"))
+        })?,
+    };
+    if node >= firmware::pci::MAX_BUSES {
+        return wrong(format!(
+            "node {node} cannot have devices: only the first {} can",
+            firmware::pci::MAX_BUSES
+        ));
+    }
+    let free =
+        |slot: &usize| !taken.iter().any(|o| usize::from(o.node) == node && usize::from(o.slot) == *slot);
+    let Some(slot) = (0..slots).find(free) else {
+        return wrong(format!(
+            "node {node} has no room for more than {slots} devices: put some on other nodes"
+        ));
+    };
+    let name = name(device, taken, chosen)?;
+    let mut kind = device.kind.clone();
+    match &mut kind {
+        Kind::Disk { serial, queues, path, .. } => {
+            serial.get_or_insert_with(|| name.clone());
+            queues.get_or_insert_with(|| default_queues(machine));
             if path.as_os_str().is_empty() {
                 return wrong("a disk has no file: name an image or a block device");
             }
         }
-        if let Kind::Net { tap, mac, queues } = &mut kind {
-            mac.get_or_insert_with(|| address(&machine.name, device.node.as_deref(), tap));
+        Kind::Net { mac, queues, .. } => {
+            mac.get_or_insert_with(|| address(&machine.name, &name));
             queues.get_or_insert(1);
         }
-        check(&kind)?;
-        placed.push(Peripheral { node: node as u16, slot: slot as u8, kind });
+        _ => {}
     }
-    if placed.iter().filter(|device| matches!(device.kind, Kind::Balloon { .. })).count() > 1 {
+    let is_balloon = |kind: &Kind| matches!(kind, Kind::Balloon { .. });
+    if is_balloon(&kind) && taken.iter().any(|other| is_balloon(&other.kind)) {
         return wrong("a machine has one balloon at most: it is for the memory of all nodes");
     }
-    Ok(placed)
+    check(&kind)?;
+    device.limits.check()?;
+    Ok(Peripheral { name, node: node as u16, slot: slot as u8, limits: device.limits, kind })
+}
+
+/// A queue for each CPU of the machine, as long as there are enough.
+fn default_queues(machine: &MachineConfig) -> u16 {
+    let cpus: u32 = machine.nodes.iter().map(|node| node.spec.cpus).sum();
+    u16::try_from(cpus).unwrap_or(u16::MAX).clamp(1, DEFAULT_QUEUES)
+}
+
+/// The name that a device was given, or the next free one of its kind.
+fn name<'a>(
+    device: &PeripheralConfig,
+    taken: &[Peripheral],
+    chosen: impl Iterator<Item = &'a str> + Clone,
+) -> Result<String, ConfigError> {
+    let word = device.kind.word();
+    match &device.name {
+        Some(name) => {
+            check_word("a device's", name, MAX_DEVICE_NAME)?;
+            if taken.iter().any(|other| other.name == *name) {
+                return wrong(format!(
+                    "there is a device {name} already: give every device a name of its own"
+                ));
+            }
+            Ok(name.clone())
+        }
+        None => {
+            let first = taken.iter().filter(|other| other.kind.word() == word).count();
+            let used = |name: &String| {
+                taken.iter().any(|other| other.name == *name) || chosen.clone().any(|other| other == name)
+            };
+            // There are fewer devices than numbers.
+            let mut names = (first..).map(|number| format!("{word}{number}"));
+            Ok(names.find(|name| !used(name)).unwrap_or_else(|| word.into()))
+        }
+    }
 }
 
 fn check(kind: &Kind) -> Result<(), ConfigError> {
@@ -192,8 +294,8 @@ fn check(kind: &Kind) -> Result<(), ConfigError> {
 }
 
 /// An address that stays the same from run to run: locally administered, the rest a hash (FNV-1a) of the names.
-fn address(machine: &str, node: Option<&str>, tap: &str) -> [u8; 6] {
-    let names = [machine, node.unwrap_or_default(), tap].join("/");
+fn address(machine: &str, device: &str) -> [u8; 6] {
+    let names = [machine, device].join("/");
     let hash = fnv(&[names.as_bytes()]).to_le_bytes();
     [0x02, hash[3], hash[4], hash[5], hash[6], hash[7]]
 }
@@ -210,47 +312,51 @@ pub fn parse_mac(text: &str) -> Result<[u8; 6], ConfigError> {
     })
 }
 
-/// A network card from `tap=NAME[,node=NAME][,mac=ADDRESS][,queues=NUMBER]`.
+/// A network card from `tap=NAME[,mac=ADDRESS][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `iops=`,
+/// `bandwidth=`.
 ///
 /// # Errors
 /// One sentence with the form that is understood.
 pub fn parse_net(text: &str) -> Result<PeripheralConfig, ConfigError> {
-    let (mut node, mut tap, mut mac, mut queues) = (None, None, None, None);
+    let (mut tap, mut mac, mut queues) = (None, None, None);
+    let mut device = PeripheralConfig::new(None, Kind::Entropy);
     for part in text.split(',') {
         match part.split_once('=') {
             Some(("tap", name)) => tap = Some(name.to_owned()),
-            Some(("node", name)) => node = Some(name.to_owned()),
             Some(("mac", address)) => mac = Some(parse_mac(address)?),
             Some(("queues", count)) => queues = Some(number(count)?),
+            Some((key, value)) if device.set(key, value)? => {}
             _ => return wrong(format!("a network card has no {part:?}: write for example tap=tap0,node=n1")),
         }
     }
     match tap {
-        Some(tap) => Ok(PeripheralConfig { node, kind: Kind::Net { tap, mac, queues } }),
+        Some(tap) => Ok(PeripheralConfig { kind: Kind::Net { tap, mac, queues }, ..device }),
         None => wrong(format!("{text:?} names no interface: write for example tap=tap0,node=n1")),
     }
 }
 
-/// A disk from `PATH[,node=NAME][,readonly][,serial=TEXT][,queues=NUMBER]`.
+/// A disk from `PATH[,readonly][,serial=TEXT][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `iops=`,
+/// `bandwidth=`.
 ///
 /// # Errors
 /// One sentence with the form that is understood.
 pub fn parse_disk(text: &str) -> Result<PeripheralConfig, ConfigError> {
     let mut parts = text.split(',');
     let path = PathBuf::from(parts.next().unwrap_or_default());
-    let (mut node, mut readonly, mut serial, mut queues) = (None, false, None, None);
+    let (mut readonly, mut serial, mut queues) = (false, None, None);
+    let mut device = PeripheralConfig::new(None, Kind::Entropy);
     for part in parts {
         match part.split_once('=') {
             None if part == "readonly" => readonly = true,
-            Some(("node", name)) => node = Some(name.to_owned()),
             Some(("serial", text)) => serial = Some(text.to_owned()),
             Some(("queues", count)) => queues = Some(number(count)?),
+            Some((key, value)) if device.set(key, value)? => {}
             _ => {
                 return wrong(format!("a disk has no {part:?}: write for example root.img,node=n1,readonly"));
             }
         }
     }
-    Ok(PeripheralConfig { node, kind: Kind::Disk { path, readonly, serial, queues } })
+    Ok(PeripheralConfig { kind: Kind::Disk { path, readonly, serial, queues }, ..device })
 }
 
 /// A console from `SOCKET[,node=NAME]`.
@@ -259,7 +365,7 @@ pub fn parse_disk(text: &str) -> Result<PeripheralConfig, ConfigError> {
 /// One sentence with the form that is understood.
 pub fn parse_console(text: &str) -> Result<PeripheralConfig, ConfigError> {
     let (socket, node) = socket_and_node("console", text)?;
-    Ok(PeripheralConfig { node, kind: Kind::Console { socket, name: None } })
+    Ok(PeripheralConfig::new(node, Kind::Console { socket, name: None }))
 }
 
 /// A channel from `NAME=SOCKET[,node=NAME]`.
@@ -273,7 +379,7 @@ pub fn parse_channel(text: &str) -> Result<PeripheralConfig, ConfigError> {
         ));
     };
     let (socket, node) = socket_and_node("channel", rest)?;
-    Ok(PeripheralConfig { node, kind: Kind::Console { socket, name: Some(name.into()) } })
+    Ok(PeripheralConfig::new(node, Kind::Console { socket, name: Some(name.into()) }))
 }
 
 fn socket_and_node(what: &str, text: &str) -> Result<(PathBuf, Option<String>), ConfigError> {
@@ -303,7 +409,7 @@ pub fn parse_balloon(text: &str) -> Result<PeripheralConfig, ConfigError> {
             _ => return wrong(format!("a balloon has no {part:?}: write for example 512M,node=n1")),
         }
     }
-    Ok(PeripheralConfig { node, kind: Kind::Balloon { size } })
+    Ok(PeripheralConfig::new(node, Kind::Balloon { size }))
 }
 
 fn number(text: &str) -> Result<u16, ConfigError> {
@@ -360,12 +466,25 @@ mod tests {
             (&["a,queues=0"], "0 queues"),
             (&["a,queues=65"], "65 queues"),
             (&too_many, "more than 31"),
+            (&["a,name=a/b"], "\"a/b\""),
+            (&["a,name=long-names-are-no-serials"], "1 to 20"),
+            (&["a,name=x", "b,name=x"], "x already"),
+            (&["a,iops=0"], "at least 1"),
         ] {
             let said = machine(devices).check().unwrap_err().0;
             assert!(said.contains(part), "{said:?} does not contain {part:?}");
         }
         assert!(parse_disk("a,colour=red").unwrap_err().0.contains("colour"));
         assert!(parse_disk("a,queues=many").unwrap_err().0.contains("many"));
+    }
+
+    #[test]
+    fn devices_without_names_get_free_ones() {
+        let placed = place(&machine(&["a,name=disk1", "b", "c,name=root,serial=1", "d,iops=9"])).unwrap();
+        let names: Vec<_> = placed.iter().map(|device| device.name.as_str()).collect();
+        assert_eq!(names, ["disk1", "disk2", "root", "disk3"]);
+        assert!(matches!(&placed[1].kind, Kind::Disk { serial: Some(serial), .. } if serial == "disk2"));
+        assert_eq!(placed[3].limits, Limits { iops: Some(9), bandwidth: None });
     }
 
     #[test]
@@ -385,6 +504,12 @@ mod tests {
         assert_eq!(first[3], [2, 0, 10, 11, 12, 255]);
         assert!(first.iter().all(|mac| mac[0] == 2));
         assert!(first[0] != first[1] && first[0] != first[2]);
+        // Wherever it is, and whatever it is connected to.
+        let moved = ["tap=a,name=x", "tap=b,node=n1,name=x"].map(|text| {
+            machine.devices = vec![parse_net(text).unwrap()];
+            macs(&machine)
+        });
+        assert_eq!(moved[0], moved[1]);
     }
 
     #[test]
@@ -415,9 +540,9 @@ mod tests {
     fn consoles_and_channels_have_sockets_and_channels_names() {
         let kind = |name: Option<&str>| Kind::Console { socket: "/run/s".into(), name: name.map(Into::into) };
         let console = parse_console("/run/s,node=n1").unwrap();
-        assert_eq!(console, PeripheralConfig { node: Some("n1".into()), kind: kind(None) });
+        assert_eq!(console, PeripheralConfig::new(Some("n1".into()), kind(None)));
         let channel = parse_channel("org.qemu.guest_agent.0=/run/s").unwrap();
-        assert_eq!(channel, PeripheralConfig { node: None, kind: kind(Some("org.qemu.guest_agent.0")) });
+        assert_eq!(channel, PeripheralConfig::new(None, kind(Some("org.qemu.guest_agent.0"))));
         assert!(parse_channel("/run/s").unwrap_err().0.contains("no channel"));
         assert!(parse_console("/run/s,colour=red").unwrap_err().0.contains("colour"));
         for (device, part) in [
@@ -435,7 +560,7 @@ mod tests {
     #[test]
     fn a_machine_has_one_balloon_for_all_its_memory() {
         let balloon = parse_balloon("512M,node=n1").unwrap();
-        let expected = PeripheralConfig { node: Some("n1".into()), kind: Kind::Balloon { size: 512 << 20 } };
+        let expected = PeripheralConfig::new(Some("n1".into()), Kind::Balloon { size: 512 << 20 });
         assert_eq!(balloon, expected);
         assert_eq!(parse_balloon("").unwrap().kind, Kind::Balloon { size: 0 });
         assert!(parse_balloon("colour=red").unwrap_err().0.contains("colour"));

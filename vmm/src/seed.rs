@@ -67,7 +67,7 @@ impl Seed {
         let network = network_config.as_deref().unwrap_or_default();
         let id = fnv(&[user_data.as_bytes(), meta_data.as_bytes(), network.as_bytes()]);
         let meta_data = format!("instance-id: gestalt-{id:016x}\n{meta_data}");
-        Ok(PeripheralConfig { node: None, kind: Kind::Seed { user_data, meta_data, network_config } })
+        Ok(PeripheralConfig::new(None, Kind::Seed { user_data, meta_data, network_config }))
     }
 }
 

@@ -25,7 +25,9 @@ use vmm::node_api::FromCoordinator;
 
 fn gestalt(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gestalt"));
-    command.args(arguments).env_remove("GESTALT_LOG");
+    // Sockets of running machines, of which tests have several of one name.
+    let sockets = Path::new(env!("CARGO_TARGET_TMPDIR")).join("machines");
+    command.args(arguments).env_remove("GESTALT_LOG").env(vmm::operator::place::FOLDER, sockets);
     command
 }
 
@@ -284,6 +286,39 @@ fn a_piped_machine_relays_its_console_reports_and_ends_with_its_guest() {
     let report: serde_json::Value = serde_json::from_reader(File::open(report).unwrap()).unwrap();
     assert_eq!(report["remote_read_faults"], 21);
     assert_eq!(report["outcome"], "powered off");
+}
+
+#[test]
+fn devices_of_a_running_machine_are_shown_added_held_back_and_removed() {
+    let mut run = Run::start(2, Stdio::piped(), Stdio::null(), &["--name", "changes", "--entropy"]);
+    let nodes: Vec<_> = ["n0", "n1"].map(|name| echo_node(&run.address, name)).into();
+    let device = |arguments: &[&str]| output(&[&["device", "--machine", "changes"], arguments].concat());
+    let says = |arguments: &[&str], part: &str| {
+        let output = device(arguments);
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(said.contains(part), "{arguments:?}: {said:?} does not contain {part:?}");
+        output.status.success()
+    };
+    // The guest does not run before all nodes have said so.
+    let begin = Instant::now();
+    while !device(&["add", "--disk", "a.img,node=n1,iops=50"]).status.success() {
+        assert!(begin.elapsed() < PATIENCE, "the machine does not run");
+    }
+    assert!(says(&["list"], "disk0"));
+    assert!(says(&["list", "--json"], "\"iops\": 50"));
+    assert!(says(&["set", "disk0", "iops=none", "bandwidth=1M"], "iops=none bandwidth=1048576"));
+    assert!(!says(&["set", "disk0", "iops=0"], "at least 1"));
+    assert!(!says(&["remove", "disk7"], "there is entropy0, disk0"));
+    assert!(!says(&["add", "--net", "tap=refused"], "no such interface"));
+    assert!(says(&["remove", "disk0"], "disk0 is gone"));
+    let other = output(&["device", "--machine", "other", "list"]);
+    assert!(String::from_utf8(other.stderr).unwrap().contains("no machine called other"));
+    run.child.stdin.take().unwrap().write_all(b"!").unwrap();
+    assert_eq!(run.code(), Some(0));
+    for node in nodes {
+        node.join().unwrap().unwrap();
+    }
+    assert!(!says(&["list"], "no machine called changes"));
 }
 
 #[test]

@@ -89,7 +89,8 @@ impl Machine {
             let coordinator = Coordinator::bind(config, machine_key(), fakes).unwrap();
             say_address.send(coordinator.address().unwrap().to_string()).unwrap();
             let output = Box::new(move |bytes| write.send(bytes).unwrap_or(()));
-            let console = Console { input, interrupts, attach: Box::new(|_| {}), output, dumps };
+            let requests = channel::never();
+            let console = Console { input, interrupts, requests, attach: Box::new(|_| {}), output, dumps };
             finish.send(coordinator.run(console).unwrap()).unwrap();
         });
         let address = address.recv_timeout(PATIENCE).unwrap();

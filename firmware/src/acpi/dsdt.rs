@@ -1,6 +1,6 @@
 //! DSDT: devices at fixed ports, PCI host bridges, and the power-off state (ACPI 6.5, 5.2.11.1).
 
-use super::{pci, table};
+use super::{hotplug, pci, table};
 use crate::layout::{ACPI_S5_TYPE, COM1_GSI, COM1_LEN, COM1_PORT, RTC_LEN, RTC_PORT};
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope, ZERO};
@@ -32,7 +32,8 @@ pub(super) fn bytes(buses: usize) -> Vec<u8> {
     devices.to_aml_bytes(&mut body);
     s5.to_aml_bytes(&mut body);
     if buses > 0 {
-        body.extend(Scope::raw("_SB_".into(), pci::host_bridges(buses)));
+        body.extend(Scope::raw("_SB_".into(), [hotplug::registers(), pci::host_bridges(buses)].concat()));
+        body.extend(Scope::raw("_SB_".into(), hotplug::events(buses)));
     }
     table(*b"DSDT", REVISION, &body)
 }

@@ -18,6 +18,7 @@ use acpi_tables::{Aml, rsdp::Rsdp, sdt::Sdt, xsdt::XSDT};
 
 mod dsdt;
 mod fadt;
+mod hotplug;
 mod madt;
 mod numa;
 mod pci;

@@ -1,6 +1,6 @@
 //! What ACPI says of PCI: the host bridges with the node they are near to, and the MCFG.
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, serialize};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, serialize};
 use crate::pci::{ECAM_BASE, ECAM_BUS_LEN, ecam, window};
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -9,7 +9,7 @@ use acpi_tables::aml::{
 use acpi_tables::mcfg::MCFG;
 
 /// AML bytes that one host bridge takes at most.
-pub(super) const BRIDGE_BOUND: u64 = 192;
+pub(super) const BRIDGE_BOUND: u64 = 192 + hotplug::BUS_BOUND;
 
 /// One host bridge for each bus (PCI Firmware Specification 3.3, 4.1.3 and 4.3), and a device that claims the
 /// configuration space: Linux uses that of the MCFG only if it is reserved so.
@@ -44,9 +44,15 @@ fn host_bridge(bus: u8, bytes: &mut Vec<u8>) {
     let memory =
         AddressSpace::<u32>::new_memory(AddressSpaceCacheable::NotCacheable, true, first_gpa, last_gpa, None);
     let crs = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&number, &memory]));
-    let name = format!("PC{bus:02X}");
-    let children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &first, &uid, &node, &crs];
+    let name = bridge_name(bus);
+    let slots = hotplug::Slots { bus };
+    let children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &first, &uid, &node, &crs, &slots];
     Device::new(name.as_str().into(), children).to_aml_bytes(bytes);
+}
+
+/// The name of a bus's host bridge in `\_SB`.
+pub(super) fn bridge_name(bus: u8) -> String {
+    format!("PC{bus:02X}")
 }
 
 /// The MCFG: where configuration space is.

@@ -190,6 +190,34 @@ fn each_node_has_a_host_bridge_that_names_it() {
     assert!(!contains(dsdt, b"PC03"));
 }
 
+#[test]
+fn devices_can_come_and_go_in_each_buss_first_slots() {
+    let tables = tables(&MachineSpec { pci: true, ..machine(&[(1, GIB), (1, GIB)]) });
+    let dsdt = find(&tables, b"DSDT");
+    // OperationRegion (HPIO, SystemIO, 0x610, 8)
+    assert!(contains(dsdt, &[&[0x5b, 0x80], &b"HPIO"[..], &[1, 0x0b, 0x10, 0x06, 0x0a, 8]].concat()));
+    // Interrupt (consumer, level, active high, exclusive) {20}
+    assert!(contains(dsdt, &[0x89, 6, 0, 1, 1, 20, 0, 0, 0]));
+    for bus in 0..2u8 {
+        // Name (_SUN, bus * 32 + 15); Method (_EJ0, 1) { Store (bus << 8 | 15, HPEJ) }
+        let sun = [&b"\x08_SUN\x0a"[..], &[bus * 32 + 15], b"\x14"].concat();
+        assert!(contains(dsdt, &sun), "bus {bus}");
+        let which = if bus == 0 { vec![0x0a, 15] } else { vec![0x0b, 15, bus] };
+        assert!(contains(dsdt, &[&b"_EJ0\x01\x70"[..], &which, b"HPEJ"].concat()), "bus {bus}");
+    }
+    assert!(contains(dsdt, b"SL0F") && !contains(dsdt, b"SL10"));
+}
+
+#[test]
+fn a_buss_bytes_have_their_bound() {
+    let size = |nodes: usize| {
+        let tables = tables(&MachineSpec { pci: true, ..machine(&vec![(1, GIB); nodes]) });
+        find(&tables, b"DSDT").len() as u64
+    };
+    let (two, many) = (size(2), size(200));
+    assert!((many - two) / 198 < pci::BRIDGE_BOUND, "{}", (many - two) / 198);
+}
+
 fn contains(bytes: &[u8], part: &[u8]) -> bool {
     bytes.windows(part.len()).any(|window| window == part)
 }

@@ -1,13 +1,14 @@
 //! Reading files from the file systems that kernels are kept on.
 
 use std::error::Error;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::io::{self, Read};
+use std::sync::Arc;
 
 use ext4_view::{Ext4, Ext4Read};
 use fatfs::FsOptions;
 use fscommon::{BufStream, StreamSlice};
+
+use super::source::{ReadOnly, Source};
 
 /// A file system of a disk.
 pub enum FileSystem {
@@ -19,13 +20,12 @@ pub enum FileSystem {
 
 impl FileSystem {
     /// The file system in `len` bytes of `disk` from `start` on; `None` if there is none that can be read.
-    pub fn open(disk: &File, start: u64, len: u64) -> Option<FileSystem> {
-        let part = Part { disk: disk.try_clone().ok()?, start, len };
+    pub fn open(disk: &Arc<dyn Source>, start: u64, len: u64) -> Option<FileSystem> {
+        let part = Part { disk: disk.clone(), start, len };
         if let Ok(ext4) = Ext4::load(Box::new(part)) {
             return Some(FileSystem::Ext4(Box::new(ext4)));
         }
-        let disk = ReadOnly { disk: disk.try_clone().ok()?, at: 0 };
-        let part = StreamSlice::new(disk, start, start.checked_add(len)?).ok()?;
+        let part = StreamSlice::new(ReadOnly::new(disk), start, start.checked_add(len)?).ok()?;
         let fat = fatfs::FileSystem::new(BufStream::new(part), FsOptions::new()).ok()?;
         Some(FileSystem::Fat(Box::new(fat)))
     }
@@ -81,7 +81,7 @@ impl FileSystem {
 
 /// Part of a disk, for ext4.
 struct Part {
-    disk: File,
+    disk: Arc<dyn Source>,
     start: u64,
     len: u64,
 }
@@ -91,43 +91,6 @@ impl Ext4Read for Part {
         if start.checked_add(to.len() as u64).is_none_or(|end| end > self.len) {
             return Err(Box::new(io::Error::from(io::ErrorKind::UnexpectedEof)));
         }
-        Ok(self.disk.read_exact_at(to, self.start + start)?)
-    }
-}
-
-/// A disk that is only read, for a crate that wants to be able to write.
-pub struct ReadOnly {
-    disk: File,
-    at: u64,
-}
-
-impl Read for ReadOnly {
-    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        let read = self.disk.read_at(to, self.at)?;
-        self.at += read as u64;
-        Ok(read)
-    }
-}
-
-impl Write for ReadOnly {
-    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::PermissionDenied.into())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Seek for ReadOnly {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let from = |base: u64, by: i64| base.checked_add_signed(by).ok_or(io::ErrorKind::InvalidInput);
-        self.at = match to {
-            SeekFrom::Start(at) => at,
-            SeekFrom::Current(by) => from(self.at, by)?,
-            // Block devices have no length in their metadata, but an end.
-            SeekFrom::End(by) => from(self.disk.seek(SeekFrom::End(0))?, by)?,
-        };
-        Ok(self.at)
+        Ok(self.disk.read(to, self.start + start)?)
     }
 }

@@ -3,6 +3,7 @@
 //! | file | concept |
 //! |---|---|
 //! | this one | the search |
+//! | [`source`] | the disk's bytes: a raw image, a block device, or what another format holds |
 //! | [`partitions`] | where the file systems are: GPT, MBR, or the whole disk |
 //! | [`filesystem`] | reading files from ext2/3/4 and FAT |
 //! | [`loader`] | what boot loaders leave behind: entries of the Boot Loader Specification, and grub.cfg |
@@ -17,12 +18,15 @@
 pub mod filesystem;
 pub mod loader;
 pub mod partitions;
+pub mod source;
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use self::filesystem::FileSystem;
 use self::loader::Entry;
+use self::source::Source;
 use crate::FirmwareError;
 
 /// The largest kernel or initrd that is read, in bytes.
@@ -46,13 +50,24 @@ pub struct BootFiles {
 /// # Errors
 /// [`FirmwareError::Disk`]: the image cannot be read, or nothing to boot is on it; it says what was looked at.
 pub fn find(path: &Path) -> Result<BootFiles, FirmwareError> {
-    let wrong =
-        |why: String| FirmwareError::Disk(format!("no kernel can be found on {}: {why}", path.display()));
-    let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
-    let ranges = partitions::list(&file).map_err(|error| wrong(error.to_string()))?;
+    let file = File::open(path).map_err(|error| nothing_on(path, &error.to_string()))?;
+    find_on(Arc::new(file), path)
+}
+
+fn nothing_on(path: &Path, why: &str) -> FirmwareError {
+    FirmwareError::Disk(format!("no kernel can be found on {}: {why}", path.display()))
+}
+
+/// The same on a disk that is not simply the content of a file; `path` names it in messages.
+///
+/// # Errors
+/// Those of [`find`].
+pub fn find_on(disk: Arc<dyn Source>, path: &Path) -> Result<BootFiles, FirmwareError> {
+    let wrong = |why: String| nothing_on(path, &why);
+    let ranges = partitions::list(&disk).map_err(|error| wrong(error.to_string()))?;
     let systems: Vec<(String, FileSystem)> = ranges
         .iter()
-        .filter_map(|range| Some((range.name.clone(), FileSystem::open(&file, range.start, range.len)?)))
+        .filter_map(|range| Some((range.name.clone(), FileSystem::open(&disk, range.start, range.len)?)))
         .collect();
     if systems.is_empty() {
         let why = "it has no file system that can be read (ext2, ext3, ext4, FAT)";

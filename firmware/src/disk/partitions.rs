@@ -1,10 +1,11 @@
 //! Where the file systems of a disk are.
 
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::io;
+use std::sync::Arc;
 
 use gpt::disk::LogicalBlockSize;
+
+use super::source::{ReadOnly, Source};
 
 /// Bytes of a sector, in which MBR counts.
 const SECTOR: u64 = 512;
@@ -28,16 +29,15 @@ pub struct Range {
 ///
 /// # Errors
 /// The disk cannot be read.
-pub fn list(file: &File) -> io::Result<Vec<Range>> {
-    let mut handle = file.try_clone()?;
-    let disk = handle.seek(SeekFrom::End(0))?;
-    let mut found = by_gpt(file)?;
+pub fn list(disk: &Arc<dyn Source>) -> io::Result<Vec<Range>> {
+    let len = disk.len()?;
+    let mut found = by_gpt(disk);
     if found.is_empty() {
-        found = by_mbr(file, disk)?;
+        found = by_mbr(&**disk, len)?;
     }
-    found.retain(|range| range.len > 0 && range.start.checked_add(range.len).is_some_and(|end| end <= disk));
+    found.retain(|range| range.len > 0 && range.start.checked_add(range.len).is_some_and(|end| end <= len));
     if found.is_empty() {
-        found.push(Range { name: "the whole disk".into(), start: 0, len: disk });
+        found.push(Range { name: "the whole disk".into(), start: 0, len });
     }
     Ok(found)
 }
@@ -46,25 +46,25 @@ fn name(number: u32) -> String {
     format!("partition {number}")
 }
 
-fn by_gpt(file: &File) -> io::Result<Vec<Range>> {
+fn by_gpt(disk: &Arc<dyn Source>) -> Vec<Range> {
     for size in [LogicalBlockSize::Lb512, LogicalBlockSize::Lb4096] {
         let config = gpt::GptConfig::new().writable(false).logical_block_size(size);
-        let Ok(table) = config.open_from_device(file.try_clone()?) else { continue };
+        let Ok(table) = config.open_from_device(ReadOnly::new(disk)) else { continue };
         let range = |(number, partition): (&u32, &gpt::partition::Partition)| {
             let (start, len) = (partition.bytes_start(size).ok()?, partition.bytes_len(size).ok()?);
             partition.is_used().then(|| Range { name: name(*number), start, len })
         };
-        return Ok(table.partitions().iter().filter_map(range).collect());
+        return table.partitions().iter().filter_map(range).collect();
     }
-    Ok(Vec::new())
+    Vec::new()
 }
 
-fn by_mbr(file: &File, disk: u64) -> io::Result<Vec<Range>> {
+fn by_mbr(disk: &dyn Source, len: u64) -> io::Result<Vec<Range>> {
     let mut sector = [0; SECTOR as usize];
-    if disk < SECTOR {
+    if len < SECTOR {
         return Ok(Vec::new());
     }
-    file.read_exact_at(&mut sector, 0)?;
+    disk.read(&mut sector, 0)?;
     if sector[510..] != [0x55, 0xaa] {
         return Ok(Vec::new());
     }

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
-# kernel command line lists: online, report, drivers, devices, disks, network,
+# kernel command line lists: online, report, drivers, devices, disks, network, hotplug=ROUNDS,
 # fill, occupy, vacate, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
 #
 #   GESTALT-MARK <event>           something happened now
@@ -154,3 +154,134 @@ fill() {
     if [ -z "$failed" ]; then say fill ok; else say fill "wrong:$failed"; fi
 }
 
+# Takes memory of every node.
+occupy() {
+    for dir in /sys/devices/system/node/node[0-9]*; do
+        node=${dir##*node}
+        mkdir -p "/occupied/$node"
+        mount -t tmpfs -o "mpol=bind:$node" occupied "/occupied/$node"
+        yes occupied | dd of="/occupied/$node/file" bs=1M count=64 iflag=fullblock 2>/dev/null
+    done
+    echo "GESTALT-MARK occupied"
+}
+
+# Frees it, and gives the balloon time: the kernel reports two seconds later, piece by piece.
+vacate() {
+    rm /occupied/*/file
+    sleep 12
+    echo "GESTALT-MARK vacated"
+}
+
+# Waits until the disk with serial number $1 is there ($2 = 1), and what it is called, or gone ($2 = 0); 60 s at most.
+await_disk() {
+    for tenth in $(seq 600); do
+        disk=$(grep -lx "$1" /sys/block/vd*/serial 2>/dev/null | cut -d/ -f4)
+        [ -z "$disk" ]
+        [ $? != "$2" ] || return 0
+        sleep 0.1
+    done
+    return 1
+}
+
+# Writes to disk s0 and compares what it reads back, until there is a file /tmp/enough.
+busy() {
+    count=0
+    wrong=0
+    await_disk s0 1
+    s0=$disk
+    while [ ! -e /tmp/enough ]; do
+        count=$((count + 1))
+        dd if=/dev/urandom of=/tmp/busy bs=64k count=4 2>/dev/null
+        dd if=/tmp/busy of="/dev/$s0" bs=64k seek=$((count % 32)) conv=fsync 2>/dev/null
+        echo 1 > /proc/sys/vm/drop_caches
+        dd if="/dev/$s0" of=/tmp/busy-read bs=64k skip=$((count % 32)) count=4 2>/dev/null
+        cmp -s /tmp/busy /tmp/busy-read || wrong=$((wrong + 1))
+    done
+    say busy "$count writes, $wrong wrong"
+}
+
+# A disk called hot comes and goes so many times, and then a network card, while another disk is busy. What was written
+# to it is still there when it comes again. Whoever watches the marks adds and removes them.
+hotplug() {
+    busy & worker=$!
+    failed=
+    for round in $(seq "$1"); do
+        echo "GESTALT-MARK want$round"
+        await_disk hot 1 || { failed="$failed $round: it did not come;"; break; }
+        say "hot.node$round" "$(cat "/sys/block/$disk/device/../numa_node")"
+        if [ "$round" -gt 1 ]; then
+            dd if="/dev/$disk" of=/tmp/hot-read bs=64k count=4 2>/dev/null
+            cmp -s /tmp/hot /tmp/hot-read || failed="$failed $round: it lost what was written;"
+        fi
+        dd if=/dev/urandom of=/tmp/hot bs=64k count=4 2>/dev/null
+        dd if=/tmp/hot of="/dev/$disk" bs=64k 2>/dev/null || failed="$failed $round: it could not be written;"
+        sync
+        echo "GESTALT-MARK used$round"
+        await_disk hot 0 || { failed="$failed $round: it did not go;"; break; }
+    done
+    echo "GESTALT-MARK want-card"
+    for tenth in $(seq 600); do
+        card=$(grep -lx 02:00:00:00:00:63 /sys/class/net/*/address | cut -d/ -f5)
+        [ -z "$card" ] || break
+        sleep 0.1
+    done
+    ip link set "$card" up
+    ip addr add 10.9.99.2/24 dev "$card"
+    ping -c 3 -W 10 10.9.99.1 || failed="$failed the card does not reach its host;"
+    echo "GESTALT-MARK used-card"
+    for tenth in $(seq 600); do
+        [ -e "/sys/class/net/$card" ] || break
+        sleep 0.1
+    done
+    [ ! -e "/sys/class/net/$card" ] || failed="$failed the card did not go;"
+    touch /tmp/enough
+    wait $worker
+    if [ -z "$failed" ]; then say hotplug ok; else say hotplug "failed:$failed"; fi
+}
+
+check() {
+    if smp-check "$@"; then say smp_check ok; else say smp_check failed; fi
+}
+
+act() {
+    case $1 in
+        online) online ;;
+        report) report ;;
+        drivers) drivers ;;
+        devices) devices ;;
+        disks) disks ;;
+        network) network ;;
+        fill) fill ;;
+        occupy) occupy ;;
+        vacate) vacate ;;
+        hotplug=*) hotplug "${1#*=}" ;;
+        smp-check) check ;;
+        loop-smp-check) while check; do :; done ;;
+        ask) ask ;;
+        # A terminal of its own, so that Ctrl-C reaches what runs in the shell and not this script.
+        shell) setsid cttyhack sh -l ;;
+        poweroff) echo "GESTALT-MARK poweroff"; poweroff -f ;;
+        reboot) echo "GESTALT-MARK reboot"; reboot -f ;;
+        'sh '*) eval "${1#sh }"; say status $? ;;
+        *) echo "GESTALT-REPORT unknown_action=$1" ;;
+    esac
+}
+
+# Whoever has the console decides what happens next. Nobody there within two minutes: power off.
+ask() {
+    while echo GESTALT-ASK && read -r -t 120 line; do act "$line"; done
+}
+
+actions=report,shell
+for word in $(cat /proc/cmdline); do
+    case $word in gestalt.run=*) actions=${word#*=} ;; esac
+done
+IFS=,
+for action in $actions; do
+    unset IFS
+    act "$action"
+    IFS=,
+done
+# Process 1 may not end.
+act poweroff
+while :; do sleep 1; done

@@ -212,3 +212,72 @@ pub fn copy(image: &Path, to: &Path) -> Result<()> {
     let mut cp = Command::new("cp");
     exec::run(cp.args(["--sparse=always", "--reflink=auto"]).arg(image).arg(to), None).map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::setup;
+
+    /// What the packages leave behind, as far as it matters here.
+    fn tree() -> tempfile::TempDir {
+        let tree = tempfile::tempdir().unwrap();
+        for dir in ["boot", "etc/ssh", "etc/apt/apt.conf.d"] {
+            fs::create_dir_all(tree.path().join(dir)).unwrap();
+        }
+        for (path, content) in [
+            ("boot/vmlinuz-6.12", "the kernel"),
+            ("boot/initrd.img-6.12", "ramdisk!"),
+            ("etc/ssh/ssh_host_rsa_key", "secret"),
+            ("etc/ssh/sshd_config", "UsePAM yes"),
+            ("etc/apt/apt.conf.d/99mmdebstrap", "APT::Install-Recommends \"false\";"),
+            ("etc/machine-id", "0123456789abcdef"),
+        ] {
+            fs::write(tree.path().join(path), content).unwrap();
+        }
+        symlink("boot/vmlinuz-6.12", tree.path().join("vmlinuz")).unwrap();
+        symlink("boot/initrd.img-6.12", tree.path().join("initrd.img")).unwrap();
+        tree
+    }
+
+    #[test]
+    fn a_machine_finds_the_kernel_and_the_kernel_its_root() {
+        if setup::missing(&[setup::Need { have: "mke2fs", package: "e2fsprogs" }]) {
+            eprintln!("skipped: mke2fs is not installed");
+            return;
+        }
+        let (tree, dir) = (tree(), tempfile::tempdir().unwrap());
+        let image = dir.path().join(IMAGE);
+        let id = partition(&image, 16 << 20).unwrap();
+        finish(tree.path(), &id).unwrap();
+        exec::run(&mut mke2fs(tree.path(), &image, 16), None).unwrap();
+        let found = firmware::disk::find(&image).unwrap();
+        assert_eq!((found.kernel, found.initrd), (b"the kernel".to_vec(), b"ramdisk!".to_vec()));
+        assert_eq!(found.cmdline, format!("root=PARTUUID={id} ro console=ttyS0"));
+        assert!(found.origin.starts_with("partition 1: /vmlinuz"), "{}", found.origin);
+        assert_eq!(fs::metadata(&image).unwrap().len(), 16 << 20);
+    }
+
+    #[test]
+    fn copies_share_no_identity() {
+        let tree = tree();
+        finish(tree.path(), "0000").unwrap();
+        let here = |path: &str| tree.path().join(path);
+        assert_eq!(fs::read_to_string(here("etc/machine-id")).unwrap(), "");
+        assert!(!here("etc/ssh/ssh_host_rsa_key").exists() && here("etc/ssh/sshd_config").exists());
+        assert!(!here("etc/apt/apt.conf.d/99mmdebstrap").exists());
+        assert!(fs::read_to_string(here("etc/fstab")).unwrap().starts_with("PARTUUID=0000 / ext4"));
+    }
+
+    #[test]
+    fn what_cannot_be_made_is_refused_before_anything_is_fetched() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path().to_owned()).unwrap();
+        let refusal = |packages: &[&str], size_mib| {
+            let packages = packages.iter().map(|name| (*name).to_owned()).collect();
+            build(&cache, &Recipe { packages, size_mib }).unwrap_err().to_string()
+        };
+        assert!(refusal(&[], 100).contains("at least"));
+        assert!(refusal(&["fio", "--simulate=x"], 2048).contains("\"--simulate=x\""));
+        assert!(refusal(&["../fio"], 2048).contains("no name"));
+    }
+}

@@ -173,9 +173,9 @@ impl Machine {
     /// Words for a kernel whose user space stays on the first node's CPUs unless something asks for others.
     fn apart(&self) -> String {
         let (near, all) = (self.nodes[0].cpus, self.cpus());
+        let far = format!("{near}-{}", all - 1);
         format!(
-            "isolcpus={near}-{} systemd.cpu_affinity=0-{} rcupdate.rcu_cpu_stall_timeout=300",
-            all - 1,
+            "isolcpus={far} nohz_full={far} systemd.cpu_affinity=0-{} rcupdate.rcu_cpu_stall_timeout=300",
             near - 1
         )
     }
@@ -217,6 +217,19 @@ mod tests {
         let file = machine.file("/g", false);
         assert!(file.contains("listen = \"10.77.0.1:7700\""), "{file}");
         assert!(file.contains("fabric = [\"10.78.0.2\", \"10.79.0.2\"]\n"), "{file}");
+    }
+
+    #[test]
+    fn a_whole_system_keeps_to_the_first_node_where_hosts_are_emulated() {
+        let machine = Machine { system: Some("/dev/vdb".into()), ..Machine::equal(3, 2, 256) };
+        let file = machine.file("/g", true);
+        assert!(file.contains("isolcpus=2-5 nohz_full=2-5 systemd.cpu_affinity=0-1 "), "{file}");
+        assert!(!machine.file("/g", false).contains("isolcpus"));
+        assert!(
+            !Machine { system: machine.system, ..Machine::equal(1, 2, 256) }
+                .file("/g", true)
+                .contains("isolcpus")
+        );
     }
 
     #[test]

@@ -35,10 +35,9 @@ const CHECK_LIMIT: Duration = Duration::from_secs(1200);
 /// From the order to power off to the end.
 const OFF_LIMIT: Duration = Duration::from_secs(180);
 /// Bytes that each run with verification writes and reads.
-const VERIFIED: u64 = 2 << 20;
-/// Bytes of the measured runs. What both have in common, such as starting fio, goes out in the difference.
-const SMALL: u64 = 1 << 20;
-const LARGE: u64 = 9 << 20;
+const VERIFIED: u64 = 512 << 10;
+/// Bytes of each measured run.
+const MEASURED: u64 = 2 << 20;
 
 /// `target/report/disk.json`.
 #[derive(Default, Serialize)]
@@ -78,13 +77,14 @@ struct Pair {
     write: Way,
 }
 
-/// Through the page cache, one request after the other.
+/// Through the page cache, from the beginning on.
 #[derive(Serialize)]
 struct Way {
-    /// As fio says.
+    /// Until it was read, or on the disk.
     mib_per_second: f64,
-    /// Bytes between nodes for each byte read or written, as the network of the hosts counts them, its headers and
-    /// all that the machine does meanwhile included. Null over RDMA on one host, which no interface counts.
+    /// Bytes between nodes for each byte read or written, as the network of the hosts counts them: its headers
+    /// included, and all that the machine does meanwhile; less what two counts in a row differ by. Null over RDMA on
+    /// one host, which no interface counts.
     moved_per_byte: Option<f64>,
 }
 
@@ -104,7 +104,7 @@ struct Said {
 pub fn run(options: &Options) -> Result<()> {
     report::forget("disk")?;
     let mut machine = options.machine()?;
-    ensure!(machine.nodes.iter().all(|node| node.cpus > 0), "--disk uses a CPU of each node: give each some");
+    ensure!(machine.nodes[0].cpus > 0, "--disk needs a CPU on the first node");
     ensure!(machine.nodes.len() <= 8, "--disk is for 8 nodes at most");
     machine.disks = (0..machine.nodes.len()).collect();
     machine.cards.clone_from(&machine.disks);
@@ -195,7 +195,7 @@ impl Course<'_> {
         self.enter("copying the script of the checks");
         let quoted = CHECK.replace('\'', "'\\''");
         login.output(&mut self.boot, &format!("printf %s '{quoted}' > /tmp/check"), SYSTEM_LIMIT)?;
-        let command = format!("sudo sh /tmp/check {VERIFIED} {SMALL} {LARGE}");
+        let command = format!("sudo sh /tmp/check {VERIFIED} {MEASURED}");
         let mut said = Said::default();
         let (rig, hosts, begin) = (self.rig, self.machine.hosts, self.boot.started());
         let step = &mut self.step;
@@ -254,24 +254,37 @@ impl Said {
         words.map(|word| node(word).with_context(|| format!("{word:?} names no node"))).collect()
     }
 
-    /// A number that fio reports of one job, which has no error.
-    fn number(&self, run: &str, field: &[&str]) -> Result<f64> {
-        let job = self.runs.get(run).and_then(|run| run.get("jobs")?.get(0));
-        let job = job.with_context(|| format!("fio's run {run} is missing"))?;
-        ensure!(job["error"].as_u64() == Some(0), "fio's run {run} ended with error {}", job["error"]);
-        let value = field.iter().fold(job, |value, key| &value[*key]);
-        value.as_f64().with_context(|| format!("fio's run {run} does not say {}", field.join(".")))
+    /// The jobs of a run of fio, all without an error, by name: the bytes that each has read.
+    fn verified(&self, run: &str) -> Result<BTreeMap<&str, u64>> {
+        let jobs = self.runs.get(run).and_then(|run| run.get("jobs")?.as_array());
+        let jobs = jobs.with_context(|| format!("fio's run {run} is missing"))?;
+        let mut read = BTreeMap::new();
+        for job in jobs {
+            ensure!(job["error"].as_u64() == Some(0), "fio's run {run} ended with error {}", job["error"]);
+            let (name, bytes) = (job["jobname"].as_str(), job["read"]["io_bytes"].as_u64());
+            read.insert(name.context("fio did not name a job")?, bytes.context("fio did not count")?);
+        }
+        Ok(read)
     }
 
-    fn way(&self, name: &str, way: &str, counted: bool) -> Result<Way> {
-        let count = |size: u64, end: &str| {
-            let key = format!("{name}.{way}.{size}.{end}");
+    /// Bytes that were counted during `what`.
+    fn counted(&self, what: &str) -> Result<u64> {
+        let at = |end: &str| {
+            let key = format!("{what}.{end}");
             self.counts.get(&key).copied().with_context(|| format!("nothing was counted at {key}"))
         };
-        let moved = |size| Ok::<_, anyhow::Error>(count(size, "end")? as f64 - count(size, "begin")? as f64);
-        let per_byte = (moved(LARGE)? - moved(SMALL)?) / (LARGE - SMALL) as f64;
-        let bytes = self.number(&format!("{name}.{way}.{LARGE}"), &[way, "bw_bytes"])?;
-        Ok(Way { mib_per_second: bytes / f64::from(1 << 20), moved_per_byte: counted.then_some(per_byte) })
+        Ok(at("end")?.saturating_sub(at("begin")?))
+    }
+
+    fn way(&self, cpu_node: usize, disk_node: usize, way: &str, counted: bool) -> Result<Way> {
+        let name = format!("{cpu_node}.{disk_node}.{way}");
+        let seconds: f64 = self.fact(&name)?.parse().with_context(|| format!("{name} is no time"))?;
+        ensure!(seconds > 0.0, "{name} took no time");
+        let moved = self.counted(&name)?.saturating_sub(self.counted(&format!("{cpu_node}.idle"))?);
+        Ok(Way {
+            mib_per_second: MEASURED as f64 / f64::from(1 << 20) / seconds,
+            moved_per_byte: counted.then_some(moved as f64 / MEASURED as f64),
+        })
     }
 
     fn put_into(&self, report: &mut Report, machine: &Machine) -> Result<()> {
@@ -282,23 +295,22 @@ impl Said {
         let counted = !machine.rdma || machine.hosts > 1;
         for &disk_node in &disks {
             for &cpu_node in &cpus {
-                let name = format!("{cpu_node}.{disk_node}");
+                let verified = self.verified(&format!("{cpu_node}.{disk_node}.verify"))?;
                 report.pairs.push(Pair {
                     cpu_node,
                     disk_node,
-                    verified_bytes: self.number(&format!("{name}.verify"), &["read", "io_bytes"])? as u64,
-                    read: self.way(&name, "read", counted)?,
-                    write: self.way(&name, "write", counted)?,
+                    verified_bytes: verified.get("disk").copied().unwrap_or(0),
+                    read: self.way(cpu_node, disk_node, "read", counted)?,
+                    write: self.way(cpu_node, disk_node, "write", counted)?,
                 });
             }
         }
         for &reader in &cpus {
-            for &writer in &cpus {
-                let run = format!("stripe.{reader}.{writer}.verify");
-                if self.number(&run, &["read", "io_bytes"])? as u64 == VERIFIED {
-                    report.stripe_verified.push((reader, writer));
-                }
-            }
+            let verified = self.verified(&format!("stripe.{reader}.verify"))?;
+            let right = |writer: &usize| verified.get(&*format!("file{writer}")) == Some(&VERIFIED);
+            report
+                .stripe_verified
+                .extend(cpus.iter().filter(|writer| right(writer)).map(|writer| (reader, *writer)));
         }
         Ok(())
     }
@@ -338,10 +350,11 @@ impl Report {
             "systemd says {:?} instead of \"running\"",
             self.system_state
         );
-        let wanted = machine.nodes.len() * machine.nodes.len();
+        let with_cpus = machine.nodes.iter().filter(|node| node.cpus > 0).count();
+        let wanted = with_cpus * machine.nodes.len();
         let verified = self.pairs.iter().filter(|pair| pair.verified_bytes == VERIFIED).count();
         ensure!(verified == wanted, "{verified} of {wanted} pairs of CPU and disk were verified");
-        let verified = self.stripe_verified.len();
+        let (verified, wanted) = (self.stripe_verified.len(), with_cpus * with_cpus);
         ensure!(verified == wanted, "{verified} of {wanted} readings of the striped files were verified");
         ensure!(self.clean_poweroff, "the machine did not power off cleanly");
         Ok(())

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use testbed::boot::{Boot, Outcome, Watch};
 use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
@@ -32,6 +32,12 @@ pub enum Plan {
     Full,
     /// Boot, take memory and free it: the nodes must give it back.
     Vacate,
+    /// Boot, report, use every disk and network card; then a disk comes and goes so many times, now on one node and now
+    /// on another, and a network card once; power off.
+    HotPlug {
+        /// How often.
+        rounds: usize,
+    },
     /// Talk to the guest over its console, reboot it from inside, power it off the second time.
     Reboot,
     /// Kill the process of this node so many milliseconds after the guest's user space has begun.
@@ -70,16 +76,18 @@ impl Scenario {
     pub fn new(name: impl Into<String>, machine: Machine, plan: Plan) -> Self {
         let mut machine = machine;
         machine.actions = match plan {
-            Plan::Whole => "report,smp-check,poweroff",
-            Plan::Quick if machine.boots_from_disk => "report,drivers,devices,poweroff",
-            Plan::Quick => "report,poweroff",
-            Plan::Devices => "report,drivers,devices,disks,network,poweroff",
-            Plan::Full => "report,fill,poweroff",
-            Plan::Vacate => "report,drivers,occupy,ask",
-            Plan::Reboot => "report,ask",
-            Plan::Kill { .. } => "loop-smp-check",
-        }
-        .into();
+            Plan::Whole => "report,smp-check,poweroff".into(),
+            Plan::Quick if machine.boots_from_disk => "report,drivers,devices,poweroff".into(),
+            Plan::Quick => "report,poweroff".into(),
+            Plan::Devices => "report,drivers,devices,disks,network,poweroff".into(),
+            Plan::HotPlug { rounds } => {
+                format!("report,drivers,devices,disks,network,hotplug={rounds},poweroff")
+            }
+            Plan::Full => "report,fill,poweroff".into(),
+            Plan::Vacate => "report,drivers,occupy,ask".into(),
+            Plan::Reboot => "report,ask".into(),
+            Plan::Kill { .. } => "loop-smp-check".into(),
+        };
         Self { name: name.into(), machine, plan, show: false }
     }
 
@@ -114,6 +122,7 @@ impl Scenario {
                 Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
             }
             Plan::Vacate => self.memory(rig, boot),
+            Plan::HotPlug { rounds } => self.hot_plug(rig, boot, rounds),
             Plan::Reboot => self.reboot(boot),
             Plan::Kill { node, after_ms } => self.kill(rig, boot, node, after_ms),
         }
@@ -163,6 +172,52 @@ impl Scenario {
         );
         let starts = outcome.count("userspace");
         ensure!(starts == 2, "the guest came up {starts} times instead of 2\n{}", outcome.tail());
+        Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
+    }
+
+    /// Adds and removes devices as the guest's marks ask for it.
+    fn hot_plug(&self, rig: &Rig, boot: &mut Boot, rounds: usize) -> Result<Times> {
+        let host = &rig.hosts()[0];
+        let limit = Duration::from_secs(100);
+        let gestalt = format!("{}/gestalt device --machine test", host.bin().display());
+        let device = |what: &str| {
+            host.output(&format!("{gestalt} {what}"), limit).with_context(|| format!("gestalt device {what}"))
+        };
+        let mut reach = |mark: String| -> Result<()> {
+            let watch = Watch { until_mark: Some(mark.clone()), ..Watch::to_the_end(LIMIT) };
+            let outcome = boot.watch(watch, |bytes| self.see(bytes))?;
+            ensure!(outcome.count(&mark) > 0, "the guest ended before it said {mark}\n{}", outcome.tail());
+            Ok(())
+        };
+        let image = "/tmp/gestalt-hot.img";
+        host.output(&format!("rm -f {image} && truncate -s 16M {image}"), limit)?;
+        for round in 1..=rounds {
+            reach(format!("want{round}"))?;
+            device(&format!("add --disk {image},name=hot,node=n{}", round % self.machine.nodes.len()))?;
+            reach(format!("used{round}"))?;
+            device("remove hot")?;
+        }
+        reach("want-card".into())?;
+        host.output(
+            "ip link del gestalt99 2>/dev/null; ip tuntap add gestalt99 mode tap && \
+             ip addr add 10.9.99.1/24 dev gestalt99 && ip link set gestalt99 up",
+            limit,
+        )?;
+        device("add --net tap=gestalt99,name=card,node=n1,mac=02:00:00:00:00:63")?;
+        reach("used-card".into())?;
+        device("remove card")?;
+        let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
+        self.judge(&outcome, false)?;
+        let said = |key: &str| outcome.facts.text(key).unwrap_or("nothing").to_owned();
+        ensure!(said("hotplug") == "ok", "the guest said {}\n{}", said("hotplug"), outcome.tail());
+        let busy = said("busy");
+        ensure!(busy.ends_with(", 0 wrong"), "the busy disk: {busy}\n{}", outcome.tail());
+        for round in 1..=rounds {
+            let (near, wanted) =
+                (said(&format!("hot.node{round}")), (round % self.machine.nodes.len()).to_string());
+            ensure!(near == wanted, "in round {round} the disk was near node {near} instead of {wanted}");
+        }
+        eprintln!("guest: a disk came and went {rounds} times, and the other disk had {busy}");
         Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
     }
 
@@ -233,10 +288,17 @@ pub fn over_rdma() -> Scenario {
     Scenario::new("two nodes boot over RDMA", machine, Plan::Whole)
 }
 
-/// Each node has a disk and a network card of its own; the CPUs are on the first, which boots quickly everywhere.
-pub fn devices() -> Scenario {
+/// Each node has a disk and a network card of its own, and others come and go; the CPUs are on the first, which boots
+/// quickly everywhere.
+pub fn devices(rounds: usize) -> Scenario {
     let machine = Machine { disks: vec![0, 1], cards: vec![0, 1], ..with_memory_node() };
-    Scenario::new("CPUs use the disks and network cards of two nodes", machine, Plan::Devices)
+    Scenario::new("CPUs use the disks and network cards of two nodes", machine, Plan::HotPlug { rounds })
+}
+
+/// A disk comes and goes fifty times while CPUs of both nodes are there.
+pub fn hot_plug() -> Scenario {
+    let machine = Machine { disks: vec![0, 1], cards: vec![0, 1], ..Machine::equal(2, 1, 512) };
+    Scenario::new("a disk comes and goes fifty times under I/O", machine, Plan::HotPlug { rounds: 50 })
 }
 
 /// The same with CPUs on both nodes.

@@ -104,6 +104,7 @@ impl Soak {
             shapes.extend(scenarios::shapes());
             shapes.push(scenarios::devices_of_all());
             shapes.push(scenarios::budgets());
+            shapes.push(scenarios::hot_plug());
             shapes.extend(scenarios::kernels());
         }
         let mut two_hosts =

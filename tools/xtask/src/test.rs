@@ -18,6 +18,9 @@ use crate::over_rdma;
 use crate::report;
 use crate::scenarios::{self, Plan, Scenario, announce};
 
+/// How often a device comes and goes; `soak` does it more often.
+const HOT_PLUGS: usize = 3;
+
 /// Flags of the task.
 #[derive(Args)]
 pub struct Test {
@@ -102,7 +105,7 @@ impl Test {
             Scenario::new("the loss of node 0 ends the machine", with_memory_node(), kill(0, 300)),
         ];
         quick.push(scenarios::over_rdma());
-        quick.extend([scenarios::devices(), scenarios::from_disk(), scenarios::balloon()]);
+        quick.extend([scenarios::devices(HOT_PLUGS), scenarios::from_disk(), scenarios::balloon()]);
         quick.extend(scenarios::kernels());
         let mut scenarios: Vec<Scenario> = quick.into_iter().filter(wanted).collect();
         if scenarios.is_empty() {

@@ -4,12 +4,14 @@
 //! |---|---|---|
 //! | `gestalt run` | [`run`] | brings a machine up and holds it: the coordinator |
 //! | `gestalt node` | [`node`] | one node of a machine |
+//! | `gestalt device` | [`device`] | shows and changes the devices of a running machine |
 //! | `gestalt key` | [`key`] | makes and shows keys |
 //! | `gestalt doctor` | [`doctor`] | whether a node can run on this host |
 //!
 //! Exit codes: 0 the guest switched itself off, the operator left, or the host is fine; 1 failure, with one
 //! sentence on standard error; 2 a command line that cannot be understood; 128 + n ended by signal n.
 
+pub mod device;
 pub mod doctor;
 pub mod key;
 pub mod node;
@@ -44,6 +46,8 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Be one node of a machine that `gestalt run` holds
     Node(node::NodeArgs),
+    /// Show and change the devices of a running machine
+    Device(device::DeviceArgs),
     /// Make and show the keys by which the nodes of a machine know each other
     #[command(subcommand)]
     Key(key::KeyCommand),
@@ -58,6 +62,7 @@ pub fn main(node_main: NodeMain) -> ExitCode {
     let ended = match cli.command {
         Command::Run(args) => run::run(*args, cli.verbose),
         Command::Node(args) => node::node(args, node_main),
+        Command::Device(args) => device::device(&args),
         Command::Key(command) => key::key(&command),
         Command::Doctor(args) => Ok(doctor::doctor(&args)),
     };

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use crossbeam::channel;
+use crossbeam::channel::{self, Receiver};
 use firmware::NodeSpec;
 use firmware::boot::{self, BootSource};
 
@@ -20,6 +20,8 @@ use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
 use crate::keys::{KeyFile, MachineKey};
 use crate::machine_file::{self, parse_fabric};
+use crate::operator;
+use crate::operator::server::{Asked, Server};
 use crate::peripherals::{
     Kind, PeripheralConfig, parse_balloon, parse_channel, parse_console, parse_disk, parse_net,
 };
@@ -72,10 +74,12 @@ pub struct RunArgs {
     /// node, and fabric= once per rail
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
-    /// A disk: PATH[,node=NAME][,readonly][,serial=TEXT][,queues=NUMBER]; give it once per disk
+    /// A disk: PATH[,node=NAME][,name=NAME][,readonly][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]; give
+    /// it once per disk
     #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
     disk: Vec<PeripheralConfig>,
-    /// A network card: tap=NAME[,node=NAME][,mac=ADDRESS][,queues=NUMBER]; give it once per card
+    /// A network card: tap=NAME[,node=NAME][,name=NAME][,mac=ADDRESS][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE];
+    /// give it once per card
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE..]", value_parser = parse_net)]
     net: Vec<PeripheralConfig>,
     /// Tell cloud-init this host name
@@ -156,6 +160,7 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
     let mut arguments = vec!["--spawned".to_string()];
     arguments.extend((0..verbose).map(|_| "-v".to_string()));
     let spawner = ProcessSpawner::new(program, arguments);
+    let name = config.name.clone();
     let local: Vec<_> = config.nodes.iter().filter(|node| node.place == Place::Local).cloned().collect();
     let coordinator = Coordinator::bind(config, key, Box::new(spawner))?;
     if !local.is_empty() {
@@ -165,7 +170,11 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
         };
         doctor::check_can_run(&needs).map_err(|why| anyhow::anyhow!("{why} (`gestalt doctor` says more)"))?;
     }
-    let outcome = hold(coordinator, args.dump_dir, report)?;
+    let (asked, requests) = channel::unbounded();
+    // Without it the machine runs as well, and cannot be changed meanwhile.
+    let _operators = Server::start(&operator::place::folder(), &name, asked)
+        .inspect_err(|error| tracing::warn!("`gestalt device` cannot reach this machine: {error}"));
+    let outcome = hold(coordinator, requests, args.dump_dir, report)?;
     match outcome {
         Outcome::PoweredOff => Ok(0),
         Outcome::Interrupted(Interrupt::Escape) => Ok(0),
@@ -177,6 +186,7 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
 /// Connects the coordinator to terminal and signals and runs it.
 fn hold(
     coordinator: Coordinator,
+    requests: Receiver<Asked>,
     dumps: Option<PathBuf>,
     report: Option<(PathBuf, File)>,
 ) -> anyhow::Result<Outcome> {
@@ -210,6 +220,7 @@ fn hold(
     let console = Console {
         input,
         interrupts,
+        requests,
         attach: Box::new(attach),
         output: Box::new(move |bytes| output.push(bytes)),
         dumps,
@@ -274,7 +285,7 @@ impl RunArgs {
             config.devices.push(seed.peripheral(&config.name)?);
         }
         if self.entropy {
-            config.devices.push(PeripheralConfig { node: None, kind: Kind::Entropy });
+            config.devices.push(PeripheralConfig::new(None, Kind::Entropy));
         }
         config.devices.extend(self.console.iter().chain(&self.channel).chain(&self.balloon).cloned());
         config.listen = self.listen.or(config.listen);

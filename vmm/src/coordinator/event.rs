@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 
+use super::live::AskerId;
 use super::wire::Hello;
 use crate::node_api::{FromCoordinator, ToCoordinator};
+use crate::operator::{Answer, Request};
 
 /// One connection, never reused.
 pub type LinkId = u64;
@@ -52,6 +54,13 @@ pub enum Event {
     },
     /// Somebody wants the machine to end.
     Interrupted(Interrupt),
+    /// An operator wants something of the machine's devices.
+    Asked {
+        /// Who.
+        asker: AskerId,
+        /// What.
+        request: Request,
+    },
     /// Time passes; at least every [`super::TICK`].
     Tick,
 }
@@ -123,6 +132,13 @@ pub enum Action {
         node: usize,
         /// The text.
         text: String,
+    },
+    /// Answer an operator.
+    Answer {
+        /// Who asked.
+        asker: AskerId,
+        /// The answer.
+        answer: Answer,
     },
     /// Close this connection.
     Close(LinkId),

@@ -9,6 +9,7 @@
 //! ```
 //!
 //! - [`wire`]: bytes on the connection. [`join`]: the node's side of it, [`link`] and [`listener`] ours.
+//! - [`live`]: devices that come, go and change while the machine runs; pure, too.
 //! - [`session`]: all decisions, pure; [`event`]: what goes in and out. [`cause`]: which sign of a failure is its cause.
 //! - [`spawn`]: processes of local nodes. [`report`]: counters at the end.
 //! - [`Coordinator`]: the loop in the middle of the picture.
@@ -18,6 +19,7 @@ pub mod event;
 pub mod join;
 pub mod link;
 pub mod listener;
+pub mod live;
 pub mod report;
 pub mod session;
 pub mod spawn;
@@ -36,10 +38,13 @@ use crossbeam::channel::{self, Receiver, Sender};
 use crate::config::MachineConfig;
 use crate::keys::{CoordinatorKeys, MachineKey};
 use crate::node_api::{FromCoordinator, Machine};
+use crate::operator;
+use crate::operator::server::Asked;
 use crate::terminal;
 use event::{Action, Event, Interrupt, LinkId, Outcome};
 use link::Link;
 use listener::Acceptor;
+use live::AskerId;
 use session::Session;
 use spawn::{NodeProcess, Spawner};
 use wire::{Answer, Assigned, Hello};
@@ -81,6 +86,8 @@ pub struct Console {
     pub input: Receiver<Vec<u8>>,
     /// Wishes to end the machine.
     pub interrupts: Receiver<Interrupt>,
+    /// What operators ask of the running machine.
+    pub requests: Receiver<Asked>,
     /// Called with `true` when the guest begins to read what is typed, with `false` when it ceases.
     pub attach: Box<dyn FnMut(bool)>,
     /// Takes what the guest wrote; must not block.
@@ -166,6 +173,8 @@ impl Coordinator {
             links: HashMap::new(),
             processes: Processes::default(),
             next_link: 0,
+            askers: HashMap::new(),
+            next_asker: 0,
             console,
             over: None,
         };
@@ -213,6 +222,9 @@ struct Driver {
     links: HashMap<LinkId, Link>,
     processes: Processes,
     next_link: LinkId,
+    /// Operators who wait for an answer.
+    askers: HashMap<AskerId, Sender<operator::Answer>>,
+    next_asker: AskerId,
     console: Console,
     over: Option<Outcome>,
 }
@@ -233,7 +245,7 @@ impl Driver {
             let typed_to = self.session.input_link().and_then(|link| self.links.get(&link));
             let takes_input = typed_to.is_some_and(|link| link.queued() < MAX_TYPED);
             let input = if takes_input { self.console.input.clone() } else { channel::never() };
-            let interrupts = self.console.interrupts.clone();
+            let (interrupts, requests) = (self.console.interrupts.clone(), self.console.requests.clone());
             crossbeam::select! {
                 recv(events) -> wake => match wake {
                     Ok(Wake::Event(event)) => self.handle(event)?,
@@ -244,6 +256,15 @@ impl Driver {
                 recv(interrupts) -> interrupt => match interrupt {
                     Ok(interrupt) => self.handle(Event::Interrupted(interrupt))?,
                     Err(_) => self.console.interrupts = channel::never(),
+                },
+                recv(requests) -> asked => match asked {
+                    Ok(Asked { request, reply }) => {
+                        let asker = self.next_asker;
+                        self.next_asker += 1;
+                        self.askers.insert(asker, reply);
+                        self.handle(Event::Asked { asker, request })?;
+                    }
+                    Err(_) => self.console.requests = channel::never(),
                 },
                 recv(input) -> typed => match typed {
                     Ok(bytes) => self.typed(bytes),
@@ -287,7 +308,8 @@ impl Driver {
         for action in actions {
             match action {
                 Action::NewRun => {
-                    self.machine = self.config.machine(random_id()?);
+                    self.machine =
+                        Machine { devices: self.session.devices(), ..self.config.machine(random_id()?) };
                     self.processes = Processes::default();
                     self.links.clear();
                 }
@@ -309,6 +331,12 @@ impl Driver {
                 Action::Say(text) => tracing::info!("{text}"),
                 Action::Warn(text) => tracing::warn!("{text}"),
                 Action::Dump { node, text } => self.dump(node, &text),
+                Action::Answer { asker, answer } => {
+                    if let Some(reply) = self.askers.remove(&asker) {
+                        // Who does not wait any more needs no answer.
+                        let _ = reply.send(answer);
+                    }
+                }
                 Action::Close(link) => drop(self.links.remove(&link)),
                 Action::KillAll => self.processes.kill(),
                 Action::Over(outcome) => self.over = Some(outcome),

@@ -24,10 +24,12 @@ use std::time::{Duration, Instant};
 
 use super::cause::{Cause, Evidence};
 use super::event::{Action, Event, Interrupt, LinkId, Outcome, ProcessEnd};
+use super::live::{Live, Step};
 use super::report::Tally;
 use super::wire::Hello;
 use crate::config::{MachineConfig, Place};
 use crate::node_api::{FromCoordinator, Joined, Start, Stop, ToCoordinator};
+use crate::peripherals::Peripheral;
 
 /// How long evidence is collected before the machine is stopped for a failure.
 pub const SETTLE: Duration = Duration::from_millis(300);
@@ -79,13 +81,14 @@ pub struct Session {
     life: u32,
     last_tick: Instant,
     tally: Tally,
+    live: Live,
 }
 
 impl Session {
     /// A session whose operator reads that nodes join at `join`.
     pub fn new(config: MachineConfig, join: String, now: Instant) -> Session {
-        let tally = Tally::new(&config);
-        Session { config, join, nodes: Vec::new(), phase: Phase::Over, life: 0, last_tick: now, tally }
+        let (tally, live) = (Tally::new(&config), Live::new(&config));
+        Session { config, join, nodes: Vec::new(), phase: Phase::Over, life: 0, last_tick: now, tally, live }
     }
 
     /// Begins.
@@ -125,6 +128,11 @@ impl Session {
         &self.tally
     }
 
+    /// The devices that the machine starts with, and starts again with.
+    pub fn devices(&self) -> Vec<Peripheral> {
+        self.live.devices()
+    }
+
     /// Takes one event and says what follows from it.
     pub fn handle(&mut self, event: Event, now: Instant) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -154,7 +162,16 @@ impl Session {
                 self.suspect(node, Cause::NotSpawned(why), now);
             }
             Event::Interrupted(who) => self.interrupted(who, now, &mut actions),
-            Event::Tick => self.tick(now),
+            Event::Asked { asker, request } => {
+                let running = matches!(self.phase, Phase::Running);
+                let steps = self.live.ask(asker, request, running, now);
+                self.steps(steps, &mut actions);
+            }
+            Event::Tick => {
+                self.tick(now);
+                let steps = self.live.tick(now);
+                self.steps(steps, &mut actions);
+            }
         }
         self.advance(now, &mut actions);
         actions
@@ -247,6 +264,19 @@ impl Session {
                 self.joined(node, joined, now);
             }
             (ToCoordinator::Ready, Phase::Preparing { .. }) => self.nodes[node].ready = true,
+            (ToCoordinator::DeviceDone { id, result }, Phase::Running) => {
+                match self.live.done(node, id, result) {
+                    Some(steps) => self.steps(steps, out),
+                    None => {
+                        let why = "it answered an order about a device that it was not given".to_string();
+                        self.suspect(node, Cause::Failed(why), now);
+                    }
+                }
+            }
+            (ToCoordinator::Ejected(slot), Phase::Running) if node == 0 => {
+                let steps = self.live.ejected(slot);
+                self.steps(steps, out);
+            }
             (ToCoordinator::PowerOff, Phase::Running) if node == 0 => {
                 self.stop(Ending::Over(Outcome::PoweredOff), now, out);
             }
@@ -263,6 +293,19 @@ impl Session {
                 self.suspect(node, Cause::Failed(why), now);
             }
         }
+    }
+
+    /// Does what the devices want done.
+    fn steps(&self, steps: Vec<Step>, out: &mut Vec<Action>) {
+        out.extend(steps.into_iter().filter_map(|step| match step {
+            Step::Answer(asker, answer) => Some(Action::Answer { asker, answer }),
+            Step::Say(text) => Some(Action::Say(text)),
+            // A node that is lost ends the machine.
+            Step::Tell { node, id, order } => {
+                let link = self.nodes.get(node).and_then(|node| node.link)?;
+                Some(Action::Send { link, message: FromCoordinator::Device { id, order } })
+            }
+        }));
     }
 
     fn joined(&mut self, node: usize, mut joined: Joined, now: Instant) {
@@ -420,7 +463,11 @@ impl Session {
     fn end(&mut self, ending: Ending, now: Instant, out: &mut Vec<Action>) {
         self.tally.stopped(now);
         match ending {
-            Ending::Restart => out.extend(self.start(now)),
+            Ending::Restart => {
+                let steps = self.live.restart();
+                self.steps(steps, out);
+                out.extend(self.start(now));
+            }
             Ending::Over(outcome) => {
                 self.phase = Phase::Over;
                 out.push(Action::Over(outcome));

@@ -3,6 +3,7 @@
 use super::*;
 use crate::config::NodeConfig;
 use crate::node_api::NodeReport;
+use crate::operator::{Answer, Request};
 use firmware::NodeSpec;
 
 /// A session with its own clock.
@@ -405,4 +406,31 @@ fn a_node_with_another_number_of_rails_fails_the_machine() {
     run.pass(SETTLE, &[0]);
     let all = format!("{:?}", run.session);
     assert!(all.contains("it has 2 rails and the machine has 1"), "{all}");
+}
+
+#[test]
+fn orders_about_devices_go_to_the_nodes_of_a_running_machine() {
+    let now = Instant::now();
+    let mut config = config(&[Place::Local, Place::Local]);
+    config.devices.push(crate::peripherals::parse_disk("a,node=n1").unwrap());
+    let mut session = Session::new(config, "192.0.2.1:7700".into(), now);
+    session.start(now);
+    let mut run = Run { session, now, links: vec![0, 1] };
+    let set = || Event::Asked {
+        asker: 5,
+        request: Request::Set { name: "disk0".into(), settings: vec!["iops=9".into()] },
+    };
+    assert!(matches!(&run.handle(set())[..], [Action::Answer { asker: 5, answer: Answer::Refused(_) }]));
+    run.boot();
+    let actions = run.handle(set());
+    let [Action::Send { link: 1, message: FromCoordinator::Device { id, .. } }] = &actions[..] else {
+        panic!("{actions:?}")
+    };
+    let actions = run.said(1, ToCoordinator::DeviceDone { id: *id, result: Ok(()) });
+    assert!(matches!(&actions[..], [Action::Answer { asker: 5, answer: Answer::Done(_) }]), "{actions:?}");
+    assert_eq!(run.session.devices()[0].limits.iops, Some(9));
+    // Again: it was not asked any more.
+    run.said(1, ToCoordinator::DeviceDone { id: *id, result: Ok(()) });
+    let actions = run.pass(Duration::from_secs(1), &[0, 1]);
+    assert!(sent(&actions).iter().any(|message| matches!(message, FromCoordinator::Stop(_))), "{actions:?}");
 }

@@ -3,6 +3,7 @@
 //! | file | concept |
 //! |---|---|
 //! | [`bus`] | which device answers at which port or address |
+//! | [`hotplug`] | what comes to and goes from PCI slots, as the guest is told |
 //! | [`ioapic`] | the I/O APIC as a device: register window in, routed messages out |
 //! | [`serial`] | COM1, the console |
 //! | [`rtc`] | the real-time clock |
@@ -13,6 +14,7 @@
 //! I/O APIC, then router, and nothing calls back.
 
 pub mod bus;
+pub mod hotplug;
 pub mod ioapic;
 pub mod power;
 pub mod rtc;

@@ -8,6 +8,7 @@ use firmware::layout;
 use super::console::{ConsoleOut, Input};
 use crate::devices::Device;
 use crate::devices::bus::{Bus, BusError, Shared, lock, share};
+use crate::devices::hotplug::{self, HotPlug, SlotId};
 use crate::devices::ioapic::IoApicDevice;
 use crate::devices::power::{self, Power, PowerEvent};
 use crate::devices::rtc::Rtc;
@@ -21,12 +22,15 @@ pub struct Board {
     pub buses: LocalDevices,
     /// The I/O APIC, to which EOIs go.
     pub ioapic: Shared<IoApicDevice>,
+    /// What comes to and goes from PCI slots.
+    pub hotplug: Shared<HotPlug>,
     com1: Shared<Com1<ConsoleOut>>,
 }
 
 impl Board {
-    /// COM1, the real-time clock, ACPI's power registers and the I/O APIC. `route` delivers what the I/O APIC
-    /// sends, `room` learns when COM1 can take more input, `power` what the guest wants of the power.
+    /// COM1, the real-time clock, ACPI's registers and the I/O APIC. `route` delivers what the I/O APIC
+    /// sends, `room` learns when COM1 can take more input, `power` what the guest wants of the power, `ejected` which PCI
+    /// device it has let go of.
     ///
     /// # Errors
     /// [`BusError`] if two devices claim an address.
@@ -35,6 +39,7 @@ impl Board {
         room: Sender<Input>,
         route: impl Fn(Message) + Send + 'static,
         power: impl Fn(PowerEvent) + Send + 'static,
+        ejected: impl Fn(SlotId) + Send + 'static,
     ) -> Result<Board, BusError> {
         let ioapic = share(IoApicDevice::new(layout::IOAPIC_ID, route));
         let pin = ioapic.clone();
@@ -49,10 +54,14 @@ impl Board {
         ports.insert(layout::RTC_PORT.into(), layout::RTC_LEN.into(), share(Rtc::new(unix_seconds)))?;
         let power = Power::new(layout::ACPI_POWER_OFF_VALUE, layout::ACPI_RESET_VALUE, power);
         ports.insert(layout::ACPI_SLEEP_CONTROL_PORT.into(), power::LEN, share(power))?;
+        let pin = ioapic.clone();
+        let line = move |up| lock(&pin).set_pin(layout::HOTPLUG_GSI as u8, up);
+        let hotplug = share(HotPlug::new(line, ejected));
+        ports.insert(layout::HOTPLUG_PORT.into(), hotplug::LEN, hotplug.clone())?;
         ports.insert(layout::PIT_CHANNEL2_PORT.into(), 1, share(NoTimer))?;
         let mut memory = Bus::new();
         memory.insert(layout::IOAPIC_ADDR, layout::IOAPIC_LEN, ioapic.clone())?;
-        Ok(Board { buses: LocalDevices { ports, memory, pci: None }, ioapic, com1 })
+        Ok(Board { buses: LocalDevices { ports, memory, pci: None }, ioapic, hotplug, com1 })
     }
 
     /// COM1, to offer input to.

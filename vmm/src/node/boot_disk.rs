@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context;
 use firmware::boot::BootSource;
@@ -12,6 +13,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::node_api::Machine;
 use crate::peripherals::Kind;
+use crate::virtio::block::Qcow2Disk;
 
 /// Kernel, initrd and command line, as files that can be opened as long as this value lives.
 pub struct BootPaths {
@@ -38,7 +40,11 @@ impl BootPaths {
             Kind::Disk { path, .. } => Some(path),
             _ => None,
         });
-        let found = disk::find(path.context("there is neither a kernel nor a disk on the first node")?)?;
+        let path = path.context("there is neither a kernel nor a disk on the first node")?;
+        let found = match Qcow2Disk::peek(path)? {
+            None => disk::find(path)?,
+            Some(image) => disk::find_on(Arc::new(image), path)?,
+        };
         tracing::info!("booting {}", found.origin);
         let mut extracted = Vec::new();
         let kernel = extract(&found.kernel, &mut extracted)?;

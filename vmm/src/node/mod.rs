@@ -11,6 +11,7 @@
 //! | [`board`] | node 0's devices |
 //! | [`boot_disk`] | the kernel, named or out of a disk |
 //! | [`peripherals`] | this node's disks and network cards |
+//! | [`live`] | devices that come, go or change while the machine runs |
 //! | [`console`] | COM1 and the coordinator's terminal |
 //! | [`counters`] | the report |
 
@@ -18,6 +19,7 @@ pub mod board;
 pub mod boot_disk;
 pub mod console;
 pub mod counters;
+pub mod live;
 pub mod parts;
 pub mod peripherals;
 
@@ -149,6 +151,10 @@ fn watch(node: &mut Node, control: &Control, happened: &Receiver<Event>) -> anyh
                 Ok(FromCoordinator::ConsoleInput(bytes)) => {
                     // At other nodes nobody listens.
                     let _ = node.input.send(Input::Typed(bytes));
+                }
+                Ok(FromCoordinator::Device { id, order }) => {
+                    // The thread lives as long as the node.
+                    let _ = node.orders.send((id, order));
                 }
                 Ok(FromCoordinator::Stop(stop)) => {
                     finish(node, control, stop);

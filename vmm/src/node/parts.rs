@@ -19,13 +19,14 @@ use kvm_ioctls::Kvm;
 use super::board::Board;
 use super::boot_disk::BootPaths;
 use super::console::{self, Input};
-use super::peripherals::{self, Idle};
-use super::{Event, StateText, VCPUS, counters};
+use super::peripherals::{Idle, Peripherals};
+use super::{Event, StateText, VCPUS, counters, live};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
-use crate::devices::bus::lock;
+use crate::devices::bus::{Shared, lock};
+use crate::devices::hotplug::HotPlug;
 use crate::kvm::{HostCpu, Vm, caps, msr};
-use crate::node_api::{Assignment, Control, Joined, NodeReport, Start, ToCoordinator};
+use crate::node_api::{Assignment, Control, DeviceOrder, Joined, NodeReport, Start, ToCoordinator};
 use crate::router::devices::{AllDevices, DeviceServer, LocalDevices};
 use crate::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use crate::router::peers::{Peers, spawn_heartbeat};
@@ -86,6 +87,8 @@ pub struct Node {
     pub router: Arc<Router>,
     /// What is typed goes here; node 0 listens.
     pub input: Sender<Input>,
+    /// Changes of this node's devices, each with its number, go here.
+    pub orders: Sender<(u32, DeviceOrder)>,
     engine: Arc<Engine>,
     transport: Arc<dyn Transport>,
     clock: Arc<GuestClock>,
@@ -132,16 +135,20 @@ impl Node {
         let ram = GuestRam::new(&memory, &layout)?;
 
         let (input, inputs) = unbounded();
-        let mut local = match node.0 {
+        let (mut local, hotplug) = match node.0 {
             0 => board(&router, control, events, input.clone(), inputs)?,
-            _ => LocalDevices::default(),
+            _ => (LocalDevices::default(), None),
         };
         let idle = Idle::default();
+        let mut peripherals = None;
         if machine.spec.pci {
-            let bus =
-                peripherals::root_bus(assignment.node, &machine.devices, &ram, &layout, &router, &idle)?;
-            local.pci = bus.map(Arc::new);
+            peripherals = Peripherals::new(assignment.node, &ram, &layout, &router, &idle).map(Arc::new);
+            for place in machine.devices.iter().filter(|place| place.node == assignment.node) {
+                peripherals.as_ref().context("this node has no PCI bus")?.add(place)?;
+            }
+            local.pci = peripherals.as_ref().map(|devices| devices.bus().clone());
         }
+        let orders = live::start(live::Subjects { peripherals, hotplug }, control.clone())?;
         let local = Arc::new(local);
         let buses = if machine.spec.pci { firmware::pci::buses(layout.nodes()) } else { 0 };
         let devices = Arc::new(AllDevices::new(router.clone(), buses, local.clone()));
@@ -212,6 +219,7 @@ impl Node {
             vcpus,
             router,
             input,
+            orders,
             engine,
             transport,
             clock,
@@ -325,23 +333,24 @@ fn board(
     events: &Sender<Event>,
     room: Sender<Input>,
     inputs: Receiver<Input>,
-) -> anyhow::Result<LocalDevices> {
+) -> anyhow::Result<(LocalDevices, Option<Shared<HotPlug>>)> {
     let terminal = control.clone();
     // A coordinator that is gone ends the machine; its terminal needs no more output.
     let (out, _) = console::output(move |batch| drop(terminal.send(ToCoordinator::Console(batch))))?;
-    let (route, power) = (router.clone(), events.clone());
+    let (route, power, ejected) = (router.clone(), events.clone(), control.clone());
     let board = Board::new(
         out,
         room,
         move |message| route.deliver_message(message),
         move |event| drop(power.send(Event::Power(event))),
+        move |slot| drop(ejected.send(ToCoordinator::Ejected(slot))),
     )?;
     router.set_ioapic(&board.ioapic);
     let com1 = board.com1();
     std::thread::Builder::new()
         .name("console input".into())
         .spawn(move || console::feed(&inputs, |bytes| lock(&com1).enqueue(bytes)))?;
-    Ok(board.buses)
+    Ok((board.buses, Some(board.hotplug)))
 }
 
 /// The guest's memory slots.

@@ -25,7 +25,7 @@ pub mod config_space;
 pub mod msix;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use firmware::pci::{ECAM_BUS_LEN, SLOTS, ecam, window};
 
@@ -71,17 +71,17 @@ pub trait Function: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// The root bus of one node.
+/// The root bus of one node. Devices come and go while CPUs use it.
 #[derive(Default)]
 pub struct RootBus {
     bus: u8,
-    functions: Vec<(u8, Arc<dyn Function>)>,
+    functions: RwLock<Vec<(u8, Arc<dyn Function>)>>,
 }
 
 impl RootBus {
     /// Bus number `bus`, which is the node's number, with nothing on it.
     pub fn new(bus: u8) -> RootBus {
-        RootBus { bus, functions: Vec::new() }
+        RootBus { bus, functions: RwLock::default() }
     }
 
     /// Where the registers of the device in `slot` are at first.
@@ -89,10 +89,17 @@ impl RootBus {
         window(bus).start + u64::from(slot % SLOTS) * REGISTERS
     }
 
-    /// Puts a device into a slot (`0..32`) that no other has.
-    pub fn insert(&mut self, slot: u8, function: Arc<dyn Function>) {
-        self.functions.retain(|(taken, _)| *taken != slot);
-        self.functions.push((slot, function));
+    /// Puts a device into a slot (`0..32`), in the place of the one that is there.
+    pub fn insert(&self, slot: u8, function: Arc<dyn Function>) {
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        functions.retain(|(taken, _)| *taken != slot);
+        functions.push((slot, function));
+    }
+
+    /// Takes the device out of a slot. A CPU may be about to end its last access to it.
+    pub fn remove(&self, slot: u8) {
+        let mut functions = self.functions.write().unwrap_or_else(PoisonError::into_inner);
+        functions.retain(|(taken, _)| *taken != slot);
     }
 
     /// Whether an address belongs to this bus.
@@ -119,8 +126,9 @@ impl RootBus {
     }
 
     /// What an access goes to; nothing if it is nowhere or reaches over an end.
-    fn target(&self, gpa: u64, len: usize) -> Option<Target<'_>> {
+    fn target(&self, gpa: u64, len: usize) -> Option<Target> {
         let space = ecam(self.bus);
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
         if space.contains(&gpa) {
             let offset = (gpa - space.start) % ECAM_BUS_LEN;
             let number = offset / FUNCTION_LEN;
@@ -129,20 +137,21 @@ impl RootBus {
                 return None;
             }
             let slot = (number / FUNCTIONS) as u8;
-            let (_, function) = self.functions.iter().find(|(taken, _)| *taken == slot)?;
-            return Some(Target::Config(&**function, within));
+            let (_, function) = functions.iter().find(|(taken, _)| *taken == slot)?;
+            return Some(Target::Config(function.clone(), within));
         }
-        self.functions.iter().find_map(|(_, function)| {
+        functions.iter().find_map(|(_, function)| {
             let offset = gpa.checked_sub(function.registers()?)?;
             let fits = offset.checked_add(len as u64)? <= REGISTERS;
-            fits.then_some(Target::Registers(&**function, offset))
+            fits.then(|| Target::Registers(function.clone(), offset))
         })
     }
 }
 
-enum Target<'a> {
-    Config(&'a dyn Function, u64),
-    Registers(&'a dyn Function, u64),
+/// What an access goes to, kept for as long as the access takes.
+enum Target {
+    Config(Arc<dyn Function>, u64),
+    Registers(Arc<dyn Function>, u64),
 }
 
 #[cfg(test)]
@@ -181,7 +190,7 @@ mod tests {
     #[test]
     fn addresses_lead_to_the_device_in_its_slot() {
         let probe = Arc::new(Probe { at: RootBus::registers_of(1, 5), seen: Mutex::default() });
-        let mut bus = RootBus::new(1);
+        let bus = RootBus::new(1);
         bus.insert(5, probe.clone());
         let config = ecam(1).start + 5 * 0x8000;
         assert_eq!(read(&bus, config + 0xff0), 1);
@@ -192,6 +201,8 @@ mod tests {
         assert_eq!(read(&bus, RootBus::registers_of(1, 5) + 0x7ffe), 0xff, "over the end");
         assert_eq!(read(&bus, RootBus::registers_of(1, 4)), 0xff);
         assert_eq!(*probe.seen.lock().unwrap(), [("config", 0xff0), ("registers", 0x7ffc)]);
+        bus.remove(5);
+        assert_eq!((read(&bus, config), read(&bus, RootBus::registers_of(1, 5))), (0xff, 0xff), "it is gone");
         assert!(bus.covers(config) && !bus.covers(ecam(0).start) && !bus.covers(window(2).start));
     }
 

@@ -33,6 +33,12 @@ pub struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
+    /// One buffer, of a test's own.
+    #[cfg(test)]
+    pub fn over(bytes: &'m mut [u8]) -> Buffers<'m> {
+        Buffers { pieces: VecDeque::from([VolatileSlice::from(bytes)]) }
+    }
+
     /// Bytes.
     pub fn len(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.len() as u64).sum()

@@ -81,7 +81,7 @@ pub fn drive(
 ) {
     let queues = device.queues().len() as u16;
     let mut driver = Driver::new(device);
-    let mut bus = RootBus::new(0);
+    let bus = RootBus::new(0);
     bus.insert(0, driver.transport.clone());
     for _ in 0..MOST_STEPS {
         if input.is_empty() {

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain::{Chain, ChainError};
 use super::memory::GuestRam;
 use super::registers::{NO_VECTOR, QueueSetup};
+use crate::limits::Limiter;
 use crate::pci::msix::Interrupts;
 
 /// Bit of the ISR status register: a queue has news (4.1.4.5).
@@ -88,6 +89,19 @@ pub struct QueueContext {
     pub on_idle: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// A queue's part in a wait elsewhere.
+pub struct Pause {
+    stop: Arc<AtomicBool>,
+    on_idle: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Pause {
+    /// Waits until `limiter` lets a request of `bytes` bytes go. One that is stopped goes at once.
+    pub fn admitted(&self, limiter: &Limiter, bytes: u64) {
+        limiter.admit(bytes, || self.stop.load(Ordering::SeqCst), || (self.on_idle)());
+    }
+}
+
 /// A queue that its driver uses.
 pub struct LiveQueue {
     queue: Queue,
@@ -140,6 +154,11 @@ impl LiveQueue {
     /// What is rung: readable when there may be news, or when it is time to stop.
     pub fn bell(&self) -> &EventFd {
         &self.bell
+    }
+
+    /// What a thread that has to wait for something else than the bell needs to know.
+    pub fn pause(&self) -> Pause {
+        Pause { stop: self.stop.clone(), on_idle: self.context.on_idle.clone() }
     }
 
     /// Whether the thread is to end.

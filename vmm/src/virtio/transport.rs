@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -30,6 +31,9 @@ const ISR: u64 = 0x1000;
 const OWN: u64 = 0x2000;
 /// Bytes of the device's own registers.
 const OWN_LEN: u64 = 0x1000;
+
+/// How often a device that is taken away looks whether its threads have ended.
+const CLOSING: Duration = Duration::from_millis(2);
 
 /// Kinds of virtio capability (4.1.4).
 const COMMON_CFG: u8 = 1;
@@ -71,6 +75,8 @@ struct State {
     context: QueueContext,
     /// The driver has asked for a reset, and not all workers have ended.
     resetting: bool,
+    /// The device is being taken away.
+    closed: bool,
 }
 
 impl Transport {
@@ -108,8 +114,26 @@ impl Transport {
             on_idle: around.on_idle.clone(),
         };
         let workers = Workers::new(name, bells.clone());
-        let state = State { space, registers, device, workers, context, resetting: false };
+        let state = State { space, registers, device, workers, context, resetting: false, closed: false };
         Ok(Transport { state: Mutex::new(state), bells, base: AtomicU64::new(0), signals, window, msix })
+    }
+
+    /// Ends the device for good: its threads are told to end, and what its driver still writes is lost. `false` if some
+    /// thread has not ended within `limit`.
+    pub fn close(&self, limit: Duration) -> bool {
+        let begin = Instant::now();
+        {
+            let mut state = self.lock();
+            state.closed = true;
+            state.workers.stop();
+        }
+        while !self.lock().workers.ended() {
+            if begin.elapsed() > limit {
+                return false;
+            }
+            std::thread::sleep(CLOSING);
+        }
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -147,7 +171,7 @@ impl State {
     }
 
     fn write_common(&mut self, offset: u64, data: &[u8]) {
-        if self.resetting && self.status() != 0 {
+        if self.closed || self.resetting && self.status() != 0 {
             return;
         }
         match self.registers.write(offset, data) {

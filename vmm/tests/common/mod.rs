@@ -9,10 +9,13 @@ use firmware::NodeSpec;
 use vmm::config::{MachineConfig, NodeConfig, Place};
 use vmm::coordinator::join::{JoinOptions, Watchdog, join};
 use vmm::coordinator::wire::Hello;
+use vmm::devices::hotplug::Change;
 use vmm::keys::MachineKey;
 use vmm::node_api::{
-    Assignment, Control, ControlError, Exit, FromCoordinator, Joined, NodeReport, ToCoordinator,
+    Assignment, Control, ControlError, DeviceOrder, Exit, FromCoordinator, Joined, NodeReport, ToCoordinator,
 };
+
+use vmm::peripherals::Kind;
 
 /// Longer than anything here takes; a test that reaches it has failed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -72,7 +75,7 @@ pub fn prepare(control: &Control) -> Result<(), ControlError> {
     control.wait_go(PATIENCE)
 }
 
-/// A node whose guest says `hello\r\n`, echoes what is typed, switches off at `!` and reboots at `@`.
+/// A node that does what is asked of its devices, and whose guest lets go of them at once. It says `hello\r\n`, echoes what is typed, switches off at `!` and reboots at `@`.
 pub fn echo_guest(assignment: &Assignment, control: &Control) -> Result<Exit, ControlError> {
     prepare(control)?;
     if assignment.node == 0 {
@@ -86,6 +89,18 @@ pub fn echo_guest(assignment: &Assignment, control: &Control) -> Result<Exit, Co
                     control.send(ToCoordinator::PowerOff)?;
                 } else if typed.contains(&b'@') {
                     control.send(ToCoordinator::Reset)?;
+                }
+            }
+            Some(FromCoordinator::Device { id, order }) => {
+                let result = match &order {
+                    DeviceOrder::Add(device) if matches!(device.kind, Kind::Net { .. }) => {
+                        Err("there is no such interface".into())
+                    }
+                    _ => Ok(()),
+                };
+                control.send(ToCoordinator::DeviceDone { id, result })?;
+                if let DeviceOrder::Announce { slot, change: Change::Leave } = order {
+                    control.send(ToCoordinator::Ejected(slot))?;
                 }
             }
             Some(FromCoordinator::Stop(stop)) => {

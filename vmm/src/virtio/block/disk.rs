@@ -75,6 +75,14 @@ pub enum OpenError {
     /// Somebody else has it.
     #[error("the disk {0} is in use by another machine or program: two that write would destroy it")]
     InUse(String),
+    /// It is not what its name says.
+    #[error("the disk {path} cannot be used as the qcow2 image that its name says it is: {why}")]
+    Qcow2 {
+        /// The file.
+        path: String,
+        /// Why, and what to do.
+        why: String,
+    },
     /// There is nothing on it.
     #[error("the disk {0} is smaller than one sector of 512 bytes: make it larger (`truncate -s 10G FILE`)")]
     Empty(String),
@@ -96,46 +104,18 @@ impl RawDisk {
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path, readonly: bool) -> Result<RawDisk, OpenError> {
-        let shown = path.display().to_string();
-        let how = if readonly { "" } else { " for writing" };
-        let failed = |source| OpenError::Open { path: shown.clone(), how, source };
-        let mut file = OpenOptions::new().read(true).write(!readonly).open(path).map_err(failed)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(OpenError::Kind(shown));
-        }
-        let locked = if readonly { file.try_lock_shared() } else { file.try_lock() };
-        match locked {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(shown)),
-            // Some file systems have no locks.
-            Err(TryLockError::Error(error)) => tracing::debug!("{shown} cannot be locked: {error}"),
-        }
-        // Works for block devices too, unlike the length in the metadata.
-        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        let (file, len) = open_file(path, readonly)?;
         let len = len - len % super::SECTOR;
         if len == 0 {
-            return Err(OpenError::Empty(shown));
+            return Err(OpenError::Empty(path.display().to_string()));
         }
         Ok(RawDisk { file, len })
     }
 
-    /// Does `each` for pieces of the buffers that fit a buffer of our own.
-    fn bounce(
-        &self,
-        buffers: &Buffers,
-        mut offset: u64,
-        each: impl Fn(&mut [u8], u64, &Buffers) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let mut rest = buffers.clone();
-        let mut bytes = vec![0; rest.len().min(BOUNCE) as usize];
-        while !rest.is_empty() {
-            let part = rest.take(BOUNCE);
-            let len = part.len();
-            each(&mut bytes[..len as usize], offset, &part)?;
-            offset += len;
-        }
-        Ok(())
+    /// Whether these are its first bytes.
+    pub(super) fn begins_with(&self, bytes: &[u8]) -> bool {
+        let mut first = vec![0; bytes.len()];
+        self.file.read_exact_at(&mut first, 0).is_ok() && first == bytes
     }
 
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -154,6 +134,45 @@ impl RawDisk {
     }
 }
 
+/// Opens a file or block device and keeps others from writing it at the same time; its length too.
+pub(super) fn open_file(path: &Path, readonly: bool) -> Result<(File, u64), OpenError> {
+    let shown = path.display().to_string();
+    let how = if readonly { "" } else { " for writing" };
+    let failed = |source| OpenError::Open { path: shown.clone(), how, source };
+    let mut file = OpenOptions::new().read(true).write(!readonly).open(path).map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(OpenError::Kind(shown));
+    }
+    let locked = if readonly { file.try_lock_shared() } else { file.try_lock() };
+    match locked {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(shown)),
+        // Some file systems have no locks.
+        Err(TryLockError::Error(error)) => tracing::debug!("{shown} cannot be locked: {error}"),
+    }
+    // Works for block devices too, unlike the length in the metadata.
+    let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    Ok((file, len))
+}
+
+/// Does `each` for pieces of the buffers that fit a buffer of our own: with the piece's bytes, offset and buffers.
+pub(super) fn bounce(
+    buffers: &Buffers,
+    mut offset: u64,
+    each: impl Fn(&mut [u8], u64, &Buffers) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut rest = buffers.clone();
+    let mut bytes = vec![0; rest.len().min(BOUNCE) as usize];
+    while !rest.is_empty() {
+        let part = rest.take(BOUNCE);
+        let len = part.len();
+        each(&mut bytes[..len as usize], offset, &part)?;
+        offset += len;
+    }
+    Ok(())
+}
+
 /// Whether the host says that it cannot do a thing at all, rather than that it failed.
 fn unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL))
@@ -165,7 +184,7 @@ impl Disk for RawDisk {
     }
 
     fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
-        self.bounce(to, offset, |bytes, at, part| {
+        bounce(to, offset, |bytes, at, part| {
             self.file.read_exact_at(bytes, at)?;
             part.write(bytes);
             Ok(())
@@ -173,7 +192,7 @@ impl Disk for RawDisk {
     }
 
     fn write(&self, from: &Buffers, offset: u64) -> io::Result<()> {
-        self.bounce(from, offset, |bytes, at, part| {
+        bounce(from, offset, |bytes, at, part| {
             part.read(bytes);
             self.file.write_all_at(bytes, at)
         })

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | this one | the device: features, registers, a thread for each queue |
 //! | [`disk`] | what is behind it: a file or block device of the host |
+//! | [`qcow2`] | the same, in QEMU's format |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
 //! Each queue has a thread of its own that does one request after the other. The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait
 //! for each other's requests nor share the pages of a ring.
 
 pub mod disk;
+pub mod qcow2;
 pub mod request;
 
 use std::io;
@@ -20,8 +22,10 @@ use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
+pub use self::qcow2::{Qcow2Disk, open};
 use self::request::Server;
 use super::{Device, Session, Workers, read_block};
+use crate::limits::Limiter;
 
 /// Bytes of the unit in which virtio counts.
 pub const SECTOR: u64 = 512;
@@ -55,6 +59,7 @@ pub struct BlockConfig {
 pub struct Block {
     disk: Arc<dyn Disk>,
     config: BlockConfig,
+    limiter: Arc<Limiter>,
     failures: Arc<AtomicU64>,
 }
 
@@ -62,7 +67,12 @@ impl Block {
     /// `disk` as the guest shall see it.
     pub fn new(disk: Arc<dyn Disk>, mut config: BlockConfig) -> Block {
         config.queues = config.queues.clamp(1, MAX_QUEUES);
-        Block { disk, config, failures: Arc::default() }
+        Block { disk, config, limiter: Arc::default(), failures: Arc::default() }
+    }
+
+    /// The same, held to what `limiter` allows.
+    pub fn limited(self, limiter: Arc<Limiter>) -> Block {
+        Block { limiter, ..self }
     }
 
     fn registers(&self) -> [u8; 60] {
@@ -132,8 +142,13 @@ impl Device for Block {
 
     fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
         for queue in session.queues.into_iter().flatten() {
-            let server = self.server();
-            workers.spawn(move || queue.serve(|chain| server.serve(chain)))?;
+            let (server, limiter, pause) = (self.server(), self.limiter.clone(), queue.pause());
+            workers.spawn(move || {
+                queue.serve(|chain| {
+                    pause.admitted(&limiter, request::data_len(chain));
+                    server.serve(chain)
+                });
+            })?;
         }
         Ok(())
     }
@@ -145,5 +160,7 @@ fn bit(feature: u32) -> u64 {
 
 #[cfg(test)]
 mod coherent;
+#[cfg(test)]
+mod limited;
 #[cfg(test)]
 mod tests;

@@ -150,6 +150,11 @@ impl Server {
     }
 }
 
+/// Bytes of a request beside its header and its outcome: what it reads or writes.
+pub fn data_len(chain: &Chain) -> u64 {
+    chain.readable.len().saturating_sub(HEADER as u64) + chain.writable.len().saturating_sub(1)
+}
+
 fn kind(header: &[u8; HEADER]) -> u32 {
     u32::from_le_bytes([header[0], header[1], header[2], header[3]])
 }

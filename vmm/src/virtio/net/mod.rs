@@ -27,6 +27,7 @@ use virtio_bindings::virtio_net as net;
 pub use self::tap::Tap;
 use super::queue::{ISR_CONFIG, Signals};
 use super::{Device, Session, Workers, read_block};
+use crate::limits::Limiter;
 
 /// Descriptors of a queue.
 const QUEUE_SIZE: u16 = 256;
@@ -84,12 +85,26 @@ pub struct Net {
     pairs: u16,
     mac: [u8; 6],
     cable: Arc<Cable>,
+    receive: Arc<Limiter>,
+    transmit: Arc<Limiter>,
 }
 
 impl Net {
     /// A card with `pairs` (`1..=MAX_PAIRS`) pairs of queues.
     pub fn new(port: Arc<dyn Port>, pairs: u16, mac: [u8; 6]) -> Net {
-        Net { port, pairs: pairs.clamp(1, MAX_PAIRS), mac, cable: Arc::default() }
+        Net {
+            port,
+            pairs: pairs.clamp(1, MAX_PAIRS),
+            mac,
+            cable: Arc::default(),
+            receive: Arc::default(),
+            transmit: Arc::default(),
+        }
+    }
+
+    /// The same, held to what the limiters allow in each direction.
+    pub fn limited(self, receive: Arc<Limiter>, transmit: Arc<Limiter>) -> Net {
+        Net { receive, transmit, ..self }
     }
 
     fn registers(&self) -> [u8; 10] {
@@ -161,10 +176,13 @@ impl Device for Net {
             let (port, cable) = (self.port.clone(), self.cable.clone());
             if let Some(queue) = queues.next().flatten() {
                 let (port, cable) = (port.clone(), cable.clone());
-                workers.spawn(move || receive::Receiver::new(queue, port, pair, merge, cable).run())?;
+                let limiter = self.receive.clone();
+                workers
+                    .spawn(move || receive::Receiver::new(queue, port, pair, merge, cable, limiter).run())?;
             }
             if let Some(queue) = queues.next().flatten() {
-                workers.spawn(move || transmit::run(queue, &*port, pair, &cable))?;
+                let limiter = self.transmit.clone();
+                workers.spawn(move || transmit::run(queue, &*port, pair, &cable, &limiter))?;
             }
         }
         if has(net::VIRTIO_NET_F_CTRL_VQ)

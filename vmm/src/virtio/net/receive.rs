@@ -8,6 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::transmit::is_gone;
 use super::{Cable, HEADER, LARGEST, Port};
+use crate::limits::Limiter;
 use crate::virtio::LiveQueue;
 use crate::virtio::chain::Buffers;
 use crate::virtio::queue::QueueError;
@@ -23,6 +24,7 @@ pub struct Receiver {
     /// A packet may take several of the driver's buffers.
     merge: bool,
     cable: Arc<Cable>,
+    limiter: Arc<Limiter>,
     packet: Vec<u8>,
     /// Bytes of a packet that is still to be delivered.
     waiting: usize,
@@ -30,8 +32,15 @@ pub struct Receiver {
 
 impl Receiver {
     /// Fills `queue` from a pair's file.
-    pub fn new(queue: LiveQueue, port: Arc<dyn Port>, pair: u16, merge: bool, cable: Arc<Cable>) -> Receiver {
-        Receiver { queue, port, pair, merge, cable, packet: vec![0; LARGEST], waiting: 0 }
+    pub fn new(
+        queue: LiveQueue,
+        port: Arc<dyn Port>,
+        pair: u16,
+        merge: bool,
+        cable: Arc<Cable>,
+        limiter: Arc<Limiter>,
+    ) -> Receiver {
+        Receiver { queue, port, pair, merge, cable, limiter, packet: vec![0; LARGEST], waiting: 0 }
     }
 
     /// Works until it is stopped. A driver that is not sound gives the device up.
@@ -46,6 +55,9 @@ impl Receiver {
         while !self.queue.stopped() {
             if self.waiting == 0 {
                 self.waiting = self.receive();
+                if self.waiting > 0 {
+                    self.queue.pause().admitted(&self.limiter, (self.waiting - HEADER) as u64);
+                }
             }
             if self.waiting == 0 {
                 // Only packets are of interest now, and the bell when it is time to stop.

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use super::{Cable, HEADER, LARGEST, Port};
+use crate::limits::Limiter;
 use crate::virtio::LiveQueue;
 use crate::virtio::chain::Chain;
 
@@ -11,9 +12,10 @@ use crate::virtio::chain::Chain;
 const MOST_BUFFERS: usize = 1024;
 
 /// Sends what the driver puts into the queue, until it is stopped.
-pub fn run(queue: LiveQueue, port: &dyn Port, pair: u16, cable: &Cable) {
-    let signals = queue.signals().clone();
+pub fn run(queue: LiveQueue, port: &dyn Port, pair: u16, cable: &Cable, limiter: &Limiter) {
+    let (signals, pause) = (queue.signals().clone(), queue.pause());
     queue.serve(|chain| {
+        pause.admitted(limiter, chain.readable.len().saturating_sub(HEADER as u64));
         if let Err(error) = send(chain, port, pair)
             && is_gone(&error)
         {

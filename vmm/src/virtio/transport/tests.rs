@@ -158,3 +158,14 @@ proptest! {
         prop_assert_eq!(driver.request(0, &[(DATA, 8, true)]), 8);
     }
 }
+
+#[test]
+fn a_device_that_is_taken_away_ends_its_threads_and_hears_its_driver_no_more() {
+    let mut driver = Driver::new(Box::new(Entropy));
+    driver.start(0);
+    assert_eq!(driver.request(0, &[(DATA, 64, true)]), 64);
+    assert!(driver.transport.close(std::time::Duration::from_secs(10)));
+    driver.status(0);
+    driver.status(0xf);
+    assert!(driver.transport.close(std::time::Duration::ZERO), "nothing has been started again");
+}
