@@ -81,10 +81,10 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
 
     #[test]
-    fn it_holds_what_a_plain_disk_would(steps in proptest::collection::vec(step(), 1..40)) {
+    fn it_holds_what_a_plain_disk_would(steps in proptest::collection::vec(step(), 1..25)) {
         let (_dir, path) = image(LEN);
         let mut disk = Some(Qcow2Disk::open(&path, false).unwrap());
         let mut model = vec![Some(0u8); LEN as usize];
