@@ -64,8 +64,8 @@ fn discarding_memory_in_use_loses_it_whole_and_brings_nothing_old_back() {
     if let Err(why) = Uffd::open() {
         return println!("skipped: {why}");
     }
-    const SHARED: u64 = 24;
-    const ROUNDS: u64 = 1500;
+    const SHARED: u64 = 480;
+    const ROUNDS: u64 = 60;
     let machine = Engines::start(&[SHARED / 2, SHARED / 2, 4], 1, Duration::from_micros(50)).unwrap();
     let over = AtomicBool::new(false);
     let word = |node: usize, owner: u64, page: u64| {
