@@ -16,7 +16,7 @@ use testbed::{exec, setup};
 
 use crate::report;
 
-/// How long each target runs among the other tests, in seconds: time for the corpus and some 10,000 inputs beyond.
+/// How long each target runs among the other tests, in seconds: time for the corpus and thousands of inputs beyond.
 pub const SHORTLY: u32 = 2;
 
 /// What the compiler does for libFuzzer: counters on every edge, and what is compared with what. As `cargo fuzz` does it,

@@ -11,8 +11,8 @@
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
 //! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
 //!
-//! [`rails`] are the cut rails of `soak`. [`options`] are what tasks that boot have in common, [`scenarios`] the boots of `test` and `soak`, [`over_rdma`] the
-//! fabric's tests on soft-RoCE, [`report`] the files in `target/report`.
+//! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
+//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`report`] the files in `target/report`.
 
 mod checks;
 mod disk;

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: unit tests, integration tests, each fuzz target for a moment, guest boots. Ends with the line `N passed, N failed`.
+//! `cargo xtask test`: unit tests, integration tests, each fuzz target for a moment, guest boots. Ends with the line
+//! `N passed, N failed`.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
