@@ -143,7 +143,8 @@ fill() {
     done
     set -- $readers
     for number in $(seq "$pieces"); do
-        [ "$(sh /tmp/piece "$number" | md5sum)" = "$(taskset -c "$1" md5sum < "/fill/$number")" ] || failed="$failed $1:$number"
+        wanted=$(taskset -c "$1" sh -c "sh /tmp/piece $number | md5sum")
+        [ "$wanted" = "$(taskset -c "$1" md5sum < "/fill/$number")" ] || failed="$failed $1:$number"
         echo "GESTALT-MARK read-$number-of-$pieces-by-$1"
         set -- "$@" "$1"
         shift

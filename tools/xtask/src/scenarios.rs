@@ -28,7 +28,7 @@ pub enum Plan {
     Quick,
     /// Boot, report, use every disk and network card from every node, power off.
     Devices,
-    /// Boot, report, `smp-check`, fill most of the memory, power off.
+    /// Boot, report, fill half of the memory and read it back, power off.
     Full,
     /// Boot, take memory and free it: the nodes must give it back.
     Vacate,
