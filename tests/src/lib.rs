@@ -2,7 +2,8 @@
 //!
 //! - [`engines`]: coherence engines of several nodes in this process, without guests: `tests/messages.rs` counts
 //!   what they say to each other, `tests/transfers.rs` moves data as a disk and its driver do,
-//!   `tests/home_memory.rs` looks at memory that nobody shares, `tests/idle.rs` at what doing nothing costs.
+//!   `tests/home_memory.rs` looks at memory that nobody shares, `tests/discard.rs` at memory that nobody needs,
+//!   `tests/idle.rs` at what doing nothing costs.
 //! - [`litmus`]: small programs on vCPUs of one node and of several, and which outcomes x86 allows:
 //!   `tests/litmus.rs`; `tests/fairness.rs` has two of them fight over one word.
 //! - `fuzz`: a workspace of its own for cargo-fuzz, with a target for everything that reads a stranger's bytes

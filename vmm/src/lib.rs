@@ -21,8 +21,8 @@
 //! | [`irq`] | local APIC and I/O APIC, pure state machines |
 //! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
 //! | [`devices`] | node 0's devices |
-//! | [`pci`], [`virtio`] | each node's PCI bus and the disks and network cards on it |
-//! | [`peripherals`], [`seed`] | disks and network cards as the owner asks for them; what cloud-init is told |
+//! | [`pci`], [`virtio`] | each node's PCI bus and the devices on it: disks, network cards, consoles, a balloon |
+//! | [`peripherals`], [`seed`] | these as the owner asks for them; what cloud-init is told |
 //! | [`limits`] | what a device may do each second |
 //! | [`clock`] | one time stamp counter for all nodes |
 //!

@@ -421,12 +421,13 @@ fn wrong<T>(why: impl Into<String>) -> Result<T, ConfigError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::config::{NodeConfig, Place};
     use firmware::NodeSpec;
 
-    fn machine(devices: &[&str]) -> MachineConfig {
+    /// Two nodes, `n0` and `n1`, with these disks.
+    pub(crate) fn machine(devices: &[&str]) -> MachineConfig {
         let node = |name: &str| NodeConfig {
             spec: NodeSpec { name: name.into(), cpus: 2, memory: 256 << 20 },
             place: Place::Local,

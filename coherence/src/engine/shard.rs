@@ -254,6 +254,7 @@ impl Core {
     fn request(&mut self, request: Request) -> Result<(), EngineError> {
         match request {
             Request::Describe(reply) => {
+                // Who looks at a node at rest does not count what it could give back at once.
                 self.collect_garbage()?;
                 // Who asked may have stopped waiting.
                 drop(reply.send(self.protocol.describe()));

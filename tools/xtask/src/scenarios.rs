@@ -28,7 +28,7 @@ pub enum Plan {
     Quick,
     /// Boot, report, use every disk and network card from every node, power off.
     Devices,
-    /// Boot, report, fill half of the memory and read it back, power off.
+    /// Boot, report, `smp-check`, fill half of the memory and read it back, power off.
     Full,
     /// Boot, take memory and free it: the nodes must give it back.
     Vacate,
@@ -83,7 +83,7 @@ impl Scenario {
             Plan::HotPlug { rounds } => {
                 format!("report,drivers,devices,disks,network,hotplug={rounds},poweroff")
             }
-            Plan::Full => "report,fill,poweroff".into(),
+            Plan::Full => "report,smp-check,fill,poweroff".into(),
             Plan::Vacate => "report,drivers,occupy,ask".into(),
             Plan::Reboot => "report,ask".into(),
             Plan::Kill { .. } => "loop-smp-check".into(),
@@ -118,7 +118,7 @@ impl Scenario {
         match self.plan {
             Plan::Whole | Plan::Quick | Plan::Devices | Plan::Full => {
                 let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
-                self.judge(&outcome, matches!(self.plan, Plan::Whole))?;
+                self.judge(&outcome, matches!(self.plan, Plan::Whole | Plan::Full))?;
                 Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: None })
             }
             Plan::Vacate => self.memory(rig, boot),

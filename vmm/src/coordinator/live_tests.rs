@@ -1,23 +1,7 @@
 use super::*;
-use crate::config::{NodeConfig, Place};
+use crate::peripherals::tests::machine;
 use crate::peripherals::{parse_disk, parse_net};
-use firmware::NodeSpec;
 use proptest::prelude::*;
-
-fn machine(devices: &[&str]) -> MachineConfig {
-    let node = |name: &str| NodeConfig {
-        spec: NodeSpec { name: name.into(), cpus: 2, memory: 256 << 20 },
-        place: Place::Local,
-        fabric_listen: Vec::new(),
-        budget: None,
-    };
-    MachineConfig {
-        kernel: "vmlinuz".into(),
-        nodes: vec![node("n0"), node("n1")],
-        devices: devices.iter().map(|text| parse_disk(text).unwrap()).collect(),
-        ..MachineConfig::default()
-    }
-}
 
 /// A machine whose operator number 7 asks at the same moment again and again.
 struct Desk {

@@ -19,7 +19,7 @@ use kvm_ioctls::Kvm;
 use super::board::Board;
 use super::boot_disk::BootPaths;
 use super::console::{self, Input};
-use super::peripherals::{Idle, Peripherals};
+use super::peripherals::{EngineLink, Peripherals};
 use super::{Event, StateText, VCPUS, counters, live};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
@@ -139,10 +139,10 @@ impl Node {
             0 => board(&router, control, events, input.clone(), inputs)?,
             _ => (LocalDevices::default(), None),
         };
-        let idle = Idle::default();
+        let link = EngineLink::default();
         let mut peripherals = None;
         if machine.spec.pci {
-            peripherals = Peripherals::new(assignment.node, &ram, &layout, &router, &idle).map(Arc::new);
+            peripherals = Peripherals::new(assignment.node, &ram, &layout, &router, &link).map(Arc::new);
             for place in machine.devices.iter().filter(|place| place.node == assignment.node) {
                 peripherals.as_ref().context("this node has no PCI bus")?.add(place)?;
             }
@@ -176,7 +176,7 @@ impl Node {
         let vm = Vm::new(&kvm)?;
         map_ram(&vm, &memory, &layout)?;
         let engine = Arc::new(engine(assignment, &layout, &memory, &transport, events)?);
-        idle.connect(&engine);
+        link.connect(&engine);
         let vcpus = {
             let base = cpuid::intersect(&start.nodes.iter().map(|n| n.cpuid.clone()).collect::<Vec<_>>())?;
             cpuid::check_memory(&base, &layout)?;

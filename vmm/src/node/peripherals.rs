@@ -32,10 +32,10 @@ const CLOSE: Duration = Duration::from_secs(20);
 /// What devices tell the engine, which comes later than they: that a thread of theirs sleeps, and what memory nobody
 /// needs.
 #[derive(Clone, Default)]
-pub struct Idle(Arc<OnceLock<Weak<Engine>>>);
+pub struct EngineLink(Arc<OnceLock<Weak<Engine>>>);
 
-impl Idle {
-    /// From now on threads that sleep are known to `engine`.
+impl EngineLink {
+    /// From now on it leads to `engine`.
     pub fn connect(&self, engine: &Arc<Engine>) {
         // Connected once.
         let _ = self.0.set(Arc::downgrade(engine));
@@ -55,7 +55,8 @@ impl Idle {
         })
     }
 
-    fn now(&self) {
+    /// The calling thread is about to sleep.
+    fn idle(&self) {
         if let Some(engine) = self.engine() {
             engine.idle(nix::unistd::gettid().as_raw() as u32);
         }
@@ -101,15 +102,15 @@ impl Peripherals {
         ram: &GuestRam,
         layout: &Layout,
         router: &Arc<Router>,
-        idle: &Idle,
+        link: &EngineLink,
     ) -> Option<Peripherals> {
         let number = u8::try_from(node).ok()?;
-        let give_up = idle.give_up(layout.clone());
-        let (router, idle) = (router.clone(), idle.clone());
+        let give_up = link.give_up(layout.clone());
+        let (router, link) = (router.clone(), link.clone());
         let around = Surroundings {
             memory: ram.clone(),
             deliver: Arc::new(move |message| router.deliver_message(message)),
-            on_idle: Arc::new(move || idle.now()),
+            on_idle: Arc::new(move || link.idle()),
         };
         let bus = Arc::new(RootBus::new(number));
         Some(Peripherals { number, bus, around, give_up, present: Mutex::default() })

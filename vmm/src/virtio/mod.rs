@@ -19,9 +19,9 @@
 //! The way of one request: the driver, on any node, puts a chain of buffers into the queue and writes the doorbell ->
 //! the write reaches the device's node ([`crate::router::devices`]; nobody waits for it) and rings the queue's bell ->
 //! the queue's worker thread wakes, reads ring and buffers through the *guest view* of memory, where each page that
-//! this node does not hold raises a fault that the coherence engine answers, as for a vCPU -> it does the I/O directly
-//! on the guest's pages, puts the chain into the used ring and raises the queue's MSI-X vector -> the message goes
-//! straight to the node of the CPU that it names.
+//! this node does not hold raises a fault that the coherence engine answers, as for a vCPU -> it does the I/O (a disk's
+//! data go through a buffer of its own), puts the chain into the used ring and raises the queue's MSI-X vector -> the
+//! message goes straight to the node of the CPU that it names.
 //!
 //! ```text
 //!   status 0 ── ACKNOWLEDGE, DRIVER ── FEATURES_OK ── DRIVER_OK: start() ── workers run

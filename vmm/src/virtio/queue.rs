@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::time::Duration;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
@@ -28,20 +29,6 @@ pub enum QueueError {
     /// The rings themselves do not make sense.
     #[error("its queue is not sound ({0})")]
     Ring(virtio_queue::Error),
-}
-
-/// Puts the queue's thread to sleep until its bell rings, which is hushed then, or one of `files` can be read.
-pub fn sleep(queue: &LiveQueue, files: impl IntoIterator<Item = RawFd>) {
-    queue.idle();
-    let wanted = std::iter::once(queue.bell().as_raw_fd()).chain(files);
-    let mut fds: Vec<libc::pollfd> =
-        wanted.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
-    // SAFETY: the kernel reads and writes as many entries as there are; a descriptor that is not open is an answer.
-    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-    // Interrupted at worst, and then looking for news does no harm.
-    if fds[0].revents != 0 {
-        let _ = queue.bell().read();
-    }
 }
 
 /// How a device speaks up.
@@ -172,6 +159,24 @@ impl LiveQueue {
         // Interrupted by a signal at worst, and then looking for news does no harm.
         let _ = self.bell.read();
         !self.stopped()
+    }
+
+    /// Sleeps until the bell rings, which is silenced then, or one of `files` is ready for the events beside it (poll(2)),
+    /// or `limit` is over; what each of them is ready for.
+    pub fn sleep(&self, files: &[(RawFd, i16)], limit: Option<Duration>) -> Vec<i16> {
+        self.idle();
+        let wanted = std::iter::once((self.bell.as_raw_fd(), libc::POLLIN)).chain(files.iter().copied());
+        let mut fds: Vec<libc::pollfd> =
+            wanted.map(|(fd, events)| libc::pollfd { fd, events, revents: 0 }).collect();
+        // Rounded up: a limit of less than a millisecond is to be slept as well.
+        let limit = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
+        // SAFETY: the kernel reads and writes as many entries as there are; a descriptor that is not open is an answer.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
+        // Interrupted at worst, and then looking for news does no harm.
+        if fds[0].revents != 0 {
+            let _ = self.bell.read();
+        }
+        fds[1..].iter().map(|fd| fd.revents).collect()
     }
 
     /// The thread is about to sleep: what was kept for it may go.

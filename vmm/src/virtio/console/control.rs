@@ -7,7 +7,7 @@ use super::MAX_NAME;
 use super::port::Port;
 use crate::virtio::LiveQueue;
 use crate::virtio::chain::Chain;
-use crate::virtio::queue::{QueueError, sleep};
+use crate::virtio::queue::QueueError;
 
 /// The port's number; 0 would be a console.
 const PORT: u32 = 1;
@@ -76,7 +76,7 @@ fn tell_soundly(queue: &mut LiveQueue, port: &Port) -> Result<(), QueueError> {
     while !queue.stopped() {
         news = news.or_else(|| port.next_news());
         let Some(message) = &news else {
-            sleep(queue, [port.news.as_raw_fd()]);
+            queue.sleep(&[(port.news.as_raw_fd(), libc::POLLIN)], None);
             let _ = port.news.read();
             continue;
         };
@@ -86,7 +86,7 @@ fn tell_soundly(queue: &mut LiveQueue, port: &Port) -> Result<(), QueueError> {
             news = None;
             queue.push(chain.head, written)?;
         } else if !queue.ask()? {
-            sleep(queue, []);
+            queue.sleep(&[], None);
             queue.hush()?;
         }
     }

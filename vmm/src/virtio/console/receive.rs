@@ -1,11 +1,11 @@
 //! Bytes to the guest, and new connections.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use super::port::Port;
 use crate::virtio::LiveQueue;
-use crate::virtio::queue::{QueueError, sleep};
+use crate::virtio::queue::QueueError;
 
 /// Bytes that are taken from the socket at once.
 const PIECE: usize = 4096;
@@ -60,9 +60,9 @@ impl Receiver {
     }
 
     /// Sleeps until the bell rings, the port changes or there is something to read.
-    fn sleep(&self, file: Option<i32>) {
-        let files = [Some(self.port.changed.as_raw_fd()), file];
-        sleep(&self.queue, files.into_iter().flatten());
+    fn sleep(&self, file: Option<RawFd>) {
+        let files = std::iter::once(self.port.changed.as_raw_fd()).chain(file);
+        self.queue.sleep(&files.map(|fd| (fd, libc::POLLIN)).collect::<Vec<_>>(), None);
         let _ = self.port.changed.read();
     }
 

@@ -1,9 +1,8 @@
 //! Bytes from the guest.
 
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::port::Port;
 use crate::virtio::LiveQueue;
@@ -83,20 +82,11 @@ fn write_piece(queue: &LiveQueue, port: &Port, console: bool, mut bytes: &[u8]) 
 }
 
 /// Waits until the stream takes more, or the deadline; `false` if it is time to end.
-fn wait_for_room(queue: &LiveQueue, stream: &std::os::unix::net::UnixStream, deadline: Instant) -> bool {
-    queue.idle();
-    // SAFETY: the queue owns the bell and outlives this call.
-    let bell = unsafe { std::os::fd::BorrowedFd::borrow_raw(queue.bell().as_raw_fd()) };
-    let mut fds = [
-        PollFd::new(bell, PollFlags::POLLIN),
-        PollFd::new(std::os::fd::AsFd::as_fd(stream), PollFlags::POLLOUT),
-    ];
-    let left = deadline.saturating_duration_since(Instant::now());
-    // Interrupted at worst, and then looking does no harm.
-    let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
-    if fds[0].any() == Some(true) {
-        // Requests are looked for in any case when this one is done.
-        let _ = queue.bell().read();
-    }
+fn wait_for_room(queue: &LiveQueue, stream: &UnixStream, deadline: Instant) -> bool {
+    // Requests are looked for in any case when this one is done.
+    queue.sleep(
+        &[(stream.as_raw_fd(), libc::POLLOUT)],
+        Some(deadline.saturating_duration_since(Instant::now())),
+    );
     !queue.stopped()
 }

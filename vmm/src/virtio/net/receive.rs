@@ -1,10 +1,8 @@
 //! Packets to the guest: read into a buffer here, then spread over as many of the driver's buffers as it takes.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::transmit::is_gone;
 use super::{Cable, HEADER, LARGEST, Port};
@@ -121,22 +119,10 @@ impl Receiver {
 
     /// Sleeps until the bell rings or, with `packets`, one comes.
     fn sleep(&self, packets: bool) {
-        self.queue.idle();
-        // SAFETY: the queue owns the bell and outlives this call.
-        let bell = unsafe { BorrowedFd::borrow_raw(self.queue.bell().as_raw_fd()) };
-        let mut fds = vec![PollFd::new(bell.as_fd(), PollFlags::POLLIN)];
-        if packets {
-            fds.push(PollFd::new(self.port.file(self.pair), PollFlags::POLLIN));
-        }
-        // Interrupted at worst, and then looking does no harm.
-        let _ = poll(&mut fds, PollTimeout::NONE);
-        let rung = fds[0].any() == Some(true);
-        let troubled = |fd: &PollFd| fd.revents().is_some_and(|seen| seen.contains(PollFlags::POLLERR));
-        if fds.get(1).is_some_and(troubled) {
+        let file = (self.port.file(self.pair).as_raw_fd(), libc::POLLIN);
+        let seen = self.queue.sleep(if packets { std::slice::from_ref(&file) } else { &[] }, None);
+        if seen.iter().any(|seen| seen & libc::POLLERR != 0) {
             self.cable.cut(self.queue.signals(), &io::Error::from_raw_os_error(libc::ENXIO));
-        }
-        if rung {
-            let _ = self.queue.bell().read();
         }
     }
 }
