@@ -4,20 +4,25 @@
 //! faults for anybody's permission: the protocol copies pages through it. Both show the same frames.
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
 use crate::page::{PAGE_SIZE, Page};
+use crate::protocol::Rights;
 
 /// The two mappings and their file.
 #[derive(Debug)]
 pub struct DualMemory {
     file: OwnedFd,
+    /// The process's, if the kernel shows them.
+    page_tables: Option<File>,
     guest: NonNull<c_void>,
     engine: NonNull<c_void>,
     len: usize,
@@ -55,7 +60,8 @@ impl DualMemory {
                 return Err(e.into());
             }
         };
-        let memory = DualMemory { file, guest, engine, len };
+        let page_tables = File::open("/proc/self/pagemap").ok();
+        let memory = DualMemory { file, page_tables, guest, engine, len };
         // Advice only: guest memory does not belong in core files, and huge pages serve what is never shared.
         for view in [memory.guest, memory.engine] {
             // SAFETY: the whole of our own mapping; neither advice changes its content.
@@ -124,6 +130,41 @@ impl DualMemory {
         }
     }
 
+    /// What the guest view maps of `count` pages from `first` on, as the process's page tables are now: a hint, since it
+    /// may change at once. Nothing where the kernel does not tell (`/proc/PID/pagemap`, Linux 5.13 or newer).
+    pub fn mapped(&self, first: Page, count: u64) -> Vec<Rights> {
+        const PRESENT: u64 = 1 << 63;
+        const WRITE_PROTECTED: u64 = 1 << 57;
+        let mut entries = vec![0; count as usize * size_of::<u64>()];
+        let at = self.guest_address(first) / PAGE_SIZE as u64 * size_of::<u64>() as u64;
+        let read = self.page_tables.as_ref().map(|tables| tables.read_exact_at(&mut entries, at));
+        if !matches!(read, Some(Ok(()))) {
+            return vec![Rights::None; count as usize];
+        }
+        let rights = |entry: &[u8]| match entry.try_into().map_or(0, u64::from_le_bytes) {
+            entry if entry & PRESENT == 0 => Rights::None,
+            entry if entry & WRITE_PROTECTED != 0 => Rights::Shared,
+            _ => Rights::Exclusive,
+        };
+        entries.chunks_exact(size_of::<u64>()).map(rights).collect()
+    }
+
+    /// A copy of the page's bytes as they are now, whoever may be writing them.
+    pub fn read(&self, page: Page) -> [u8; PAGE_SIZE] {
+        let mut bytes = [0; PAGE_SIZE];
+        // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest writes at the same time, as what
+        // a device reads may.
+        unsafe { std::ptr::copy_nonoverlapping(self.frame_ptr(page), &mut bytes, 1) };
+        bytes
+    }
+
+    /// Overwrites the page, whoever may be reading or writing it through the guest view, as a device would.
+    pub fn overwrite(&self, page: Page, bytes: &[u8; PAGE_SIZE]) {
+        // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest accesses the page at the same time,
+        // as what a device writes may.
+        unsafe { std::ptr::copy_nonoverlapping(bytes, self.frame_ptr(page), 1) };
+    }
+
     /// Makes sure that the page is in the file, so that a touch of the guest view raises a minor fault and is
     /// not filled by the kernel on its own.
     pub fn ensure_frame(&self, page: Page) {
@@ -187,5 +228,28 @@ impl Drop for DualMemory {
             // SAFETY: our own mappings, and no reference into them outlives the value.
             let _ = unsafe { munmap(view, self.len) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_tables_tell_what_was_touched() {
+        let memory = DualMemory::new(8).unwrap();
+        if memory.page_tables.is_none() {
+            return println!("skipped: this kernel does not show page tables");
+        }
+        memory.overwrite(Page(2), &[7; PAGE_SIZE]);
+        assert_eq!(memory.mapped(Page(0), 8), [Rights::None; 8], "the other view is none of the guest's");
+        assert_eq!(memory.read(Page(2)), [7; PAGE_SIZE]);
+        // SAFETY: inside the guest view, which nobody else uses.
+        unsafe { memory.guest_view().add(5 * PAGE_SIZE).write(1) };
+        let mapped = memory.mapped(Page(4), 3);
+        // Neighbours may have been mapped along with it.
+        assert_eq!(mapped[1], Rights::Exclusive);
+        memory.unmap(Page(4), 3).unwrap();
+        assert_eq!(memory.mapped(Page(4), 3), [Rights::None; 3]);
     }
 }

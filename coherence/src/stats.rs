@@ -86,6 +86,12 @@ counters! {
     run_pages,
     /// Pages of this home whose frames were given up because nobody needs their content.
     discarded,
+    /// Pages that devices read where they were.
+    loads,
+    /// Pages that devices overwrote at their homes.
+    stores,
+    /// Pages that devices had to touch because something was under way on them.
+    not_direct,
     /// Coherence messages sent.
     messages_sent,
     /// Coherence messages received.

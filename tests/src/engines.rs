@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use coherence::engine::{Engine, EngineConfig, EngineError};
 use coherence::memory::DualMemory;
-use coherence::page::{Homes, PAGE_SIZE};
+use coherence::page::{Homes, PAGE_SIZE, Page};
 use coherence::stats::Totals;
 use fabric::Transport;
 
@@ -106,6 +106,26 @@ impl Engines {
     /// It is not done in time.
     pub fn discard(&self, node: usize, pages: Range<u64>) -> Result<()> {
         Ok(self.engines[node].discard(&[pages], STUCK)?)
+    }
+
+    /// A device of a node reads pages; what it found, `None` of those that it must touch as a CPU does.
+    pub fn load(&self, node: usize, pages: &[u64]) -> Vec<Option<Vec<u64>>> {
+        let pages: Vec<Page> = pages.iter().map(|&page| Page(page)).collect();
+        let mut bytes = vec![0; pages.len() * PAGE_SIZE];
+        let read = self.engines[node].load(&pages, &mut bytes);
+        let words = |page: &[u8]| -> Vec<u64> {
+            page.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes)).collect()
+        };
+        let pages = read.iter().zip(bytes.chunks_exact(PAGE_SIZE));
+        pages.map(|(read, page)| read.then(|| words(page))).collect()
+    }
+
+    /// A device of a node fills pages with a word each; whether that was done, or it must do so as a CPU does.
+    pub fn store(&self, node: usize, pages: &[(u64, u64)]) -> Vec<bool> {
+        let numbers: Vec<Page> = pages.iter().map(|&(page, _)| Page(page)).collect();
+        let bytes: Vec<u8> =
+            pages.iter().flat_map(|(_, word)| word.to_le_bytes().repeat(PAGE_SIZE / 8)).collect();
+        self.engines[node].store(&numbers, &bytes)
     }
 
     /// Bytes of frames that a node has. Without what could be given back at once, after [`Engines::at_rest`].

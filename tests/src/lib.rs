@@ -3,6 +3,7 @@
 //! - [`engines`]: coherence engines of several nodes in this process, without guests: `tests/messages.rs` counts
 //!   what they say to each other, `tests/transfers.rs` moves data as a disk and its driver do,
 //!   `tests/home_memory.rs` looks at memory that nobody shares, `tests/discard.rs` at memory that nobody needs,
+//!   `tests/direct.rs` at devices that use memory where it is,
 //!   `tests/idle.rs` at what doing nothing costs.
 //! - [`litmus`]: small programs on vCPUs of one node and of several, and which outcomes x86 allows:
 //!   `tests/litmus.rs`; `tests/fairness.rs` has two of them fight over one word.

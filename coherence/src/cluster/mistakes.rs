@@ -22,7 +22,11 @@ fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
         Mistake::PunchSharedPage | Mistake::PunchWantedPage | Mistake::ForgetDiscarded => 1,
         _ => 0,
     };
-    let small = Small { cluster, evictions: true, prefetches: false, discards };
+    let directs = match mistake {
+        Mistake::LoadFromTheHome | Mistake::AnswerStoreAtOnce | Mistake::ForgetStored => 1,
+        _ => 0,
+    };
+    let small = Small { cluster, evictions: true, prefetches: false, discards, directs };
     let checker = small.checker().finish_when(HasDiscoveries::Any).spawn_bfs().join();
     let (name, path) =
         checker.discoveries().into_iter().min_by_key(|(_, path)| path.clone().into_actions().len())?;

@@ -98,6 +98,20 @@ pub enum Step {
         /// What.
         page: Page,
     },
+    /// A device of the node reads the page where it is.
+    Load {
+        /// Where the device is.
+        node: usize,
+        /// What.
+        page: Page,
+    },
+    /// A device of the node overwrites the page at its home.
+    Store {
+        /// Where the device is.
+        node: usize,
+        /// What.
+        page: Page,
+    },
 }
 
 /// What a step brought about, for who counts and who plans what comes next.
@@ -141,6 +155,15 @@ pub enum Seen {
         node: usize,
         /// What.
         page: Page,
+    },
+    /// A device's access to a page that was not here is done, or must be done as a CPU would.
+    Direct {
+        /// Where the device is.
+        node: usize,
+        /// What.
+        page: Page,
+        /// Whether it was done.
+        done: bool,
     },
     /// A demand waits for the release of a held page.
     Deferred {
@@ -334,6 +357,14 @@ impl Cluster {
                 self.nodes[node].discard(page, 0, &mut out);
                 (node, false)
             }
+            Step::Load { node, page } => {
+                self.nodes[node].load(page, &mut out);
+                (node, false)
+            }
+            Step::Store { node, page } => {
+                self.nodes[node].store(page, &mut out);
+                (node, false)
+            }
         };
         if let Some(violation) = self.nodes[node].violation() {
             return Err(violation.into());
@@ -387,7 +418,16 @@ impl Cluster {
             match effect {
                 Effect::Send { to, message } => {
                     self.check_given_up(node, message)?;
-                    let current = message.kind.has_body() && self.copies[self.at(node, message.page)].current;
+                    let frame_is_current = self.copies[self.at(node, message.page)].current;
+                    let current = match message.kind {
+                        // The access is now; nobody looks at the bytes again.
+                        Kind::Loaded { body: true } if !frame_is_current => {
+                            return Err(Broken::StaleRead(node, message.page));
+                        }
+                        // They are what the page holds only once the home says so.
+                        Kind::Loaded { .. } | Kind::Store => false,
+                        kind => kind.has_body() && frame_is_current,
+                    };
                     self.bodies[message.page.0 as usize] += u16::from(message.kind.has_body());
                     self.lanes.entry((from, to)).or_default().push_back(Flight { message, current });
                     seen.push(Seen::Sent { from, to, kind: message.kind });
@@ -461,6 +501,25 @@ impl Cluster {
                 Effect::Discarded(first, count) => {
                     let pages = (first.0..first.0 + u64::from(count)).map(Page);
                     seen.extend(pages.map(|page| Seen::Discarded { node, page }));
+                }
+                Effect::Overwrite(page) => {
+                    if self.homes.home(page).index() != node {
+                        return Err(Broken::Freed(node, page));
+                    }
+                }
+                Effect::Written(page) => {
+                    self.written(node, page);
+                    self.untouched[page.0 as usize] = false;
+                    // Nobody can read what was there before.
+                    let others = self.of_page(page).iter().enumerate();
+                    let readers =
+                        others.filter(|(n, copy)| *n != node && copy.mapped != Rights::None).count();
+                    if readers > 0 {
+                        return Err(Broken::TwoWriters(page, 1, readers));
+                    }
+                }
+                Effect::Loaded(page, done) | Effect::Stored(page, done) => {
+                    seen.push(Seen::Direct { node, page, done });
                 }
                 Effect::Hold(page) => self.hold(node, page, seen),
                 Effect::Deferred(page) => seen.push(Seen::Deferred { node, page }),

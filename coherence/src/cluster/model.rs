@@ -12,6 +12,10 @@
 //! | 3 nodes x 1 page; evictions, prefetches | 1,091,160 | `--ignored` |
 //! | 2 nodes x 1 page; evictions, prefetches, discards | 25,500 | yes |
 //! | 3 nodes x 1 page; discards by one node | 464,175 | yes |
+//! | 2 nodes x 1 page; evictions, prefetches, devices of both | 15,598 | yes |
+//! | 3 nodes x 1 page; devices of one | 380,325 | yes |
+//! | 3 nodes x 1 page; evictions, devices of one | 966,901 | `--ignored` |
+//! | 2 nodes x 2 pages of one home, runs; devices of one | 2,545,556 | `--ignored` |
 //! | 2 nodes x 2 pages of one home, runs | 116,127 | yes |
 //! | 2 nodes x 2 pages of one home, runs; discards by one node | 3,790,852 | `--ignored` |
 //! | 2 nodes x 2 pages of one home, runs; evictions | 1,256,057 | `--ignored` |
@@ -30,8 +34,8 @@ use super::{Broken, Cluster, Step};
 use crate::page::{Homes, Page};
 use crate::protocol::{Eviction, RunPolicy};
 
-/// A cluster whose CPUs read and write any page at any time, and whose nodes prefetch, evict and discard what
-/// they like.
+/// A cluster whose CPUs read and write any page at any time, and whose nodes prefetch, evict, discard and use
+/// for their devices what they like.
 #[derive(Clone)]
 pub(super) struct Small {
     pub cluster: Cluster,
@@ -39,6 +43,8 @@ pub(super) struct Small {
     pub prefetches: bool,
     /// Nodes that discard pages.
     pub discards: usize,
+    /// Nodes whose devices load and store pages.
+    pub directs: usize,
 }
 
 /// A state, or what broke on the way to it.
@@ -100,6 +106,10 @@ impl Model for Small {
                 if node + self.discards >= cluster.nodes() && cluster.node(node).discarding() == 0 {
                     actions.push(Step::Discard { node, page });
                 }
+                if node + self.directs >= cluster.nodes() && cluster.node(node).direct() == 0 {
+                    actions.push(Step::Load { node, page });
+                    actions.push(Step::Store { node, page });
+                }
             }
         }
     }
@@ -142,24 +152,33 @@ pub(super) const RUNS: RunPolicy = RunPolicy { first: 1, most: 1 };
 
 #[test]
 fn two_nodes_and_one_page_with_evictions_and_prefetches() {
-    exhaust(Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 0 }, 2_502);
+    exhaust(
+        Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 0, directs: 0 },
+        2_502,
+    );
 }
 
 #[test]
 fn three_nodes_and_one_page_with_evictions() {
-    exhaust(Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: false, discards: 0 }, 146_822);
+    exhaust(
+        Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: false, discards: 0, directs: 0 },
+        146_822,
+    );
 }
 
 #[test]
 #[ignore = "half a minute"]
 fn three_nodes_and_one_page_with_evictions_and_prefetches() {
-    exhaust(Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: true, discards: 0 }, 1_091_160);
+    exhaust(
+        Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: true, discards: 0, directs: 0 },
+        1_091_160,
+    );
 }
 
 #[test]
 fn two_nodes_and_a_run_of_two_pages() {
     exhaust(
-        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 0 },
+        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 0, directs: 0 },
         116_127,
     );
 }
@@ -168,21 +187,24 @@ fn two_nodes_and_a_run_of_two_pages() {
 #[ignore = "half a minute"]
 fn two_nodes_and_a_run_of_two_pages_with_evictions() {
     exhaust(
-        Small { cluster: one_home(2, 2, RUNS), evictions: true, prefetches: false, discards: 0 },
+        Small { cluster: one_home(2, 2, RUNS), evictions: true, prefetches: false, discards: 0, directs: 0 },
         1_256_057,
     );
 }
 
 #[test]
 fn two_nodes_and_two_homes() {
-    exhaust(Small { cluster: Cluster::new(2, 2), evictions: false, prefetches: false, discards: 0 }, 107_629);
+    exhaust(
+        Small { cluster: Cluster::new(2, 2), evictions: false, prefetches: false, discards: 0, directs: 0 },
+        107_629,
+    );
 }
 
 #[test]
 #[ignore = "half a minute"]
 fn two_nodes_and_two_homes_with_evictions() {
     exhaust(
-        Small { cluster: Cluster::new(2, 2), evictions: true, prefetches: false, discards: 0 },
+        Small { cluster: Cluster::new(2, 2), evictions: true, prefetches: false, discards: 0, directs: 0 },
         1_072_796,
     );
 }
@@ -190,27 +212,68 @@ fn two_nodes_and_two_homes_with_evictions() {
 /// Everything with which a discard may meet, with the discarding node at home and elsewhere.
 #[test]
 fn two_nodes_and_one_page_that_either_discards() {
-    exhaust(Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 2 }, 25_500);
+    exhaust(
+        Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 2, directs: 0 },
+        25_500,
+    );
 }
 
 #[test]
 fn three_nodes_and_one_page_that_one_discards() {
-    exhaust(Small { cluster: Cluster::new(3, 1), evictions: false, prefetches: false, discards: 1 }, 464_175);
+    exhaust(
+        Small { cluster: Cluster::new(3, 1), evictions: false, prefetches: false, discards: 1, directs: 0 },
+        464_175,
+    );
 }
 
 #[test]
 #[ignore = "a minute"]
 fn two_nodes_and_a_run_of_two_pages_that_one_discards() {
     exhaust(
-        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 1 },
+        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 1, directs: 0 },
         3_790_852,
+    );
+}
+
+/// Everything with which a device's accesses may meet, with the device at the home and elsewhere.
+#[test]
+fn two_nodes_and_one_page_that_devices_of_both_use() {
+    exhaust(
+        Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 0, directs: 2 },
+        15_598,
+    );
+}
+
+#[test]
+fn three_nodes_and_one_page_that_a_device_of_one_uses() {
+    exhaust(
+        Small { cluster: Cluster::new(3, 1), evictions: false, prefetches: false, discards: 0, directs: 1 },
+        380_325,
+    );
+}
+
+#[test]
+#[ignore = "ten seconds"]
+fn three_nodes_and_one_page_that_a_device_of_one_uses_with_evictions() {
+    exhaust(
+        Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: false, discards: 0, directs: 1 },
+        966_901,
+    );
+}
+
+#[test]
+#[ignore = "half a minute"]
+fn two_nodes_and_a_run_of_two_pages_that_a_device_of_one_uses() {
+    exhaust(
+        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 0, directs: 1 },
+        2_545_556,
     );
 }
 
 /// With room for one copy at a time, who wants two pages makes the other go.
 fn crowded(cluster: Cluster, prefetches: bool, states: usize) {
     let cluster = cluster.with_budget(1, Eviction::Clock);
-    exhaust(Small { cluster, evictions: false, prefetches, discards: 0 }, states);
+    exhaust(Small { cluster, evictions: false, prefetches, discards: 0, directs: 0 }, states);
 }
 
 #[test]
@@ -235,7 +298,7 @@ fn two_nodes_and_three_pages_with_memory_for_one_copy() {
 #[test]
 fn what_is_under_way_comes_to_an_end_from_every_state() {
     let drains = |cluster: Cluster| {
-        let small = Small { cluster, evictions: true, prefetches: true, discards: 0 };
+        let small = Small { cluster, evictions: true, prefetches: true, discards: 0, directs: 0 };
         let visitor = |path: stateright::Path<State, Step>| {
             let mut cluster = path.last_state().clone().expect("nothing breaks");
             let mut steps = 0;

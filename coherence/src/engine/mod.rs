@@ -5,11 +5,12 @@
 //! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
 //! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back; [`Engine::discard`]
-//! gives up content that nobody needs.
+//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices.
 
 mod ahead;
 mod budget;
 pub mod chains;
+mod direct;
 mod discard;
 mod outbox;
 mod recall;

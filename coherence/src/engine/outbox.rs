@@ -10,18 +10,30 @@ use fabric::{FabricError, LaneId, NodeId, Transport};
 use zerocopy::IntoBytes;
 
 use crate::memory::DualMemory;
-use crate::page::Page;
+use crate::page::{PAGE_SIZE, Page};
 use crate::protocol::{Head, Kind, Message};
 
 /// Messages that wait, at most.
 const MOST: usize = 16;
 
+/// Where a message's body is, if it has one.
 #[derive(Copy, Clone)]
+pub enum Source<'a> {
+    /// In the page's frame.
+    Frame,
+    /// Here, whatever the frame is.
+    Own(&'a [u8; PAGE_SIZE]),
+    /// Nowhere: it is all zeroes and is left out.
+    Zero,
+}
+
 struct Waiting {
     to: NodeId,
     message: Message,
     /// The body is all zeroes and is left out.
     zero: bool,
+    /// The body, if it is not the page's frame.
+    own: Option<Box<[u8; PAGE_SIZE]>>,
 }
 
 /// The messages that wait. What is sent of a page is what is in its frame at the flush: until then nobody may
@@ -29,6 +41,8 @@ struct Waiting {
 #[derive(Default)]
 pub struct Outbox {
     waiting: Vec<Waiting>,
+    /// For bodies of their own.
+    spare: Vec<Box<[u8; PAGE_SIZE]>>,
     /// Whether more messages may follow at once.
     pub gathering: bool,
 }
@@ -37,12 +51,12 @@ impl Outbox {
     /// Sends the message, or keeps it for the next [`Outbox::flush`].
     ///
     /// # Safety
-    /// The frames of messages with bytes must satisfy [`DualMemory::frame`] until the flush.
+    /// The frames of messages whose bytes are there must satisfy [`DualMemory::frame`] until the flush.
     pub unsafe fn send(
         &mut self,
         to: NodeId,
         message: Message,
-        zero: bool,
+        source: Source<'_>,
         memory: &DualMemory,
         transport: &dyn Transport,
         lane: LaneId,
@@ -57,14 +71,23 @@ impl Outbox {
             // SAFETY: the caller's promise, for the messages that wait.
             unsafe { self.flush(memory, transport, lane) }?;
         }
-        let waiting = Waiting { to, message, zero };
         if may_wait {
-            self.waiting.push(waiting);
+            let own = match source {
+                Source::Own(bytes) => {
+                    let mut kept = self.spare.pop().unwrap_or_else(|| Box::new([0; PAGE_SIZE]));
+                    *kept = *bytes;
+                    Some(kept)
+                }
+                _ => None,
+            };
+            let zero = matches!(source, Source::Zero);
+            self.waiting.push(Waiting { to, message, zero, own });
             return Ok(());
         }
         // SAFETY: the caller's promise, for this message.
-        let body = unsafe { waiting.body(memory) };
-        transport.send(to, lane, &[message.head(zero).as_bytes(), body])
+        let body = unsafe { body(message, source, memory) };
+        let head = message.head(matches!(source, Source::Zero));
+        transport.send(to, lane, &[head.as_bytes(), body])
     }
 
     /// Sends what waits.
@@ -77,7 +100,7 @@ impl Outbox {
         transport: &dyn Transport,
         lane: LaneId,
     ) -> Result<(), FabricError> {
-        while let Some(&Waiting { to, .. }) = self.waiting.first() {
+        while let Some(to) = self.waiting.first().map(|waiting| waiting.to) {
             let together = self.waiting.iter().filter(|waiting| waiting.to == to);
             let (mut heads, mut frames, mut count) = ([Head::default(); MOST], [[&[][..]; 2]; MOST], 0);
             for (head, waiting) in heads.iter_mut().zip(together.clone()) {
@@ -86,13 +109,20 @@ impl Outbox {
             }
             for ((frame, head), waiting) in frames.iter_mut().zip(&heads).zip(together) {
                 // SAFETY: the caller's promise.
-                *frame = [head.as_bytes(), unsafe { waiting.body(memory) }];
+                let body = unsafe { body(waiting.message, waiting.source(), memory) };
+                *frame = [head.as_bytes(), body];
             }
             match &frames[..count] {
                 [frame] => transport.send(to, lane, frame)?,
                 frames => transport.send_all(to, lane, frames)?,
             }
-            self.waiting.retain(|waiting| waiting.to != to);
+            self.waiting.retain_mut(|waiting| {
+                let stays = waiting.to != to;
+                if !stays {
+                    self.spare.extend(waiting.own.take());
+                }
+                stays
+            });
         }
         Ok(())
     }
@@ -109,14 +139,27 @@ impl Outbox {
 }
 
 impl Waiting {
-    /// # Safety
-    /// As [`DualMemory::frame`], if the message has bytes.
-    unsafe fn body<'a>(&self, memory: &'a DualMemory) -> &'a [u8] {
-        match self.message.kind.has_body() && !self.zero {
-            // SAFETY: the caller's promise.
-            true => unsafe { memory.frame(self.message.page) },
-            false => &[],
+    fn source(&self) -> Source<'_> {
+        match &self.own {
+            _ if self.zero => Source::Zero,
+            Some(own) => Source::Own(own),
+            None => Source::Frame,
         }
+    }
+}
+
+/// The bytes that go with a message.
+///
+/// # Safety
+/// As [`DualMemory::frame`], if the message has bytes and they are there.
+unsafe fn body<'a>(message: Message, source: Source<'a>, memory: &'a DualMemory) -> &'a [u8] {
+    match source {
+        Source::Frame if message.kind.has_body() => {
+            // SAFETY: the caller's promise.
+            unsafe { memory.frame(message.page) }
+        }
+        Source::Own(own) if message.kind.has_body() => own,
+        _ => &[],
     }
 }
 
@@ -127,7 +170,6 @@ mod tests {
     use fabric::{Receiver, TransportStats};
 
     use super::*;
-    use crate::page::PAGE_SIZE;
     use crate::protocol::Rights;
 
     /// Notes each call: to whom, and how long its frames are.
@@ -169,7 +211,7 @@ mod tests {
         for &(to, kind) in messages {
             let message = Message { page: Page(1), kind };
             // SAFETY: nobody else uses the memory.
-            unsafe { outbox.send(NodeId(to), message, false, &memory, &notes, 0) }.unwrap();
+            unsafe { outbox.send(NodeId(to), message, Source::Frame, &memory, &notes, 0) }.unwrap();
         }
         // SAFETY: as above.
         unsafe { outbox.flush(&memory, &notes, 0) }.unwrap();

@@ -17,10 +17,11 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
 use nix::sys::time::TimeSpec;
 
-use self::effects::is_zero;
+use self::effects::{body_of, is_zero};
 use super::ahead::{ReadAhead, Window};
 use super::budget::copies_of_shard;
 use super::chains::{Chain, Chains};
+use super::direct::{Job, Jobs};
 use super::discard::Discards;
 use super::outbox::Outbox;
 use super::recall::Recall;
@@ -37,6 +38,8 @@ pub enum Request {
     Describe(Sender<Vec<String>>),
     /// Nobody needs the content of these pages of this shard, of one home and one block.
     Discard(Range<u64>, Sender<()>),
+    /// A device reads or overwrites pages of this shard.
+    Direct(Box<Job>),
 }
 
 /// Frames whose pages went away, kept this many at most before they are given back to the host; fewer where the
@@ -83,6 +86,7 @@ struct Core {
     garbage: Vec<Page>,
     most_garbage: usize,
     discards: Discards,
+    jobs: Jobs,
     outbox: Outbox,
     /// Pages in a row that are to be mapped read-only, and how many they are.
     to_map: Option<(Page, u64)>,
@@ -161,6 +165,7 @@ impl Shard {
             garbage: Vec::with_capacity(most_garbage),
             most_garbage,
             discards: Discards::default(),
+            jobs: Jobs::default(),
             outbox: Outbox::default(),
             to_map: None,
         };
@@ -265,8 +270,30 @@ impl Core {
                 self.protocol.discard(first, (count - 1) as u16, &mut self.effects);
                 self.apply_together()?;
             }
+            Request::Direct(job) => self.direct(job)?,
         }
         Ok(())
+    }
+
+    /// Asks for all pages of a device's request at once.
+    fn direct(&mut self, job: Box<Job>) -> Result<(), EngineError> {
+        let (job, gathering) = (self.jobs.begin(job), std::mem::replace(&mut self.outbox.gathering, true));
+        let mut at = 0;
+        while let Some((page, bytes)) = self.jobs.page(job, at) {
+            let asked = match bytes {
+                None => self.protocol.load(page, &mut self.effects),
+                Some(_) => self.protocol.store(page, &mut self.effects),
+            };
+            if asked {
+                self.jobs.expect(page, job, at);
+                self.apply(bytes.as_ref().map_or(Body::Absent, body_of))?;
+            } else {
+                self.jobs.end_one(job);
+            }
+            at += 1;
+        }
+        self.outbox.gathering = gathering;
+        self.settle()
     }
 
     fn take_faults(&mut self) -> Result<usize, EngineError> {
@@ -481,6 +508,10 @@ impl Core {
     }
 
     fn check_stuck(&self, now: Instant, limit: Duration) -> Result<(), EngineError> {
+        if self.jobs.oldest().is_some_and(|since| now.saturating_duration_since(since) > limit) {
+            let state = format!("a device waits for its pages; {}", self.protocol.describe().join("; "));
+            return Err(EngineError::Stuck { seconds: limit.as_secs(), state });
+        }
         match self.misses.iter().find(|m| now.saturating_duration_since(m.since) > limit) {
             Some(miss) => Err(EngineError::Stuck {
                 seconds: limit.as_secs(),

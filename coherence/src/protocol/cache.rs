@@ -2,6 +2,7 @@
 
 use fabric::NodeId;
 
+use super::under_way::Replacement;
 use super::{
     Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Mistake, Outcome, Protocol, Rights, Transient,
 };
@@ -69,7 +70,7 @@ impl Protocol {
             acks: 0,
             then_write: false,
             prefetch,
-            discard: None,
+            replaces: None,
             deferred: None,
             run,
             run_faults: 0,
@@ -113,7 +114,7 @@ impl Protocol {
         miss.want = rights;
         miss.then_write &= rights == Rights::Shared;
         miss.acks += i32::from(acks);
-        if body && miss.discard.is_none() {
+        if body && miss.replaces.is_none() {
             self.land(page, out)?;
         }
         // As home, the owner's bytes are also what a reader's forward was waiting for.
@@ -148,13 +149,16 @@ impl Protocol {
         }
         let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
         let (run_faults, run_writes, prefetch) = (miss.run_faults, miss.run_writes, miss.prefetch);
-        let discard = miss.discard;
+        let replaces = miss.replaces;
         self.transient.remove(page);
-        if let Some(by) = discard {
-            let wanted = !prefetch || deferred.is_some();
-            if self.home_won_to_discard(page, by, wanted, out) {
-                return;
-            }
+        let wanted = !prefetch || deferred.is_some();
+        let done = match replaces {
+            None => false,
+            Some(Replacement::Zeroes(by)) => self.home_won_to_discard(page, by, wanted, out),
+            Some(Replacement::Bytes(by)) => self.home_won_to_store(page, by, wanted, out),
+        };
+        if done {
+            return;
         }
         match self.rights(page) {
             Rights::Shared if !self.is_idle(page) => out.push(Effect::Unprotect(page)),

@@ -18,7 +18,7 @@
 
 use fabric::NodeId;
 
-use super::under_way::{Miss, Transient};
+use super::under_way::{Miss, Replacement, Transient};
 use super::{Effect, Entry, Kind, Local, Mistake, Outcome, Protocol, Rights};
 use crate::page::{BLOCK, Page};
 
@@ -85,7 +85,7 @@ impl Protocol {
     }
 
     /// Whether nobody else has the page or is about to. That it is held does not matter: it stays.
-    fn is_here_alone(&self, page: Page) -> bool {
+    pub(super) fn is_here_alone(&self, page: Page) -> bool {
         self.makes(Mistake::PunchSharedPage)
             || self.entry(page) == Entry::Exclusive(self.me)
                 && self.rights(page) == Rights::Exclusive
@@ -110,30 +110,51 @@ impl Protocol {
 
     /// Takes the page from all who have it, for the home alone.
     fn win_to_discard(&mut self, page: Page, by: NodeId, out: &mut Vec<Effect>) -> Outcome {
-        let here = self.rights(page);
-        let entry = self.entry(page);
-        if !self.is_unused(page) || here == Rights::Exclusive || entry == Entry::Exclusive(self.me) {
+        if !self.is_free_to_win(page) {
             self.answer_discard(by, page, 0, out);
             return Ok(());
         }
+        self.unmap_to_replace(page, out);
+        self.win_to_replace(page, Replacement::Zeroes(by), out)
+    }
+
+    /// Whether others have the page and nothing is under way on it.
+    pub(super) fn is_free_to_win(&self, page: Page) -> bool {
+        self.is_unused(page)
+            && self.rights(page) != Rights::Exclusive
+            && self.entry(page) != Entry::Exclusive(self.me)
+    }
+
+    /// The home's own copy of a page goes, whose content is to be replaced.
+    pub(super) fn unmap_to_replace(&mut self, page: Page, out: &mut Vec<Effect>) {
+        let here = self.rights(page);
         if here == Rights::Shared {
             out.push(Effect::Unmap(page, here));
             self.set_local(page, Rights::None, false);
         }
+    }
+
+    /// Takes the page from all others who have it, without its content.
+    pub(super) fn win_to_replace(
+        &mut self,
+        page: Page,
+        replacement: Replacement,
+        out: &mut Vec<Effect>,
+    ) -> Outcome {
         let miss = Miss {
             want: Rights::Exclusive,
             granted: false,
             acks: 0,
             then_write: false,
             prefetch: true,
-            discard: Some(by),
+            replaces: Some(replacement),
             deferred: None,
             run: 0,
             run_faults: 0,
             run_writes: 0,
         };
         self.transient.insert(page, Transient::Miss(miss));
-        match entry {
+        match self.entry(page) {
             Entry::Exclusive(owner) => {
                 self.directory.set(page, Entry::Exclusive(self.me));
                 self.send(owner, page, Kind::Reclaim, out);

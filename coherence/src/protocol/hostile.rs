@@ -21,6 +21,8 @@ enum Input {
     Release(u64),
     Hold(u64),
     Discard(u64, u16),
+    Load(u64),
+    Store(u64),
     Message(u16, u64, Kind),
     /// What a sound peer would answer to the last question.
     Answer,
@@ -35,6 +37,8 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
         2 => page.clone().prop_map(Input::Release),
         1 => page.clone().prop_map(Input::Hold),
         1 => (page.clone(), 0u16..3).prop_map(|(page, run)| Input::Discard(page, run)),
+        1 => page.clone().prop_map(Input::Load),
+        1 => page.clone().prop_map(Input::Store),
         3 => (0u16..2, page, kinds(3)).prop_map(|(from, page, kind)| Input::Message(from * 2, page, kind)),
         5 => Just(Input::Answer),
     ];
@@ -57,7 +61,9 @@ impl View {
             match effect {
                 Effect::Send { to, message } => {
                     assert!(to != ME);
-                    if message.kind.has_body() {
+                    if message.kind == Kind::Store {
+                        assert!(body, "there are no bytes to store");
+                    } else if message.kind.has_body() && message.kind != (Kind::Loaded { body: true }) {
                         assert!(
                             self.mapped[message.page.0 as usize] < Rights::Exclusive,
                             "sent while written"
@@ -98,7 +104,13 @@ impl View {
                         self.mapped[page as usize] = Rights::Exclusive;
                     }
                 }
+                Effect::Overwrite(page) => {
+                    assert!(body, "there are no bytes to overwrite with");
+                    assert!(View::home(page), "overwritten elsewhere than at home");
+                }
+                Effect::Loaded(_, found) => assert!(body || !found, "there are no bytes that were loaded"),
                 Effect::Hold(_) | Effect::Deferred(_) | Effect::Discarded(..) => {}
+                Effect::Written(_) | Effect::Stored(..) => {}
             }
         }
     }
@@ -117,6 +129,8 @@ fn answer(kind: Kind) -> Option<Kind> {
         Kind::Invalidate { .. } => Some(Kind::Ack),
         Kind::Reclaim => data(Rights::Exclusive, 0),
         Kind::Discard { run } => Some(Kind::Discarded { run }),
+        Kind::Load | Kind::LoadAt { .. } => Some(Kind::Loaded { body: true }),
+        Kind::Store => Some(Kind::Stored { done: true }),
         _ => None,
     }
 }
@@ -145,6 +159,8 @@ proptest! {
                     let run = run.min((PAGES - 1 - page % PAGES) as u16);
                     node.discard(Page(page), run, &mut out);
                 }
+                Input::Load(page) => drop(node.load(Page(page), &mut out)),
+                Input::Store(page) => body = node.store(Page(page), &mut out),
                 Input::Answer | Input::Message(..) => {
                     let (from, message) = match input {
                         Input::Message(from, page, kind) => (NodeId(from), Message { page: Page(page), kind }),

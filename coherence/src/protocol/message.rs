@@ -74,16 +74,42 @@ pub enum Kind {
         /// `0..512`.
         run: u16,
     },
+    /// Anyone to home: a device reads the page; let me have its bytes, and the page stay as it is.
+    Load,
+    /// Home to owner: let the requester have the page's bytes.
+    LoadAt {
+        /// Whose device reads.
+        requester: NodeId,
+    },
+    /// Home or owner to requester: the page's bytes as they are now, for a device.
+    Loaded {
+        /// Whether they come along; without, something is under way on the page.
+        body: bool,
+    },
+    /// Anyone to home: a device overwrites the page with these bytes.
+    Store,
+    /// Home to who sent [`Kind::Store`].
+    Stored {
+        /// Whether it was done; else something is under way on the page.
+        done: bool,
+    },
 }
 
 impl Kind {
     /// Whether the page's bytes come along.
     pub fn has_body(self) -> bool {
-        matches!(self, Kind::Data { body: true, .. } | Kind::Writeback { body: true } | Kind::PutExclusive)
+        matches!(
+            self,
+            Kind::Data { body: true, .. }
+                | Kind::Writeback { body: true }
+                | Kind::PutExclusive
+                | Kind::Loaded { body: true }
+                | Kind::Store
+        )
     }
 
     /// One more than the highest [`Kind::code`].
-    pub const CODES: usize = 15;
+    pub const CODES: usize = 20;
 
     /// The name of the kind with that [`Kind::code`].
     pub fn name_of(code: u8) -> &'static str {
@@ -103,6 +129,11 @@ impl Kind {
             "Discard",
             "Reclaim",
             "Discarded",
+            "Load",
+            "LoadAt",
+            "Loaded",
+            "Store",
+            "Stored",
         ];
         NAMES.get(usize::from(code)).copied().unwrap_or("unknown")
     }
@@ -124,6 +155,11 @@ impl Kind {
             Kind::Discard { .. } => 12,
             Kind::Reclaim => 13,
             Kind::Discarded { .. } => 14,
+            Kind::Load => 15,
+            Kind::LoadAt { .. } => 16,
+            Kind::Loaded { .. } => 17,
+            Kind::Store => 18,
+            Kind::Stored { .. } => 19,
         }
     }
 }
@@ -159,8 +195,8 @@ pub struct Head {
     rights: u8,
     /// Pages that follow, of the Gets and `Data`, else 0.
     run: u8,
-    /// Acks of `Data`, requester of `Invalidate` and the forwards, pages that follow of `Discard` and `Discarded`,
-    /// else 0.
+    /// Acks of `Data`, requester of `Invalidate`, the forwards and `LoadAt`, pages that follow of `Discard` and
+    /// `Discarded`, 1 of a `Stored` that is done, else 0.
     word: le::U16,
     zero2: le::U16,
     page: le::U64,
@@ -180,8 +216,10 @@ impl Message {
             Kind::Data { rights, acks, .. } => (rights as u8, acks),
             Kind::Invalidate { requester }
             | Kind::ForwardShared { requester }
-            | Kind::ForwardExclusive { requester } => (0, requester.0),
+            | Kind::ForwardExclusive { requester }
+            | Kind::LoadAt { requester } => (0, requester.0),
             Kind::Discard { run } | Kind::Discarded { run } => (0, run),
+            Kind::Stored { done } => (0, done.into()),
             _ => (0, 0),
         };
         let body = match (self.kind.has_body(), zero) {
@@ -254,6 +292,11 @@ impl Message {
             12 => Kind::Discard { run: discarded()? },
             13 => Kind::Reclaim,
             14 => Kind::Discarded { run: discarded()? },
+            15 => Kind::Load,
+            16 => Kind::LoadAt { requester: requester()? },
+            17 => Kind::Loaded { body: has_body },
+            18 => Kind::Store,
+            19 => Kind::Stored { done: word == 1 },
             _ => return Err("sent a coherence message of an unknown kind"),
         };
         if kind.has_body() != has_body {
@@ -286,7 +329,7 @@ pub(super) mod tests {
             node.clone().prop_map(|requester| Kind::Invalidate { requester }),
             Just(Kind::Ack),
             node.clone().prop_map(|requester| Kind::ForwardShared { requester }),
-            node.prop_map(|requester| Kind::ForwardExclusive { requester }),
+            node.clone().prop_map(|requester| Kind::ForwardExclusive { requester }),
             any::<bool>().prop_map(|body| Kind::Writeback { body }),
             Just(Kind::PutShared),
             Just(Kind::PutExclusive),
@@ -294,6 +337,11 @@ pub(super) mod tests {
             (0..100u16).prop_map(|run| Kind::Discard { run }),
             Just(Kind::Reclaim),
             (0..100u16).prop_map(|run| Kind::Discarded { run }),
+            Just(Kind::Load),
+            node.prop_map(|requester| Kind::LoadAt { requester }),
+            any::<bool>().prop_map(|body| Kind::Loaded { body }),
+            Just(Kind::Store),
+            any::<bool>().prop_map(|done| Kind::Stored { done }),
         ]
     }
 

@@ -55,12 +55,18 @@ pub enum Mistake {
     PunchWantedPage,
     /// The home does not say that it has discarded a page.
     ForgetDiscarded,
+    /// The home lets a device read its own frame of a page that another node owns.
+    LoadFromTheHome,
+    /// The home says that a page was overwritten while others can still read it as it was.
+    AnswerStoreAtOnce,
+    /// The home does not say that a page was overwritten.
+    ForgetStored,
 }
 
 impl Mistake {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Mistake; 25] = [
+    pub const ALL: [Mistake; 28] = [
         Mistake::DropAck,
         Mistake::AckBeforeUnmap,
         Mistake::AckTheHome,
@@ -86,6 +92,9 @@ impl Mistake {
         Mistake::PunchSharedPage,
         Mistake::PunchWantedPage,
         Mistake::ForgetDiscarded,
+        Mistake::LoadFromTheHome,
+        Mistake::AnswerStoreAtOnce,
+        Mistake::ForgetStored,
     ];
 }
 

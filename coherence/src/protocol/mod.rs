@@ -1,8 +1,8 @@
 //! The coherence protocol: a pure state machine, one for each shard of each node.
 //!
-//! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`], [`Protocol::discard`] and
-//! [`Protocol::release`]; every input appends [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no
-//! clock and no randomness here. The engine, the model checker, the property tests and the simulator all
+//! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`], [`Protocol::discard`],
+//! [`Protocol::load`], [`Protocol::store`] and [`Protocol::release`]; every input appends [`Effect`]s, which the caller
+//! carries out **in their order**. There is no I/O, no clock and no randomness here. The engine, the model checker, the property tests and the simulator all
 //! drive this code.
 //!
 //! Each node plays two parts: *cache* ([`cache`]) for the pages that its guest view maps, and *home*
@@ -43,6 +43,9 @@
 //! Who knows that nobody needs the content of some pages (the balloon, of what the guest has freed) may have
 //! their home give their frames up ([`discard`]): afterwards they are as at power-on, zero and untouched.
 //!
+//! # Devices
+//! What a device reads or overwrites whole need not move: [`direct`] reads a page where it is, and writes it at its home.
+//!
 //! # Memory
 //! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home.
 //!
@@ -54,6 +57,7 @@
 mod budget;
 mod cache;
 mod copies;
+mod direct;
 mod discard;
 mod home;
 #[cfg(test)]
@@ -87,7 +91,7 @@ use self::runs::Streams;
 pub use self::state::Entry;
 pub(crate) use self::state::PageMap;
 use self::state::{Directory, Table};
-use self::under_way::{Busy, Demand, Local, Miss, Request, Transient};
+use self::under_way::{Busy, Demand, Direct, Local, Miss, Request, Transient};
 use crate::page::{Homes, Page};
 
 /// What a node may do with a page through its guest view.
@@ -106,7 +110,8 @@ pub enum Rights {
 /// What the caller must do, in order.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
-    /// Send a message; its body, if any, is the page's frame as it is now.
+    /// Send a message; its body, if any, is the page's frame as it is now. With [`Kind::Loaded`] the frame may be
+    /// written meanwhile; with [`Kind::Store`] it is the bytes of the input instead.
     Send {
         /// To whom; never this node.
         to: NodeId,
@@ -138,6 +143,14 @@ pub enum Effect {
     Punch(Page, u16),
     /// [`Protocol::discard`] is done with that many pages, from this one on.
     Discarded(Page, u16),
+    /// At the home, which alone has the page: copy the bytes of the input into its frame, mapped or not.
+    Overwrite(Page),
+    /// At the home: what a device stored is the page's content from now on.
+    Written(Page),
+    /// [`Protocol::load`] of this page is done; if `true`, what was read is the body of the message being handled.
+    Loaded(Page, bool),
+    /// [`Protocol::store`] of this page is done, if `true`, or the page must be written by other means.
+    Stored(Page, bool),
     /// A page was won: call [`Protocol::release`] after it could be used.
     Hold(Page),
     /// A demand waits for the release of a held page. For the trace and the counters.
@@ -197,6 +210,8 @@ pub struct Protocol {
     streams: Streams,
     /// Pages whose homes this node has asked to discard them, and which have not answered yet.
     discarding: u64,
+    /// What devices of this node wait for.
+    direct: PageMap<Direct>,
     /// Messages from one part of this node to the other.
     loopback: VecDeque<Message>,
     /// What is wrong with a message that had to wait.
@@ -223,6 +238,7 @@ impl Protocol {
             busy: PageMap::default(),
             streams: Streams::new(runs),
             discarding: 0,
+            direct: PageMap::default(),
             loopback: VecDeque::new(),
             violation: None,
             #[cfg(test)]
@@ -334,6 +350,7 @@ impl Protocol {
             && self.busy.is_empty()
             && self.deferred.is_empty()
             && self.discarding == 0
+            && self.direct.is_empty()
             && self.parked().next().is_none()
     }
 
@@ -383,6 +400,9 @@ impl Protocol {
         lines.extend(self.parked().map(|page| format!("page {:#x}: waits for a frame", page.0)));
         if self.discarding > 0 {
             lines.push(format!("{} pages are being discarded by their homes", self.discarding));
+        }
+        for (page, direct) in self.direct.iter() {
+            lines.push(format!("page {:#x}: a device waits for its {direct:?}", page.0));
         }
         for (page, b) in self.busy.iter() {
             lines.push(format!("page {:#x}: home busy, {:?}, {:?}", page.0, self.entry(page), b));
@@ -500,6 +520,14 @@ impl Protocol {
             Kind::Discard { run } if at_home => self.home_discard(page, from, run, out),
             Kind::Reclaim if from_home => self.cache_demand(page, Demand::Reclaim { requester: from }, out),
             Kind::Discarded { run } if from_home => self.discarded(page, run, out),
+            Kind::Load if at_home => {
+                self.home_load(page, from, out);
+                Ok(())
+            }
+            Kind::LoadAt { requester } if from_home => self.owner_load(page, requester, out),
+            Kind::Loaded { body } => self.loaded(page, body, out),
+            Kind::Store if at_home => self.home_store(page, from, out),
+            Kind::Stored { done } if from_home => self.stored(page, done, out),
             _ => Err("the page's home is another node".into()),
         };
         result.map_err(|wrong| Violation { from: wrong.from.unwrap_or(from), page, what: wrong.what })

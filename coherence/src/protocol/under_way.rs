@@ -46,8 +46,8 @@ pub(super) struct Miss {
     pub(super) then_write: bool,
     /// No fault waits (yet): the page is not mapped when it comes.
     pub(super) prefetch: bool,
-    /// Not the content is wanted, but that nobody has any: who asked the home for that.
-    pub(super) discard: Option<NodeId>,
+    /// Not the content is wanted, but that nobody has any: the home gives the page another.
+    pub(super) replaces: Option<Replacement>,
     /// What was asked of the page that is on its way.
     pub(super) deferred: Option<Demand>,
     /// How many pages that follow were asked for as well; no request of their own is made for them.
@@ -56,6 +56,22 @@ pub(super) struct Miss {
     pub(super) run_faults: u64,
     /// Of these, which were writes.
     pub(super) run_writes: u64,
+}
+
+/// The content that the home gives a page, and who asked it to.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Replacement {
+    /// None: nobody needs the page.
+    Zeroes(NodeId),
+    /// A device's, in the home's frame already.
+    Bytes(NodeId),
+}
+
+/// What a device waits for.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Direct {
+    Load,
+    Store,
 }
 
 /// A request that waits at the home.

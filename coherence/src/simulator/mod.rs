@@ -54,6 +54,8 @@ pub struct Config {
     pub prefetches: u16,
     /// Accesses after which a node discards a page.
     pub discards: u16,
+    /// Accesses after which a device of a node reads or overwrites a page.
+    pub directs: u16,
     /// Nodes whose messages take twenty times as long.
     pub slow_nodes: u16,
     /// How long a message takes, in the mean.
@@ -82,6 +84,7 @@ impl Config {
             evictions: 3,
             prefetches: 10,
             discards: 3,
+            directs: 20,
             slow_nodes: 30,
             delay: 8_000,
             hold: 20_000,

@@ -26,6 +26,10 @@ pub struct Report {
     pub probes: u64,
     /// Pages that were discarded.
     pub discarded: u64,
+    /// Pages that devices read or overwrote where they were.
+    pub direct: u64,
+    /// Pages that they could not, because something was under way on them.
+    pub not_direct: u64,
     /// Pages that were given up to make room.
     pub evictions: u64,
     /// How often nothing was under way and the whole directory was compared with the nodes.
@@ -73,8 +77,9 @@ impl fmt::Display for Report {
         writeln!(f, "{:<18} {all:>10} {per_op:>12.4} {per_miss:>12.4}", "all")?;
         writeln!(
             f,
-            "{} demands waited for a held page; {} copies were evicted, {} probed; {} pages were discarded",
-            self.deferred, self.evictions, self.probes, self.discarded
+            "{} demands waited for a held page; {} copies were evicted, {} probed; {} pages were discarded; devices \
+             used {} pages where they were and {} not",
+            self.deferred, self.evictions, self.probes, self.discarded, self.direct, self.not_direct
         )?;
         let us = |ns: u64| ns as f64 / 1e3;
         writeln!(

@@ -44,6 +44,7 @@ fn misses(copies: usize, eviction: Eviction) -> (u64, u64) {
         evictions: 0,
         prefetches: 0,
         discards: 0,
+        directs: 0,
         writes: 5,
         locality: 0,
         slow_nodes: 0,

@@ -168,6 +168,14 @@ impl World {
             let page = self.workload.popular(&mut self.random);
             self.step(Step::Discard { node, page }, Some(page))?;
         }
+        if self.random.per_mille(self.config.directs) {
+            let page = self.workload.popular(&mut self.random);
+            let step = match self.random.per_mille(self.config.writes) {
+                true => Step::Store { node, page },
+                false => Step::Load { node, page },
+            };
+            self.step(step, Some(page))?;
+        }
         Ok(())
     }
 
@@ -230,6 +238,10 @@ impl World {
             }
             Seen::Deferred { .. } => self.report.deferred += 1,
             Seen::Discarded { .. } => self.report.discarded += 1,
+            Seen::Direct { done, .. } => {
+                self.report.direct += u64::from(done);
+                self.report.not_direct += u64::from(!done);
+            }
             Seen::Probed { .. } => self.report.probes += 1,
         }
         Ok(())

@@ -177,6 +177,9 @@ impl Node {
         map_ram(&vm, &memory, &layout)?;
         let engine = Arc::new(engine(assignment, &layout, &memory, &transport, events)?);
         link.connect(&engine);
+        if machine.spec.nodes.len() > 1 {
+            ram.connect(&engine);
+        }
         let vcpus = {
             let base = cpuid::intersect(&start.nodes.iter().map(|n| n.cpuid.clone()).collect::<Vec<_>>())?;
             cpuid::check_memory(&base, &layout)?;

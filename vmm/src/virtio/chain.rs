@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Deref;
 
+use coherence::page::PAGE_SIZE;
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
@@ -88,6 +89,21 @@ impl<'m> Buffers<'m> {
             done += part;
         }
         done
+    }
+
+    /// The buffers, cut where pages end.
+    pub fn parts(&self) -> impl Iterator<Item = VolatileSlice<'m>> {
+        self.pieces.iter().flat_map(|piece| {
+            let start = piece.ptr_guard().as_ptr() as usize;
+            let mut at = 0;
+            std::iter::from_fn(move || {
+                let room = PAGE_SIZE - (start + at) % PAGE_SIZE;
+                let part =
+                    piece.subslice(at, room.min(piece.len() - at)).ok().filter(|part| !part.is_empty())?;
+                at += part.len();
+                Some(part)
+            })
+        })
     }
 
     /// The pieces as system calls take them. Good for as long as the memory is mapped, which the borrow ensures.

@@ -1,9 +1,12 @@
-//! Guest RAM as devices reach it: the node's guest view.
+//! Guest RAM as devices reach it: the node's guest view, and what is elsewhere.
+
+mod far;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 use anyhow::Context;
+use coherence::engine::Engine;
 use coherence::memory::DualMemory;
 use firmware::Layout;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -18,7 +21,8 @@ use super::chain::Buffers;
 ///
 /// A page that this node does not hold raises a fault when it is touched, and the toucher waits until the coherence
 /// engine has brought it. So never touch it from an engine's thread, or with a lock held that one may need. The bytes
-/// may change at any time: read once what is checked and used.
+/// may change at any time: read once what is checked and used. Data go by [`GuestRam::read`] and [`GuestRam::write`],
+/// which ask for all pages that are not here at once and leave them where they are.
 ///
 /// Never hand it to anything that may keep a reference to its frames while they are being read or written (direct I/O,
 /// registered buffers, files of many file systems): another node takes a page without asking who pinned its frame. A
@@ -27,7 +31,9 @@ use super::chain::Buffers;
 pub struct GuestRam {
     map: Arc<GuestMemoryMmap>,
     /// What the map points into.
-    _memory: Option<Arc<DualMemory>>,
+    memory: Option<Arc<DualMemory>>,
+    /// What reaches pages on other nodes, once it runs and if there are others.
+    engine: Arc<OnceLock<Weak<Engine>>>,
 }
 
 impl GuestRam {
@@ -49,12 +55,18 @@ impl GuestRam {
                 .context("a RAM range at the end of the address space")
         });
         let map = GuestMemoryMmap::from_regions(regions.collect::<anyhow::Result<Vec<_>>>()?)?;
-        Ok(GuestRam { map: Arc::new(map), _memory: Some(memory.clone()) })
+        Ok(GuestRam { map: Arc::new(map), memory: Some(memory.clone()), engine: Arc::default() })
     }
 
     /// Memory that is not coherent with anything, for tests.
     pub fn plain(map: GuestMemoryMmap) -> GuestRam {
-        GuestRam { map: Arc::new(map), _memory: None }
+        GuestRam { map: Arc::new(map), memory: None, engine: Arc::default() }
+    }
+
+    /// From now on `engine` reaches what is on other nodes.
+    pub fn connect(&self, engine: &Arc<Engine>) {
+        // Connected once.
+        let _ = self.engine.set(Arc::downgrade(engine));
     }
 
     /// Where buffers of it are, by guest physical address.

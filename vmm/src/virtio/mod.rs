@@ -18,9 +18,9 @@
 //!
 //! The way of one request: the driver, on any node, puts a chain of buffers into the queue and writes the doorbell ->
 //! the write reaches the device's node ([`crate::router::devices`]; nobody waits for it) and rings the queue's bell ->
-//! the queue's worker thread wakes, reads ring and buffers through the *guest view* of memory, where each page that
-//! this node does not hold raises a fault that the coherence engine answers, as for a vCPU -> it does the I/O (a disk's
-//! data go through a buffer of its own), puts the chain into the used ring and raises the queue's MSI-X vector -> the
+//! the queue's worker thread wakes, reads the ring through the *guest view* of memory, where each page that this node
+//! does not hold raises a fault that the coherence engine answers, as for a vCPU -> it does the I/O, for which data that
+//! are elsewhere are read and written where they are ([`memory`]), puts the chain into the used ring and raises the queue's MSI-X vector -> the
 //! message goes straight to the node of the CPU that it names.
 //!
 //! ```text

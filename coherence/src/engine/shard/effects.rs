@@ -6,9 +6,10 @@ use fabric::trace::{self, Event};
 
 use super::super::EngineError;
 use super::super::chains::Chain;
+use super::super::outbox::Source;
 use super::Core;
 use crate::page::{BLOCK, PAGE_SIZE, Page};
-use crate::protocol::{Body, Effect, Message, Rights};
+use crate::protocol::{Body, Effect, Kind, Message, Rights};
 use crate::stats::ShardStats;
 
 impl Core {
@@ -32,6 +33,7 @@ impl Core {
         let failed = |what, page: Page| move |source| EngineError::Page { what, page: page.0, source };
         match effect {
             Effect::Send { .. } | Effect::Hold(_) | Effect::Deferred(_) | Effect::Discarded(..) => {}
+            Effect::Written(_) | Effect::Loaded(..) | Effect::Stored(..) => {}
             Effect::Map(_, Rights::Shared) => {}
             // The bytes of a page that is to be sent must not change before.
             Effect::Clear(page) if !self.outbox.has(page) => {}
@@ -41,7 +43,7 @@ impl Core {
             _ => self.settle()?,
         }
         match effect {
-            Effect::Send { to, message } => self.send(to, message)?,
+            Effect::Send { to, message } => self.send(to, message, body)?,
             Effect::Land(page) => {
                 let bytes = match body {
                     Body::Bytes(bytes) => Some(bytes),
@@ -143,6 +145,22 @@ impl Core {
                 ShardStats::add(&self.stats.discarded, count.into());
             }
             Effect::Discarded(first, count) => self.discards.done(first, count),
+            Effect::Overwrite(page) => {
+                let bytes = match body {
+                    Body::Bytes(bytes) => bytes,
+                    Body::Zero | Body::Absent => &[0; PAGE_SIZE],
+                };
+                self.memory.overwrite(page, bytes);
+            }
+            Effect::Written(page) => trace::event(Event::Install, page.0, 0),
+            Effect::Loaded(page, done) => {
+                ShardStats::count(if done { &self.stats.loads } else { &self.stats.not_direct });
+                self.jobs.answer(page, done.then_some(body));
+            }
+            Effect::Stored(page, done) => {
+                ShardStats::count(if done { &self.stats.stores } else { &self.stats.not_direct });
+                self.jobs.answer(page, done.then_some(Body::Absent));
+            }
             Effect::Hold(page) => {
                 // The page was mapped just before for who waited, unless it came ahead of its need.
                 let mapped = self.untouched.get(page).is_none();
@@ -166,18 +184,36 @@ impl Core {
         }
     }
 
-    fn send(&mut self, to: NodeId, message: Message) -> Result<(), EngineError> {
+    fn send(&mut self, to: NodeId, message: Message, body: Body<'_>) -> Result<(), EngineError> {
         ShardStats::count(&self.stats.messages_sent);
         trace::event(Event::Send, message.page.0, u64::from(message.kind.code()) << 16 | u64::from(to.0));
-        let mut zero = false;
-        if message.kind.has_body() {
+        let read;
+        let bytes = match (message.kind, body) {
+            (kind, _) if !kind.has_body() => None,
+            // What does not lie still in a frame until it is sent.
+            (Kind::Loaded { .. }, _) => {
+                read = self.memory.read(message.page);
+                Some((&read, Source::Own(&read)))
+            }
+            (Kind::Store, Body::Bytes(bytes)) => Some((bytes, Source::Own(bytes))),
+            (Kind::Store, Body::Zero | Body::Absent) => Some((&[0; PAGE_SIZE], Source::Zero)),
             // SAFETY: the protocol sends bytes only of pages that it has unmapped or protected here, or that only
             // this shard's engine view holds.
-            zero = is_zero(unsafe { self.memory.frame(message.page) });
-            ShardStats::count(if zero { &self.stats.zero_pages_sent } else { &self.stats.pages_sent });
-        }
+            _ => Some((unsafe { self.memory.frame(message.page) }, Source::Frame)),
+        };
+        let source = match bytes {
+            None => Source::Frame,
+            Some((bytes, _)) if is_zero(bytes) => {
+                ShardStats::count(&self.stats.zero_pages_sent);
+                Source::Zero
+            }
+            Some((_, source)) => {
+                ShardStats::count(&self.stats.pages_sent);
+                source
+            }
+        };
         // SAFETY: as above, and what could change a page's bytes flushes before.
-        Ok(unsafe { self.outbox.send(to, message, zero, &self.memory, &*self.transport, self.lane) }?)
+        Ok(unsafe { self.outbox.send(to, message, source, &self.memory, &*self.transport, self.lane) }?)
     }
 
     /// Maps and sends what waits for more to follow.
@@ -249,6 +285,11 @@ impl Core {
 /// Whether a page could not be mapped because it has no frame.
 fn is_absent(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EFAULT)
+}
+
+/// A page's bytes as a body.
+pub(super) fn body_of(bytes: &[u8; PAGE_SIZE]) -> Body<'_> {
+    if is_zero(bytes) { Body::Zero } else { Body::Bytes(bytes) }
 }
 
 /// Whether a frame holds nothing but zeroes.

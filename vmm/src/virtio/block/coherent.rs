@@ -18,8 +18,8 @@ use crate::virtio::testing::{DATA, Driver};
 
 /// Bytes of one request.
 const LEN: u32 = 64 << 10;
-/// Where requests' data are: two buffers.
-const BUFFERS: [u64; 2] = [DATA + 0x1_0000, DATA + 0x4_0000];
+/// Where requests' data are: two buffers, one of whole pages.
+const BUFFERS: [u64; 2] = [DATA + 0x1_0000, DATA + 0x4_0200];
 /// How long each arrangement is exercised.
 const FOR: Duration = Duration::from_secs(2);
 
@@ -27,7 +27,7 @@ const FOR: Duration = Duration::from_secs(2);
 struct Nodes {
     views: Vec<GuestRam>,
     ending: Arc<AtomicBool>,
-    _engines: Vec<Engine>,
+    engines: Vec<Arc<Engine>>,
 }
 
 impl Nodes {
@@ -59,10 +59,10 @@ impl Nodes {
                 }
             };
             let engine = Engine::start(config, memory.clone(), Arc::new(transport), Arc::new(on_failure));
-            engines.push(engine.unwrap());
+            engines.push(Arc::new(engine.unwrap()));
             views.push(GuestRam::new(&memory, &layout).unwrap());
         }
-        Nodes { views, ending, _engines: engines }
+        Nodes { views, ending, engines }
     }
 }
 
@@ -90,8 +90,11 @@ fn what_a_cpu_writes_to_another_nodes_disk_it_reads_back() {
         println!("skipped: {why}");
         return;
     }
-    for device in [0, 1] {
+    for (device, direct) in [(0, false), (0, true), (1, false), (1, true)] {
         let nodes = Nodes::start();
+        if direct {
+            nodes.views[device].connect(&nodes.engines[device]);
+        }
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(16 << 20).unwrap();
         let disk = RawDisk::open(file.path(), false).unwrap();
@@ -107,21 +110,31 @@ fn what_a_cpu_writes_to_another_nodes_disk_it_reads_back() {
             driver.request((sector / 128 % 2) as u16, &[(header, 16, false), data, (status, 1, true)]);
             assert_eq!(driver.get(status, 1), [0]);
         };
-        let (end, mut round) = (Instant::now() + FOR, 0);
+        let (end, mut round, mut busy) = (Instant::now() + FOR, 0, Duration::ZERO);
         while Instant::now() < end {
             round += 1;
             let (sector, bytes) = (round % 200 * 128, content(round));
             driver.put(BUFFERS[0], &bytes);
+            let begin = Instant::now();
             request(&mut driver, blk::VIRTIO_BLK_T_OUT, sector, BUFFERS[0]);
+            busy += begin.elapsed();
             for buffer in [BUFFERS[1], BUFFERS[0]] {
+                let begin = Instant::now();
                 request(&mut driver, blk::VIRTIO_BLK_T_IN, sector, buffer);
+                busy += begin.elapsed();
                 let seen = driver.get(buffer, LEN as usize);
                 let wrong = seen.iter().zip(&bytes).position(|(a, b)| a != b);
                 assert_eq!(wrong, None, "device on node {device}, round {round}: first wrong byte");
                 driver.put(buffer, &content(!round));
             }
         }
-        println!("device on node {device}: {round} rounds");
+        let totals = nodes.engines[device].totals();
+        let (loads, stores) = (totals.loads, totals.stores);
+        println!(
+            "device on node {device}, direct access {direct}: {round} rounds, {:?} a request, {loads} loads, {stores} stores",
+            busy / (3 * round as u32)
+        );
+        assert_eq!(direct, loads > 0 && stores > 0);
         driver.reset();
     }
 }

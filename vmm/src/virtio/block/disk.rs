@@ -7,14 +7,14 @@ use std::path::Path;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use crate::virtio::chain::Buffers;
-
-/// Bytes that go through a buffer of our own at once.
-const BOUNCE: u64 = 64 << 10;
 /// Bytes of zeroes that are written at once where the host cannot make them cheaper.
 const ZEROES: usize = 64 << 10;
 
-/// A disk's content. All calls may come at once from several threads; offsets and lengths are in bytes and lie within
+/// A disk's content. It never sees the guest's memory: some file systems (9p, NFS, FUSE) pin the caller's pages and have
+/// them read or written later, when another node may have taken the guest's page over; and which do cannot be told, since
+/// 9p goes by the name of the file system that it serves.
+///
+/// All calls may come at once from several threads; offsets and lengths are in bytes and lie within
 /// [`Disk::len`].
 pub trait Disk: Send + Sync {
     /// Bytes.
@@ -29,13 +29,13 @@ pub trait Disk: Send + Sync {
     ///
     /// # Errors
     /// What the host says; some of it may have been filled.
-    fn read(&self, to: &Buffers, offset: u64) -> io::Result<()>;
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()>;
 
     /// Writes all of `from` at `offset`.
     ///
     /// # Errors
     /// What the host says; some of it may have been written.
-    fn write(&self, from: &Buffers, offset: u64) -> io::Result<()>;
+    fn write(&self, from: &[u8], offset: u64) -> io::Result<()>;
 
     /// Returns once all that was written before is on stable storage.
     ///
@@ -89,10 +89,6 @@ pub enum OpenError {
 }
 
 /// A raw image: a file, or a block device of the host. The host's page cache is used; a flush reaches the storage.
-///
-/// Data go through a buffer of our own. Some file systems (9p, NFS, FUSE) pin the caller's pages and have them read or
-/// written later, when another node may have taken the guest's page over; and which do cannot be told, since 9p goes
-/// by the name of the file system that it serves.
 pub struct RawDisk {
     file: File,
     len: u64,
@@ -156,23 +152,6 @@ pub(super) fn open_file(path: &Path, readonly: bool) -> Result<(File, u64), Open
     Ok((file, len))
 }
 
-/// Does `each` for pieces of the buffers that fit a buffer of our own: with the piece's bytes, offset and buffers.
-pub(super) fn bounce(
-    buffers: &Buffers,
-    mut offset: u64,
-    each: impl Fn(&mut [u8], u64, &Buffers) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut rest = buffers.clone();
-    let mut bytes = vec![0; rest.len().min(BOUNCE) as usize];
-    while !rest.is_empty() {
-        let part = rest.take(BOUNCE);
-        let len = part.len();
-        each(&mut bytes[..len as usize], offset, &part)?;
-        offset += len;
-    }
-    Ok(())
-}
-
 /// Whether the host says that it cannot do a thing at all, rather than that it failed.
 fn unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL))
@@ -183,19 +162,12 @@ impl Disk for RawDisk {
         self.len
     }
 
-    fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
-        bounce(to, offset, |bytes, at, part| {
-            self.file.read_exact_at(bytes, at)?;
-            part.write(bytes);
-            Ok(())
-        })
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(to, offset)
     }
 
-    fn write(&self, from: &Buffers, offset: u64) -> io::Result<()> {
-        bounce(from, offset, |bytes, at, part| {
-            part.read(bytes);
-            self.file.write_all_at(bytes, at)
-        })
+    fn write(&self, from: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(from, offset)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -231,14 +203,13 @@ impl Disk for MemoryDisk {
         self.0.len() as u64 - self.0.len() as u64 % super::SECTOR
     }
 
-    fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
-        let wanted = usize::try_from(offset).ok().and_then(|offset| self.0.get(offset..));
-        let wanted = wanted.filter(|rest| rest.len() as u64 >= to.len());
-        to.write(wanted.ok_or(io::ErrorKind::UnexpectedEof)?);
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        let wanted = usize::try_from(offset).ok().and_then(|offset| self.0.get(offset..)?.get(..to.len()));
+        to.copy_from_slice(wanted.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
     }
 
-    fn write(&self, _: &Buffers, _: u64) -> io::Result<()> {
+    fn write(&self, _: &[u8], _: u64) -> io::Result<()> {
         Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }
 

@@ -24,7 +24,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
 pub use self::qcow2::{Qcow2Disk, open};
 use self::request::Server;
-use super::{Device, Session, Workers, read_block};
+use super::{Device, GuestRam, Session, Workers, read_block};
 use crate::limits::Limiter;
 
 /// Bytes of the unit in which virtio counts.
@@ -94,7 +94,7 @@ impl Block {
         bytes
     }
 
-    fn server(&self) -> Server {
+    fn server(&self, memory: GuestRam) -> Server {
         let (name, failures) = (self.config.name.clone(), self.failures.clone());
         let on_failure = move |what: &str, error: &io::Error| {
             let count = failures.fetch_add(1, Ordering::Relaxed);
@@ -104,7 +104,7 @@ impl Block {
                 tracing::warn!("{name}: further failures are not reported");
             }
         };
-        Server::new(self.disk.clone(), &self.config, Box::new(on_failure))
+        Server::new(self.disk.clone(), &self.config, memory, Box::new(on_failure))
     }
 }
 
@@ -142,7 +142,8 @@ impl Device for Block {
 
     fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
         for queue in session.queues.into_iter().flatten() {
-            let (server, limiter, pause) = (self.server(), self.limiter.clone(), queue.pause());
+            let (limiter, pause) = (self.limiter.clone(), queue.pause());
+            let mut server = self.server(queue.memory().clone());
             workers.spawn(move || {
                 queue.serve(|chain| {
                     pause.admitted(&limiter, request::data_len(chain));

@@ -19,8 +19,7 @@ use imago::qcow2::Qcow2;
 use imago::{FormatAccess, StorageOpenOptions};
 
 use self::check::Header;
-use super::disk::{Disk, OpenError, RawDisk, bounce, open_file};
-use crate::virtio::chain::Buffers;
+use super::disk::{Disk, OpenError, RawDisk, open_file};
 
 /// What a qcow2 file begins with.
 const MAGIC: &[u8; 4] = b"QFI\xfb";
@@ -148,21 +147,12 @@ impl Disk for Qcow2Disk {
         self.len
     }
 
-    fn read(&self, to: &Buffers, offset: u64) -> io::Result<()> {
-        let image = self.shared();
-        bounce(to, offset, |bytes, at, part| {
-            image.read(&mut *bytes, at)?;
-            part.write(bytes);
-            Ok(())
-        })
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.shared().read(to, offset)
     }
 
-    fn write(&self, from: &Buffers, offset: u64) -> io::Result<()> {
-        let image = self.shared();
-        bounce(from, offset, |bytes, at, part| {
-            part.read(bytes);
-            image.write(&*bytes, at)
-        })
+    fn write(&self, from: &[u8], offset: u64) -> io::Result<()> {
+        self.shared().write(from, offset)
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -7,8 +7,11 @@ use virtio_bindings::virtio_blk as blk;
 
 use super::disk::Disk;
 use super::{BlockConfig, MAX_CLEAR, MAX_CLEAR_SEGMENTS, SECTOR, SERIAL_LEN};
+use crate::virtio::GuestRam;
 use crate::virtio::chain::{Buffers, Chain};
 
+/// Bytes of data that are between disk and guest at once.
+const AT_ONCE: u64 = 256 << 10;
 /// Bytes of the header: type, reserved, sector.
 const HEADER: usize = 16;
 /// Bytes of a segment to discard or to zero: sector, count, flags.
@@ -39,6 +42,9 @@ pub type OnFailure = Box<dyn Fn(&str, &io::Error) + Send>;
 /// Does requests; one for each thread.
 pub struct Server {
     disk: Arc<dyn Disk>,
+    memory: GuestRam,
+    /// For the data of one request at a time.
+    data: Vec<u8>,
     serial: [u8; SERIAL_LEN],
     readonly: bool,
     on_failure: OnFailure,
@@ -46,15 +52,15 @@ pub struct Server {
 
 impl Server {
     /// For a disk that appears as `config` says.
-    pub fn new(disk: Arc<dyn Disk>, config: &BlockConfig, on_failure: OnFailure) -> Server {
+    pub fn new(disk: Arc<dyn Disk>, config: &BlockConfig, memory: GuestRam, on_failure: OnFailure) -> Server {
         let mut serial = [0; SERIAL_LEN];
         let shown = config.serial.len().min(SERIAL_LEN);
         serial[..shown].copy_from_slice(&config.serial.as_bytes()[..shown]);
-        Server { disk, serial, readonly: config.readonly, on_failure }
+        Server { disk, memory, data: Vec::new(), serial, readonly: config.readonly, on_failure }
     }
 
     /// Does a request; how many bytes of its buffers were written, the outcome among them.
-    pub fn serve(&self, chain: &mut Chain) -> u32 {
+    pub fn serve(&mut self, chain: &mut Chain) -> u32 {
         let Some(room) = chain.writable.len().checked_sub(1) else {
             // Nowhere to say anything.
             return 0;
@@ -83,18 +89,18 @@ impl Server {
     }
 
     /// The bytes of `data` that were written.
-    fn act(&self, header: &[u8; HEADER], input: &mut Buffers, data: &Buffers) -> Result<u32, Refusal> {
+    fn act(&mut self, header: &[u8; HEADER], input: &mut Buffers, data: &Buffers) -> Result<u32, Refusal> {
         let sector = u64::from_le_bytes(header[8..].try_into().unwrap_or_default());
         match kind(header) {
             blk::VIRTIO_BLK_T_IN => {
                 let (offset, len) = self.range(sector, data.len())?;
-                self.disk.read(data, offset)?;
+                self.read(data.clone(), offset)?;
                 Ok(len as u32)
             }
             blk::VIRTIO_BLK_T_OUT => {
                 self.may_write()?;
                 let (offset, _) = self.range(sector, input.len())?;
-                self.disk.write(input, offset)?;
+                self.write(input.clone(), offset)?;
                 Ok(0)
             }
             blk::VIRTIO_BLK_T_FLUSH => Ok(self.disk.flush().map(|()| 0)?),
@@ -106,6 +112,28 @@ impl Server {
             }
             _ => Err(Refusal::Unsupported),
         }
+    }
+
+    fn read(&mut self, mut to: Buffers, mut offset: u64) -> io::Result<()> {
+        while !to.is_empty() {
+            let part = to.take(AT_ONCE);
+            self.data.resize(part.len() as usize, 0);
+            self.disk.read(&mut self.data, offset)?;
+            self.memory.write(&part, &self.data);
+            offset += part.len();
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, mut from: Buffers, mut offset: u64) -> io::Result<()> {
+        while !from.is_empty() {
+            let part = from.take(AT_ONCE);
+            self.data.resize(part.len() as usize, 0);
+            self.memory.read(&part, &mut self.data);
+            self.disk.write(&self.data, offset)?;
+            offset += part.len();
+        }
+        Ok(())
     }
 
     fn may_write(&self) -> Result<(), Refusal> {

@@ -5,7 +5,6 @@ use proptest::prelude::*;
 use virtio_bindings::virtio_blk as blk;
 
 use super::*;
-use crate::virtio::chain::Buffers;
 use crate::virtio::testing::{DATA, Driver, image};
 
 const HEADER: u64 = DATA;
@@ -174,10 +173,10 @@ impl Disk for Broken {
     fn len(&self) -> u64 {
         8192
     }
-    fn read(&self, _: &Buffers, _: u64) -> io::Result<()> {
+    fn read(&self, _: &mut [u8], _: u64) -> io::Result<()> {
         Err(io::Error::from_raw_os_error(libc::EIO))
     }
-    fn write(&self, _: &Buffers, _: u64) -> io::Result<()> {
+    fn write(&self, _: &[u8], _: u64) -> io::Result<()> {
         Err(io::Error::from_raw_os_error(libc::ENOSPC))
     }
     fn flush(&self) -> io::Result<()> {

@@ -26,12 +26,12 @@ fn image(len: u64) -> (tempfile::TempDir, PathBuf) {
 
 fn read(disk: &dyn Disk, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0xee; len];
-    disk.read(&Buffers::over(&mut bytes), offset)?;
+    disk.read(&mut bytes, offset)?;
     Ok(bytes)
 }
 
 fn write(disk: &dyn Disk, offset: u64, bytes: &[u8]) -> io::Result<()> {
-    disk.write(&Buffers::over(&mut bytes.to_vec()), offset)
+    disk.write(bytes, offset)
 }
 
 /// What `qemu-img check` objects to; `None` where there is no qemu-img.
