@@ -12,8 +12,10 @@
 //! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
 //!
 //! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
-//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`report`] the files in `target/report`.
+//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`report`] the files in `target/report`, [`allowance`]
+//! a command with so much CPU time.
 
+mod allowance;
 mod checks;
 mod disk;
 mod fuzz;
