@@ -13,6 +13,7 @@ use fabric::NodeId;
 use fabric::tcp::MAX_RAILS;
 use firmware::{MachineSpec, NodeSpec};
 
+use crate::limits::Capacity;
 use crate::node_api::Machine;
 use crate::peripherals::{self, Kind, PeripheralConfig};
 use crate::rdma::{FabricKind, RdmaConfig};
@@ -62,6 +63,8 @@ pub struct NodeConfig {
     /// What it may hold for the guest at most, in bytes: its own memory and copies of the others'. `None`: as much
     /// as comes.
     pub budget: Option<u64>,
+    /// What its devices may do all together.
+    pub capacity: Capacity,
     /// Who starts it.
     pub place: Place,
     /// Where its fabric listens, an address for each rail. Without any it is the one that its control connection
@@ -152,6 +155,8 @@ impl MachineConfig {
         check_word("a machine's", &self.name, 64)?;
         for node in &self.nodes {
             check_name(&node.spec.name)?;
+            let wrong = |why| ConfigError(format!("node \"{}\": {why}", node.spec.name));
+            node.capacity.check().map_err(wrong)?;
         }
         self.spec().check().map_err(|error| ConfigError(error.to_string()))?;
         let shards = self.shards();
@@ -264,6 +269,7 @@ impl MachineConfig {
             id,
             spec: self.spec(),
             budgets: self.nodes.iter().map(|node| node.budget).collect(),
+            capacities: self.nodes.iter().map(|node| node.capacity).collect(),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
@@ -413,6 +419,7 @@ mod tests {
         NodeConfig {
             spec: NodeSpec { name: name.into(), cpus: 1, memory: 256 << 20 },
             budget: None,
+            capacity: Capacity::default(),
             place,
             fabric_listen: Vec::new(),
         }

@@ -21,6 +21,9 @@
 //! cpus = 2
 //! memory = "512M"
 //! budget = "576M"                     # what the server may spend on the guest; default: no limit
+//! disk_bandwidth = "400M"             # what all disks of the node may do each second, split by their shares;
+//! disk_iops = 8000                    # default: no limit
+//! net_bandwidth = "100M"              # the same for all network cards, in each direction; also net_iops
 //!
 //! [[node]]
 //! name = "n1"
@@ -39,11 +42,12 @@
 //! queues = 4                          # default: one for each CPU, 16 at most
 //! iops = 500                          # requests each second; default: no limit
 //! bandwidth = "20M"                   # bytes each second; default: no limit
+//! share = 300                         # of disk_bandwidth and disk_iops of its node; default 100
 //!
 //! [[net]]
 //! tap = "tap0"                        # a TAP interface of its node's host
 //! node = "n1"                         # default: the first node
-//! name = "outside"                    # default net0 and so on; iops and bandwidth as above, in each direction
+//! name = "outside"                    # default net0 and so on; iops, bandwidth, share as above, in each direction
 //! mac = "02:00:00:00:00:07"           # default: made from the names of machine and card
 //! queues = 2                          # pairs of queues; default 1
 //!
@@ -72,7 +76,7 @@ use firmware::NodeSpec;
 use serde::Deserialize;
 
 use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
-use crate::limits::Limits;
+use crate::limits::{Capacity, Limits};
 use crate::peripherals::{Kind, PeripheralConfig, parse_mac};
 use crate::rdma::{FabricKind, RdmaForm};
 
@@ -135,6 +139,7 @@ struct NetForm {
     name: Option<String>,
     iops: Option<u64>,
     bandwidth: Option<SizeForm>,
+    share: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -149,6 +154,7 @@ struct DiskForm {
     name: Option<String>,
     iops: Option<u64>,
     bandwidth: Option<SizeForm>,
+    share: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -171,6 +177,10 @@ struct NodeForm {
     cpus: u32,
     memory: SizeForm,
     budget: Option<SizeForm>,
+    disk_iops: Option<u64>,
+    disk_bandwidth: Option<SizeForm>,
+    net_iops: Option<u64>,
+    net_bandwidth: Option<SizeForm>,
     #[serde(default, rename = "where")]
     place: PlaceForm,
     #[serde(default)]
@@ -291,15 +301,15 @@ fn devices(
     let mut devices = Vec::new();
     for form in disks {
         let limits = limits(form.iops, form.bandwidth)?;
-        let DiskForm { path, readonly, serial, queues, node, name, .. } = form;
+        let DiskForm { path, readonly, serial, queues, node, name, share, .. } = form;
         let kind = Kind::Disk { path, readonly, serial, queues };
-        devices.push(PeripheralConfig { node, name, limits, kind });
+        devices.push(PeripheralConfig { node, name, limits, share, kind });
     }
     for form in cards {
         let limits = limits(form.iops, form.bandwidth)?;
-        let NetForm { tap, mac, queues, node, name, .. } = form;
+        let NetForm { tap, mac, queues, node, name, share, .. } = form;
         let mac = mac.as_deref().map(parse_mac).transpose()?;
-        devices.push(PeripheralConfig { node, name, limits, kind: Kind::Net { tap, mac, queues } });
+        devices.push(PeripheralConfig { node, name, limits, share, kind: Kind::Net { tap, mac, queues } });
     }
     devices.extend(entropy.map(|form| PeripheralConfig::new(form.node, Kind::Entropy)));
     if let Some(BalloonForm { size, node }) = balloon {
@@ -325,6 +335,10 @@ fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
     let size = |form: &SizeForm| form.bytes().map_err(at);
     let memory = size(&form.memory)?;
     let budget = form.budget.as_ref().map(size).transpose()?;
+    let capacity = Capacity {
+        disks: limits(form.disk_iops, form.disk_bandwidth).map_err(at)?,
+        cards: limits(form.net_iops, form.net_bandwidth).map_err(at)?,
+    };
     let rails = match &form.fabric {
         RailsForm::One(address) => std::slice::from_ref(address),
         RailsForm::Several(addresses) => addresses,
@@ -336,7 +350,7 @@ fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
         PlaceForm::Remote => Place::Remote,
     };
     let spec = NodeSpec { name: form.name, cpus: form.cpus, memory };
-    Ok(NodeConfig { spec, budget, place, fabric_listen })
+    Ok(NodeConfig { spec, budget, capacity, place, fabric_listen })
 }
 
 /// A fabric address: with a port, or without one (the kernel chooses).
@@ -384,6 +398,8 @@ mod tests {
         cpus = 0
         memory = 134217728
         budget = "150M"
+        disk_iops = 800
+        net_bandwidth = "1M"
         where = "remote"
         fabric = "192.0.2.2"
         [[disk]]
@@ -393,6 +409,7 @@ mod tests {
         name = "system"
         iops = 500
         bandwidth = "20M"
+        share = 300
         [[net]]
         tap = "tap0"
         mac = "02:00:00:00:00:07"
@@ -423,6 +440,12 @@ mod tests {
         assert_eq!(config.nodes[0].place, Place::Local);
         assert_eq!(config.nodes[1].spec.memory, 128 << 20);
         assert_eq!([0, 1].map(|node| config.nodes[node].budget), [None, Some(150 << 20)]);
+        let disks = Limits { iops: Some(800), bandwidth: None };
+        let cards = Limits { iops: None, bandwidth: Some(1 << 20) };
+        assert_eq!(
+            [0, 1].map(|node| config.nodes[node].capacity),
+            [Capacity::default(), Capacity { disks, cards }]
+        );
         assert_eq!(config.nodes[1].place, Place::Remote);
         assert_eq!(config.nodes[0].fabric_listen, []);
         assert_eq!(config.nodes[1].fabric_listen, ["192.0.2.2:0".parse().unwrap()]);
@@ -435,7 +458,10 @@ mod tests {
         };
         let limits = Limits { iops: Some(500), bandwidth: Some(20 << 20) };
         let name = Some("system".to_owned());
-        assert_eq!(config.devices[0], PeripheralConfig { node: Some("n1".into()), name, limits, kind: disk });
+        assert_eq!(
+            config.devices[0],
+            PeripheralConfig { node: Some("n1".into()), name, limits, share: Some(300), kind: disk }
+        );
         let net = Kind::Net { tap: "tap0".into(), mac: Some([2, 0, 0, 0, 0, 7]), queues: None };
         assert_eq!(config.devices[1], PeripheralConfig::new(None, net));
         assert_eq!(config.devices[2], PeripheralConfig::new(None, Kind::Entropy));

@@ -13,7 +13,7 @@
 //!   vCPUs run                                          │
 //!          │ ── Console (node 0) ────────────────────> │ terminal
 //!          │ <── ConsoleInput (node 0) ─────────────── │
-//!          │ <── Device(order) ─────────────────────── │ a device comes, goes or gets other limits
+//!          │ <── Device(order) ─────────────────────── │ a device comes, goes or changes
 //!          │ ── DeviceDone, Ejected (node 0) ────────> │
 //!          │ ── PowerOff | Reset | PeerLost | Failed > │   whoever says it, everybody is told Stop
 //!          │ <── Stop ──────────────────────────────── │
@@ -36,9 +36,10 @@ use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
 use crate::devices::hotplug::{Change, SlotId};
-use crate::limits::Limits;
+use crate::limits::{Capacity, Limits};
 use crate::peripherals::Peripheral;
 use crate::rdma::RdmaConfig;
+use crate::virtio::balloon::GivenUp;
 
 /// The machine, as far as its nodes need to know it. The same at every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +52,8 @@ pub struct Machine {
     pub spec: MachineSpec,
     /// What each node may hold for the guest, in bytes, by node index; see `NodeConfig::budget`.
     pub budgets: Vec<Option<u64>>,
+    /// What each node's devices may do all together, by node index.
+    pub capacities: Vec<Capacity>,
     /// The guest kernel (bzImage or ELF), a path on node 0's host. Empty: what the first disk of node 0 would boot.
     pub kernel: PathBuf,
     /// The initial ramdisk, a path on node 0's host.
@@ -154,6 +157,20 @@ pub struct NodeReport {
     pub fault_latency: Vec<(u64, u64)>,
 }
 
+/// What can be changed of a device while it is used.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Setting {
+    /// A disk or a network card is held to these limits.
+    Limits {
+        /// Its own.
+        limits: Limits,
+        /// Its share of what its node's devices may do; `None`: the usual one.
+        share: Option<u32>,
+    },
+    /// A balloon takes so many bytes from the guest.
+    Size(u64),
+}
+
 /// What is asked of a node's devices while the machine runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceOrder {
@@ -164,12 +181,17 @@ pub enum DeviceOrder {
         /// The slot of the node's bus.
         slot: u8,
     },
-    /// Hold the device in this slot to these limits.
+    /// Change the device in this slot.
     Set {
         /// The slot of the node's bus.
         slot: u8,
-        /// The limits.
-        limits: Limits,
+        /// What is changed.
+        setting: Setting,
+    },
+    /// Say what the guest has given up through the balloon in this slot.
+    Measure {
+        /// The slot of the node's bus.
+        slot: u8,
     },
     /// Tell the guest what has become of a slot of any bus (node 0).
     Announce {
@@ -179,6 +201,9 @@ pub enum DeviceOrder {
         change: Change,
     },
 }
+
+/// What a node has measured, if that is what it was asked for; or why it cannot do what it was asked for, a sentence.
+pub type DeviceResult = Result<Option<GivenUp>, String>;
 
 /// What a node says to the coordinator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -216,7 +241,7 @@ pub enum ToCoordinator {
         /// The order's number.
         id: u32,
         /// `Err`: why not, a sentence.
-        result: Result<(), String>,
+        result: DeviceResult,
     },
     /// The guest has let go of the device in this slot (node 0).
     Ejected(SlotId),

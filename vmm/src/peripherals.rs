@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, MachineConfig, check_word, parse_size};
-use crate::limits::Limits;
+use crate::limits::{self, Limits};
 use crate::seed::fnv;
 use crate::virtio::block::{MAX_QUEUES, SERIAL_LEN};
 use crate::virtio::console::MAX_NAME as MAX_CHANNEL;
@@ -100,6 +100,8 @@ pub struct PeripheralConfig {
     pub name: Option<String>,
     /// What it may do each second.
     pub limits: Limits,
+    /// Its share of what the devices of its node may do; `None`: the usual one.
+    pub share: Option<u32>,
     /// What it is.
     pub kind: Kind,
 }
@@ -107,14 +109,15 @@ pub struct PeripheralConfig {
 impl PeripheralConfig {
     /// A device of node `node` with the default name and no limits.
     pub fn new(node: Option<String>, kind: Kind) -> PeripheralConfig {
-        PeripheralConfig { node, name: None, limits: Limits::default(), kind }
+        PeripheralConfig { node, name: None, limits: Limits::default(), share: None, kind }
     }
 
-    /// Takes an option that all devices have: `node`, `name`, `iops`, `bandwidth`; `false` if `key` is another.
+    /// Takes an option that all devices have: `node`, `name`, `share`, `iops`, `bandwidth`; `false` if `key` is another.
     fn set(&mut self, key: &str, value: &str) -> Result<bool, ConfigError> {
         match key {
             "node" => self.node = Some(value.to_owned()),
             "name" => self.name = Some(value.to_owned()),
+            "share" => self.share = limits::parse_share(value)?,
             _ => return self.limits.set(key, value),
         }
         Ok(true)
@@ -132,6 +135,8 @@ pub struct Peripheral {
     pub slot: u8,
     /// What it may do each second.
     pub limits: Limits,
+    /// Its share of what the devices of its node may do; `None`: the usual one.
+    pub share: Option<u32>,
     /// What it is.
     pub kind: Kind,
 }
@@ -203,7 +208,36 @@ pub fn place_next<'a>(
     }
     check(&kind)?;
     device.limits.check()?;
-    Ok(Peripheral { name, node: node as u16, slot: slot as u8, limits: device.limits, kind })
+    check_share(machine, node, &kind, device.share)?;
+    let (node, slot) = (node as u16, slot as u8);
+    Ok(Peripheral { name, node, slot, limits: device.limits, share: device.share, kind })
+}
+
+/// Whether a device of node `node` can have such a share.
+///
+/// # Errors
+/// One sentence: what is wrong and what to do.
+pub fn check_share(
+    machine: &MachineConfig,
+    node: usize,
+    kind: &Kind,
+    share: Option<u32>,
+) -> Result<(), ConfigError> {
+    let Some(share) = share else { return Ok(()) };
+    limits::check_share(share)?;
+    let Some(node) = machine.nodes.get(node) else { return Ok(()) };
+    let (rates, what, key) = match kind {
+        Kind::Net { .. } => (node.capacity.cards, "network cards", "net_bandwidth"),
+        _ => (node.capacity.disks, "disks", "disk_bandwidth"),
+    };
+    if rates == Limits::default() {
+        return wrong(format!(
+            "a share says which part of what the {what} of node {} may do, and nothing limits that: give the node \
+             {key} in the machine file",
+            node.spec.name
+        ));
+    }
+    Ok(())
 }
 
 /// A queue for each CPU of the machine, as long as there are enough.
@@ -312,8 +346,8 @@ pub fn parse_mac(text: &str) -> Result<[u8; 6], ConfigError> {
     })
 }
 
-/// A network card from `tap=NAME[,mac=ADDRESS][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `iops=`,
-/// `bandwidth=`.
+/// A network card from `tap=NAME[,mac=ADDRESS][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `share=`,
+/// `iops=`, `bandwidth=`.
 ///
 /// # Errors
 /// One sentence with the form that is understood.
@@ -335,8 +369,8 @@ pub fn parse_net(text: &str) -> Result<PeripheralConfig, ConfigError> {
     }
 }
 
-/// A disk from `PATH[,readonly][,serial=TEXT][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `iops=`,
-/// `bandwidth=`.
+/// A disk from `PATH[,readonly][,serial=TEXT][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `share=`,
+/// `iops=`, `bandwidth=`.
 ///
 /// # Errors
 /// One sentence with the form that is understood.
@@ -433,6 +467,7 @@ pub(crate) mod tests {
             place: Place::Local,
             fabric_listen: Vec::new(),
             budget: None,
+            capacity: Default::default(),
         };
         MachineConfig {
             kernel: "vmlinuz".into(),
@@ -477,6 +512,21 @@ pub(crate) mod tests {
         }
         assert!(parse_disk("a,colour=red").unwrap_err().0.contains("colour"));
         assert!(parse_disk("a,queues=many").unwrap_err().0.contains("many"));
+    }
+
+    #[test]
+    fn shares_are_for_devices_whose_node_has_something_to_share() {
+        let mut machine = machine(&["a,node=n1,share=300", "b"]);
+        let said = place(&machine).unwrap_err().0;
+        assert!(said.contains("disks of node n1") && said.contains("disk_bandwidth"), "{said}");
+        machine.nodes[1].capacity.disks.iops = Some(500);
+        assert_eq!(place(&machine).unwrap()[0].share, Some(300));
+        machine.devices[0] = parse_net("tap=t,node=n1,share=9").unwrap();
+        assert!(place(&machine).unwrap_err().0.contains("net_bandwidth"));
+        assert_eq!(parse_disk("a,share=none").unwrap().share, None);
+        for (text, part) in [("a,share=0", "1 to 10000"), ("a,share=most", "\"most\"")] {
+            assert!(parse_disk(text).unwrap_err().0.contains(part), "{text}");
+        }
     }
 
     #[test]

@@ -290,7 +290,7 @@ fn a_piped_machine_relays_its_console_reports_and_ends_with_its_guest() {
 
 #[test]
 fn devices_of_a_running_machine_are_shown_added_held_back_and_removed() {
-    let mut run = Run::start(2, Stdio::piped(), Stdio::null(), &["--name", "changes", "--entropy"]);
+    let mut run = Run::start(2, Stdio::piped(), Stdio::null(), &["--name", "changes", "--balloon"]);
     let nodes: Vec<_> = ["n0", "n1"].map(|name| echo_node(&run.address, name)).into();
     let device = |arguments: &[&str]| output(&[&["device", "--machine", "changes"], arguments].concat());
     let says = |arguments: &[&str], part: &str| {
@@ -308,7 +308,10 @@ fn devices_of_a_running_machine_are_shown_added_held_back_and_removed() {
     assert!(says(&["list", "--json"], "\"iops\": 50"));
     assert!(says(&["set", "disk0", "iops=none", "bandwidth=1M"], "iops=none bandwidth=1048576"));
     assert!(!says(&["set", "disk0", "iops=0"], "at least 1"));
-    assert!(!says(&["remove", "disk7"], "there is entropy0, disk0"));
+    assert!(!says(&["set", "disk0", "share=300"], "disk_bandwidth"));
+    assert!(!says(&["remove", "disk7"], "there is balloon0, disk0"));
+    assert!(says(&["set", "balloon0", "size=64M"], "67108864 bytes"));
+    assert!(says(&["list"], "size 64.0 MiB"));
     assert!(!says(&["add", "--net", "tap=refused"], "no such interface"));
     assert!(says(&["remove", "disk0"], "disk0 is gone"));
     let other = output(&["device", "--machine", "other", "list"]);

@@ -7,7 +7,7 @@ use vmm::coordinator::live::{Live, Step};
 use vmm::machine_file;
 use vmm::operator::{Answer, Request, encode, read};
 
-const MACHINE: &str = "kernel = 'k'\n[[node]]\nname = 'n0'\ncpus = 1\nmemory = '128M'\n[entropy]\n";
+const MACHINE: &str = "kernel = 'k'\n[[node]]\nname = 'n0'\ncpus = 1\nmemory = '128M'\n[entropy]\n[balloon]\n";
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let mut live = Live::new(&machine_file::parse(MACHINE).expect("it is a machine"));
@@ -19,7 +19,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         for step in live.ask(asker, request, true, Instant::now()) {
             match step {
                 Step::Answer(_, Answer::Refused(why)) => assert!(!why.contains('\n'), "{why:?}"),
-                Step::Tell { node, id, .. } => drop(live.done(node, id, Ok(())).expect("it was asked")),
+                Step::Tell { node, id, .. } => drop(live.done(node, id, Ok(None)).expect("it was asked")),
                 _ => {}
             }
         }

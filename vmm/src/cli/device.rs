@@ -5,7 +5,7 @@ use std::path::absolute;
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 
-use crate::operator::{Answer, DeviceState, Request, client, place};
+use crate::operator::{Answer, BalloonState, DeviceState, Request, client, place};
 use crate::peripherals::{Kind, PeripheralConfig, parse_disk, parse_net};
 
 /// Flags of `gestalt device`.
@@ -33,11 +33,12 @@ enum DeviceCommand {
         /// Its name
         name: String,
     },
-    /// Hold a device to other limits: iops=NUMBER, bandwidth=SIZE, or none for either
+    /// Hold a disk or network card to other limits: iops=NUMBER, bandwidth=SIZE, or none for either; give it another
+    /// share=NUMBER of what its node's devices may do; or have a balloon take another size=SIZE from the guest
     Set {
         /// Its name
         name: String,
-        /// Such as iops=500 or bandwidth=none
+        /// Such as iops=500, bandwidth=none, share=300, size=512M
         #[arg(required = true, value_name = "KEY=VALUE")]
         settings: Vec<String>,
     },
@@ -94,7 +95,8 @@ impl DeviceCommand {
 
 /// A line for each device, in columns.
 fn table(devices: &[DeviceState]) -> String {
-    let head = ["NAME", "KIND", "NODE", "ADDRESS", "IDENTITY", "IOPS", "BANDWIDTH", "STATE", "BACKEND"];
+    let head =
+        ["NAME", "KIND", "NODE", "ADDRESS", "IDENTITY", "IOPS", "BANDWIDTH", "SHARE", "STATE", "BACKEND"];
     let mut rows = vec![head.map(String::from)];
     for device in devices {
         let limit = |limit: Option<u64>| limit.map_or("-".into(), |limit| limit.to_string());
@@ -107,23 +109,35 @@ fn table(devices: &[DeviceState]) -> String {
             text(&device.identity),
             limit(device.limits.iops),
             limit(device.limits.bandwidth),
+            limit(device.share.map(u64::from)),
             device.state.clone(),
-            text(&device.backend),
+            device.balloon.as_ref().map_or_else(|| text(&device.backend), balloon),
         ]);
     }
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: Vec<_> = (0..head.len()).map(width).collect();
-    let line = |row: &[String; 9]| {
+    let line = |row: &[String; 10]| {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
         format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
     };
     rows.iter().map(line).collect()
 }
 
+/// What a guest has given up.
+fn balloon(balloon: &BalloonState) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    let given_up = balloon.given_up.map_or("its node does not say what was given up".into(), |given_up| {
+        let (inflated, reported) = (mib(given_up.inflated), mib(given_up.reported));
+        format!("given {inflated:.1} MiB, reported free {reported:.1} MiB")
+    });
+    format!("size {:.1} MiB, {given_up}", mib(balloon.size))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::limits::Limits;
+    use crate::virtio::balloon::GivenUp;
 
     #[test]
     fn devices_stand_in_columns() {
@@ -135,6 +149,8 @@ mod tests {
             backend: "/x.img".into(),
             identity: String::new(),
             limits: Limits { iops, bandwidth: None },
+            share: None,
+            balloon: None,
             state: "present".into(),
         };
         let text = table(&[device("disk0", Some(5)), device("a-long-name", None)]);
@@ -143,5 +159,13 @@ mod tests {
         let at = |line: &str| line.find("disk  ").unwrap();
         assert_eq!(at(lines[1]), at(lines[2]));
         assert!(lines[1].contains(" 5 ") && lines[2].ends_with("/x.img"), "{text}");
+    }
+
+    #[test]
+    fn a_balloon_is_shown_with_what_the_guest_has_given_up() {
+        let given_up = Some(GivenUp { inflated: 3 << 19, reported: 2 << 30 });
+        let text = balloon(&BalloonState { size: 64 << 20, given_up });
+        assert_eq!(text, "size 64.0 MiB, given 1.5 MiB, reported free 2048.0 MiB");
+        assert!(balloon(&BalloonState { size: 0, given_up: None }).contains("does not say"));
     }
 }

@@ -70,16 +70,17 @@ pub struct RunArgs {
     /// What each node may hold of the guest's memory: its own and copies of the others'; default: no limit
     #[arg(long, conflicts_with_all = ["machine", "node"], value_parser = parse_size)]
     budget: Option<u64>,
-    /// One node: name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS[:PORT]]; give it once per
-    /// node, and fabric= once per rail
+    /// One node: name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS[:PORT]], and what its devices
+    /// may do together: [,disk_bandwidth=SIZE][,disk_iops=NUMBER][,net_bandwidth=SIZE]; give it once per node, and
+    /// fabric= once per rail
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
-    /// A disk: PATH[,node=NAME][,name=NAME][,readonly][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]; give
-    /// it once per disk
+    /// A disk: PATH[,node=NAME][,name=NAME][,readonly][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
+    /// [,share=NUMBER]; give it once per disk
     #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
     disk: Vec<PeripheralConfig>,
-    /// A network card: tap=NAME[,node=NAME][,name=NAME][,mac=ADDRESS][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE];
-    /// give it once per card
+    /// A network card: tap=NAME[,node=NAME][,name=NAME][,mac=ADDRESS][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
+    /// [,share=NUMBER]; give it once per card
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE..]", value_parser = parse_net)]
     net: Vec<PeripheralConfig>,
     /// Tell cloud-init this host name
@@ -308,6 +309,7 @@ impl RunArgs {
                 memory: self.memory.unwrap_or(DEFAULT_MEMORY),
             },
             budget: self.budget,
+            capacity: Default::default(),
             place: Place::Local,
             fabric_listen: Vec::new(),
         };
@@ -322,6 +324,7 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
     let mut node = NodeConfig {
         spec: NodeSpec { name: String::new(), cpus: DEFAULT_CPUS, memory: DEFAULT_MEMORY },
         budget: None,
+        capacity: Default::default(),
         place: Place::Local,
         fabric_listen: Vec::new(),
     };
@@ -340,6 +343,7 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
             ("where", "remote") => node.place = Place::Remote,
             ("where", value) => return Err(wrong(format!("where={value} is neither local nor remote"))),
             ("fabric", value) => node.fabric_listen.push(parse_fabric(value)?),
+            (key, value) if node.capacity.set(key, value)? => {}
             (key, _) => return Err(wrong(format!("a node has no {key:?}"))),
         }
     }
@@ -359,6 +363,8 @@ mod tests {
         assert_eq!(node.place, Place::Remote);
         let rails = ["192.0.2.2:1", "192.0.3.2:0"].map(|address| address.parse().unwrap());
         assert_eq!(node.fabric_listen, rails);
+        let node = parse_node("name=a,disk_iops=500,net_bandwidth=1M").unwrap();
+        assert_eq!((node.capacity.disks.iops, node.capacity.cards.bandwidth), (Some(500), Some(1 << 20)));
     }
 
     #[test]
@@ -369,6 +375,7 @@ mod tests {
             ("name=a,memory=big", "\"big\" is not a size"),
             ("name=a,where=moon", "neither local nor remote"),
             ("name=a,colour=red", "no \"colour\""),
+            ("name=a,disk_colour=red", "no \"disk_colour\""),
             ("name", "key=value"),
         ] {
             let said = parse_node(text).unwrap_err().0;

@@ -16,12 +16,13 @@ use std::time::{Duration, Instant};
 
 use firmware::pci::HOT_SLOTS;
 
-use crate::config::{ConfigError, MachineConfig};
+use crate::config::{ConfigError, MachineConfig, parse_size};
 use crate::devices::hotplug::{Change, SlotId};
-use crate::limits::Limits;
-use crate::node_api::DeviceOrder;
-use crate::operator::{Answer, DeviceState, Request};
+use crate::limits::parse_share;
+use crate::node_api::{DeviceOrder, DeviceResult, Setting};
+use crate::operator::{Answer, BalloonState, DeviceState, Request};
 use crate::peripherals::{self, Kind, Peripheral, PeripheralConfig};
+use crate::virtio::balloon::GivenUp;
 
 /// How long a node may take over a device, and how long a guest may take to let go of one, before the operator who
 /// waits is told.
@@ -69,6 +70,24 @@ impl Entry {
         // Devices are on the first 256 nodes.
         SlotId { bus: self.device.node as u8, slot: self.device.slot }
     }
+
+    /// Notes what its node has changed; a sentence about it.
+    fn change(&mut self, setting: Setting) -> String {
+        let name = &self.device.name;
+        match setting {
+            Setting::Limits { limits, share } => {
+                (self.device.limits, self.device.share) = (limits, share);
+                let share = share.map_or(String::new(), |share| format!(" share={share}"));
+                format!("{name} is held to {limits}{share}")
+            }
+            Setting::Size(new) => {
+                if let Kind::Balloon { size } = &mut self.device.kind {
+                    *size = new;
+                }
+                format!("{name} asks the guest for {new} bytes: `gestalt device list` shows what it gives")
+            }
+        }
+    }
 }
 
 /// What a node has been asked to do.
@@ -76,7 +95,9 @@ impl Entry {
 enum Given {
     Open(String),
     Close(String),
-    Set(String, Limits, AskerId),
+    Set(String, Setting, AskerId),
+    /// For a list of all devices; who waits for that, and until when.
+    Measure(Option<(AskerId, Instant)>),
     Announce,
 }
 
@@ -106,15 +127,19 @@ impl Live {
 
     /// The machine starts again: what was leaving has left, and what was coming does not come.
     pub fn restart(&mut self) -> Vec<Step> {
-        self.given.clear();
         let mut steps = Vec::new();
+        for (_, given) in std::mem::take(&mut self.given).into_values() {
+            if let Given::Measure(asker) = given {
+                tell(asker, Answer::Devices(self.list(None)), &mut steps);
+            }
+        }
         for entry in &mut self.entries {
             let name = &entry.device.name;
             let answer = match entry.state {
                 State::Opening => {
                     Answer::Refused(format!("the machine started again before {name} was there"))
                 }
-                State::Present => Answer::Done(format!("{name} is held to {}", entry.device.limits)),
+                State::Present => Answer::Done(format!("{name} is as it was: the machine started again")),
                 State::Leaving | State::Closing => {
                     Answer::Done(format!("{name} is gone: the machine started again"))
                 }
@@ -129,9 +154,7 @@ impl Live {
     pub fn ask(&mut self, asker: AskerId, request: Request, running: bool, now: Instant) -> Vec<Step> {
         let until = (asker, now + PATIENCE);
         let result = match request {
-            Request::List => {
-                return vec![Step::Answer(asker, Answer::Devices(self.list()))];
-            }
+            Request::List => return self.measure(until, running),
             _ if !running => refuse("the machine does not run yet, or no more: try again"),
             Request::Add { device } => self.add(&device, until),
             Request::Remove { name } => self.remove(&name, until),
@@ -141,16 +164,20 @@ impl Live {
     }
 
     /// A node has done what it was told, or says why not. `None` if it was not told so.
-    pub fn done(&mut self, node: usize, id: u32, result: Result<(), String>) -> Option<Vec<Step>> {
+    pub fn done(&mut self, node: usize, id: u32, result: DeviceResult) -> Option<Vec<Step>> {
         self.given.get(&id).filter(|(asked, _)| *asked == node)?;
         let (_, given) = self.given.remove(&id)?;
         let mut steps = Vec::new();
         match given {
             Given::Announce => {}
+            Given::Measure(asker) => {
+                // A balloon that has gone in between has nothing to say.
+                tell(asker, Answer::Devices(self.list(result.ok().flatten())), &mut steps);
+            }
             Given::Open(name) => {
                 let place = self.entries.iter().position(|entry| entry.device.name == name)?;
                 match result {
-                    Ok(()) => {
+                    Ok(_) => {
                         let entry = &mut self.entries[place];
                         entry.state = State::Present;
                         let (slot, asker) = (entry.slot(), entry.asker.take());
@@ -169,21 +196,18 @@ impl Live {
                 let entry = self.entries.remove(place);
                 self.known.insert(name.clone(), entry.device.kind);
                 let answer = match result {
-                    Ok(()) => Answer::Done(format!("{name} is gone")),
+                    Ok(_) => Answer::Done(format!("{name} is gone")),
                     Err(why) => Answer::Refused(why),
                 };
                 tell(entry.asker, answer, &mut steps);
             }
-            Given::Set(name, limits, by) => {
+            Given::Set(name, setting, by) => {
                 // The guest may have let go of it in between.
                 let Some(entry) = self.entries.iter_mut().find(|entry| entry.device.name == name) else {
                     return Some(steps);
                 };
                 let answer = match result {
-                    Ok(()) => {
-                        entry.device.limits = limits;
-                        Answer::Done(format!("{name} is held to {limits}"))
-                    }
+                    Ok(_) => Answer::Done(entry.change(setting)),
                     Err(why) => Answer::Refused(why),
                 };
                 // Who asked may have given up, and another may ask for something else.
@@ -219,6 +243,12 @@ impl Live {
     /// Time has passed: who has waited too long is told.
     pub fn tick(&mut self, now: Instant) -> Vec<Step> {
         let mut steps = Vec::new();
+        let list = Answer::Devices(self.list(None));
+        for (_, given) in self.given.values_mut() {
+            if let Given::Measure(asker) = given {
+                tell(asker.take_if(|(_, until)| now >= *until), list.clone(), &mut steps);
+            }
+        }
         for entry in &mut self.entries {
             let (name, seconds) = (&entry.device.name, PATIENCE.as_secs());
             let Some((asker, _)) = entry.asker.take_if(|(_, until)| now >= *until) else { continue };
@@ -289,25 +319,27 @@ impl Live {
         if entry.state != State::Present {
             return refuse(format!("{name} is leaving"));
         }
-        if !matches!(entry.device.kind, Kind::Disk { .. } | Kind::Net { .. }) {
-            return refuse(format!("{name} has nothing that could be set: disks and network cards have"));
-        }
-        let mut limits = entry.device.limits;
-        for setting in settings {
-            let (key, value) = setting.split_once('=').unwrap_or((setting, ""));
-            if !limits.set(key, value)? {
-                return refuse(format!(
-                    "{setting:?} cannot be set: write for example iops=500, bandwidth=20M or iops=none"
-                ));
-            }
-        }
-        limits.check()?;
-        entry.asker = Some(until);
-        let (node, slot) = (usize::from(entry.device.node), entry.device.slot);
-        let order = DeviceOrder::Set { slot, limits };
+        let device = entry.device.clone();
+        let setting = wanted(&self.config, &device, settings)?;
+        self.free(name)?.asker = Some(until);
+        let (node, slot) = (usize::from(device.node), device.slot);
+        let order = DeviceOrder::Set { slot, setting };
         let mut steps = Vec::new();
-        self.tell_node(node, Given::Set(name.into(), limits, until.0), order, &mut steps);
+        self.tell_node(node, Given::Set(name.into(), setting, until.0), order, &mut steps);
         Ok(steps)
+    }
+
+    /// A list of all devices, once the node of the balloon has said what the guest has given up.
+    fn measure(&mut self, until: (AskerId, Instant), running: bool) -> Vec<Step> {
+        let balloon = |entry: &&Entry| matches!(entry.device.kind, Kind::Balloon { .. });
+        let balloon = self.entries.iter().filter(|entry| entry.state == State::Present).find(balloon);
+        let Some(slot) = balloon.map(Entry::slot).filter(|_| running) else {
+            return vec![Step::Answer(until.0, Answer::Devices(self.list(None)))];
+        };
+        let mut steps = Vec::new();
+        let order = DeviceOrder::Measure { slot: slot.slot };
+        self.tell_node(slot.bus.into(), Given::Measure(Some(until)), order, &mut steps);
+        steps
     }
 
     /// The device of this name, if nothing is being done to it that somebody waits for.
@@ -338,11 +370,11 @@ impl Live {
         steps.push(Step::Tell { node, id, order });
     }
 
-    fn list(&self) -> Vec<DeviceState> {
-        self.entries.iter().map(|entry| self.describe(entry)).collect()
+    fn list(&self, given_up: Option<GivenUp>) -> Vec<DeviceState> {
+        self.entries.iter().map(|entry| self.describe(entry, given_up)).collect()
     }
 
-    fn describe(&self, entry: &Entry) -> DeviceState {
+    fn describe(&self, entry: &Entry, given_up: Option<GivenUp>) -> DeviceState {
         let device = &entry.device;
         let (backend, identity) = match &device.kind {
             Kind::Disk { path, serial, .. } => {
@@ -367,6 +399,11 @@ impl Live {
             backend,
             identity,
             limits: device.limits,
+            share: device.share,
+            balloon: match device.kind {
+                Kind::Balloon { size } => Some(BalloonState { size, given_up }),
+                _ => None,
+            },
             state: state.into(),
         }
     }
@@ -379,6 +416,41 @@ impl Live {
 /// A slot as the guest's tools show it.
 fn address(slot: SlotId) -> String {
     format!("0000:{:02x}:{:02x}.0", slot.bus, slot.slot)
+}
+
+/// What an operator's settings make of a device.
+fn wanted(machine: &MachineConfig, device: &Peripheral, settings: &[String]) -> Result<Setting, ConfigError> {
+    let parts = || settings.iter().map(|setting| setting.split_once('=').unwrap_or((setting, "")));
+    match device.kind {
+        Kind::Disk { .. } | Kind::Net { .. } => {
+            let (mut limits, mut share) = (device.limits, device.share);
+            for (key, value) in parts() {
+                if key == "share" {
+                    share = parse_share(value)?;
+                } else if !limits.set(key, value)? {
+                    return refuse(format!(
+                        "{key:?} cannot be set: write for example iops=500, bandwidth=20M, iops=none or share=300"
+                    ));
+                }
+            }
+            limits.check()?;
+            peripherals::check_share(machine, device.node.into(), &device.kind, share)?;
+            Ok(Setting::Limits { limits, share })
+        }
+        Kind::Balloon { mut size } => {
+            for (key, value) in parts() {
+                if key != "size" {
+                    return refuse(format!("{key:?} cannot be set: write for example size=512M"));
+                }
+                size = parse_size(value)?;
+            }
+            Ok(Setting::Size(size))
+        }
+        _ => refuse(format!(
+            "{} has nothing that could be set: disks, network cards and balloons have",
+            device.name
+        )),
+    }
 }
 
 /// A device that had this name before keeps by what the guest knows it, unless it is given anew.

@@ -1,6 +1,7 @@
 use super::*;
+use crate::limits::Limits;
 use crate::peripherals::tests::machine;
-use crate::peripherals::{parse_disk, parse_net};
+use crate::peripherals::{parse_balloon, parse_disk, parse_net};
 use proptest::prelude::*;
 
 /// A machine whose operator number 7 asks at the same moment again and again.
@@ -41,11 +42,11 @@ impl Desk {
     /// The node does what it is told in the one step.
     fn obey(&mut self, steps: Vec<Step>) -> Vec<Step> {
         let (node, id, _) = order(&steps);
-        self.live.done(node, id, Ok(())).unwrap()
+        self.live.done(node, id, Ok(None)).unwrap()
     }
 
     fn states(&self) -> Vec<(String, String)> {
-        self.live.list().into_iter().map(|device| (device.name, device.state)).collect()
+        self.live.list(None).into_iter().map(|device| (device.name, device.state)).collect()
     }
 }
 
@@ -162,10 +163,64 @@ fn limits_change_one_by_one_and_count_once_the_node_has_them() {
     let mut desk = Desk::new(&["a,node=n1,iops=5"]);
     let steps = desk.set("disk0", &["bandwidth=1M"]);
     let limits = Limits { iops: Some(5), bandwidth: Some(1 << 20) };
-    assert_eq!(order(&steps).2, &DeviceOrder::Set { slot: 0, limits });
-    assert_eq!(desk.live.list()[0].limits.bandwidth, None);
+    assert_eq!(
+        order(&steps).2,
+        &DeviceOrder::Set { slot: 0, setting: Setting::Limits { limits, share: None } }
+    );
+    assert_eq!(desk.live.list(None)[0].limits.bandwidth, None);
     assert_eq!(done(&desk.obey(steps)), "disk0 is held to iops=5 bandwidth=1048576");
     assert_eq!(desk.live.devices()[0].limits, limits);
+}
+
+#[test]
+fn a_share_changes_where_the_node_has_something_to_share() {
+    let mut machine = machine(&["a", "b,node=n1"]);
+    machine.nodes[1].capacity.disks.bandwidth = Some(1 << 20);
+    let mut desk = Desk { live: Live::new(&machine), now: Instant::now() };
+    assert!(Desk::refusal(&desk.set("disk0", &["share=300"])).contains("disk_bandwidth"));
+    assert!(Desk::refusal(&desk.set("disk1", &["share=0"])).contains("1 to 10000"));
+    for (text, share) in [("share=300", Some(300)), ("share=none", None)] {
+        let steps = desk.set("disk1", &[text]);
+        let setting = Setting::Limits { limits: Limits::default(), share };
+        assert_eq!(order(&steps), (1, order(&steps).1, &DeviceOrder::Set { slot: 0, setting }));
+        assert_eq!(done(&desk.obey(steps)).contains("share=300"), share.is_some());
+        assert_eq!(desk.live.list(None)[1].share, share);
+    }
+}
+
+#[test]
+fn a_balloon_gets_another_size_and_is_listed_with_what_the_guest_has_given_up() {
+    let mut machine = machine(&["a"]);
+    machine.devices.push(parse_balloon("64M,node=n1").unwrap());
+    let mut desk = Desk { live: Live::new(&machine), now: Instant::now() };
+    let steps = desk.set("balloon0", &["size=128M"]);
+    let setting = Setting::Size(128 << 20);
+    assert_eq!(order(&steps), (1, 0, &DeviceOrder::Set { slot: 0, setting }));
+    assert!(done(&desk.obey(steps)).contains("asks the guest for 134217728 bytes"));
+    assert!(Desk::refusal(&desk.set("balloon0", &["iops=5"])).contains("size=512M"));
+    assert!(Desk::refusal(&desk.set("balloon0", &["size=wide"])).contains("\"wide\""));
+
+    let steps = desk.ask(Request::List);
+    let (node, id, told) = order(&steps);
+    assert_eq!((node, told), (1, &DeviceOrder::Measure { slot: 0 }));
+    let given_up = Some(GivenUp { inflated: 4096, reported: 8192 });
+    let balloon = |steps: Vec<Step>| match &steps[..] {
+        [Step::Answer(7, Answer::Devices(devices))] => devices[1].balloon,
+        other => panic!("{other:?}"),
+    };
+    let size = 128 << 20;
+    assert_eq!(balloon(desk.live.done(1, id, Ok(given_up)).unwrap()), Some(BalloonState { size, given_up }));
+
+    // A node that does not answer in time may do so later.
+    let steps = desk.ask(Request::List);
+    let (_, id, _) = order(&steps);
+    assert!(desk.live.tick(desk.now + PATIENCE / 2).is_empty());
+    assert_eq!(balloon(desk.live.tick(desk.now + PATIENCE)), Some(BalloonState { size, given_up: None }));
+    assert_eq!(desk.live.done(1, id, Ok(given_up)), Some(Vec::new()));
+
+    desk.ask(Request::List);
+    assert_eq!(balloon(desk.live.restart()), Some(BalloonState { size, given_up: None }));
+    assert_eq!(desk.live.devices()[1].kind, Kind::Balloon { size });
 }
 
 #[test]
@@ -173,7 +228,7 @@ fn what_cannot_be_is_refused_with_a_reason() {
     let mut desk = Desk::new(&["a"]);
     for (steps, part) in [
         (desk.remove("x"), "there is disk0"),
-        (desk.set("disk0", &["colour=red"]), "colour=red"),
+        (desk.set("disk0", &["colour=red"]), "\"colour\""),
         (desk.set("disk0", &["iops=0"]), "at least 1"),
         (desk.add("b,name=disk0"), "disk0 already"),
         (desk.add("b,node=n7"), "n7"),
@@ -193,10 +248,10 @@ fn nodes_that_answer_what_they_were_not_asked_are_found_out() {
     let mut desk = Desk::new(&["a,node=n1"]);
     let steps = desk.set("disk0", &["iops=1"]);
     let (node, id, _) = order(&steps);
-    assert_eq!(desk.live.done(0, id, Ok(())), None);
-    assert_eq!(desk.live.done(node, id + 1, Ok(())), None);
-    assert!(desk.live.done(node, id, Ok(())).is_some());
-    assert_eq!(desk.live.done(node, id, Ok(())), None);
+    assert_eq!(desk.live.done(0, id, Ok(None)), None);
+    assert_eq!(desk.live.done(node, id + 1, Ok(None)), None);
+    assert!(desk.live.done(node, id, Ok(None)).is_some());
+    assert_eq!(desk.live.done(node, id, Ok(None)), None);
 }
 
 #[test]
@@ -219,6 +274,7 @@ enum Happening {
     Add,
     Remove(usize),
     Set(usize),
+    List,
     Ejected(u8, u8),
     Done(usize, bool),
     Wait,
@@ -230,6 +286,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         4 => Just(Happening::Add),
         4 => (0usize..6).prop_map(Happening::Remove),
         1 => (0usize..6).prop_map(Happening::Set),
+        1 => Just(Happening::List),
         4 => (0u8..2, 0u8..6).prop_map(|(bus, slot)| Happening::Ejected(bus, slot)),
         8 => (0usize..4, any::<bool>()).prop_map(|(which, well)| Happening::Done(which, well)),
         1 => Just(Happening::Wait),
@@ -242,15 +299,17 @@ proptest! {
     fn every_operator_is_answered_once_and_nodes_have_what_is_listed(
         happenings in proptest::collection::vec(happening(), 0..80),
     ) {
-        let mut live = Live::new(&machine(&["a", "b,node=n1"]));
+        let mut machine = machine(&["a", "b,node=n1"]);
+        machine.devices.push(parse_balloon("").unwrap());
+        let mut live = Live::new(&machine);
         let (mut now, mut asker) = (Instant::now(), 0);
         let mut waiting = std::collections::BTreeSet::new();
         // What the nodes have: (bus, slot).
-        let mut there = std::collections::BTreeSet::from([(0u16, 0u8), (1, 0)]);
+        let mut there = std::collections::BTreeSet::from([(0u16, 0u8), (0, 1), (1, 0)]);
         let mut orders: Vec<(usize, u32, DeviceOrder)> = Vec::new();
         for happening in happenings {
             let name = |live: &Live, which: usize| {
-                let list = live.list();
+                let list = live.list(None);
                 list.get(which % list.len().max(1)).map_or("none".into(), |device| device.name.clone())
             };
             let mut ask = |live: &mut Live, request| {
@@ -272,6 +331,7 @@ proptest! {
                     let name = name(&live, which);
                     ask(&mut live, Request::Set { name, settings: vec!["iops=9".into()] })
                 }
+                Happening::List => ask(&mut live, Request::List),
                 Happening::Ejected(bus, slot) => live.ejected(SlotId { bus, slot }),
                 Happening::Done(which, well) => {
                     if orders.is_empty() {
@@ -287,7 +347,7 @@ proptest! {
                         }
                         _ => {}
                     }
-                    let result = if well { Ok(()) } else { Err("no".into()) };
+                    let result = if well { Ok(None) } else { Err("no".into()) };
                     live.done(node, id, result).expect("it was asked")
                 }
                 Happening::Wait => {

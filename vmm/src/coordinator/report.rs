@@ -167,6 +167,7 @@ mod tests {
         let node = |index: usize| NodeConfig {
             spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 1 << 30 },
             budget: None,
+            capacity: Default::default(),
             place: Place::Local,
             fabric_listen: Vec::new(),
         };

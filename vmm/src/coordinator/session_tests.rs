@@ -17,6 +17,7 @@ fn config(places: &[Place]) -> MachineConfig {
     let node = |(index, place): (usize, &Place)| NodeConfig {
         spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
         budget: None,
+        capacity: Default::default(),
         place: *place,
         fabric_listen: Vec::new(),
     };
@@ -426,11 +427,11 @@ fn orders_about_devices_go_to_the_nodes_of_a_running_machine() {
     let [Action::Send { link: 1, message: FromCoordinator::Device { id, .. } }] = &actions[..] else {
         panic!("{actions:?}")
     };
-    let actions = run.said(1, ToCoordinator::DeviceDone { id: *id, result: Ok(()) });
+    let actions = run.said(1, ToCoordinator::DeviceDone { id: *id, result: Ok(None) });
     assert!(matches!(&actions[..], [Action::Answer { asker: 5, answer: Answer::Done(_) }]), "{actions:?}");
     assert_eq!(run.session.devices()[0].limits.iops, Some(9));
     // Again: it was not asked any more.
-    run.said(1, ToCoordinator::DeviceDone { id: *id, result: Ok(()) });
+    run.said(1, ToCoordinator::DeviceDone { id: *id, result: Ok(None) });
     let actions = run.pass(Duration::from_secs(1), &[0, 1]);
     assert!(sent(&actions).iter().any(|message| matches!(message, FromCoordinator::Stop(_))), "{actions:?}");
 }

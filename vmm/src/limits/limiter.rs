@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 
 use super::Limits;
 use super::bucket::Bucket;
+use super::pool::Member;
 
 /// How often a waiting thread looks whether its device is being stopped.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Holds a device to its limits, which may change at any time.
+/// Holds a device to its limits, which may change at any time, and to its part of what several devices may do.
 pub struct Limiter {
     start: Instant,
-    /// Whether there is any limit: without one nobody takes a lock.
+    pool: Option<Member>,
+    /// Whether there is anything to hold to: otherwise nobody takes a lock.
     limited: AtomicBool,
     /// Held by the one thread that waits for time to pass; the others wait for it.
     turn: Mutex<()>,
@@ -38,15 +40,16 @@ impl State {
 impl Default for Limiter {
     /// Without limits.
     fn default() -> Limiter {
-        Limiter::new(Limits::default())
+        Limiter::new(Limits::default(), None)
     }
 }
 
 impl Limiter {
-    /// Holds to `limits`.
-    pub fn new(limits: Limits) -> Limiter {
+    /// Holds to `limits`, and in `pool` to its part.
+    pub fn new(limits: Limits, pool: Option<Member>) -> Limiter {
         let limiter = Limiter {
             start: Instant::now(),
+            pool,
             limited: AtomicBool::new(false),
             turn: Mutex::new(()),
             state: Mutex::default(),
@@ -63,8 +66,16 @@ impl Limiter {
         change(&mut state.requests, limits.iops, now);
         change(&mut state.bytes, limits.bandwidth, now);
         state.limits = limits;
-        self.limited.store(limits != Limits::default(), Ordering::Relaxed);
+        let limited = limits != Limits::default() || self.pool.is_some();
+        self.limited.store(limited, Ordering::Relaxed);
         self.changed.notify_all();
+    }
+
+    /// From now on it has another share in its pool, if there is one.
+    pub fn set_share(&self, share: u32) {
+        if let Some(pool) = &self.pool {
+            pool.set_share(share);
+        }
     }
 
     /// The limits.
@@ -90,7 +101,12 @@ impl Limiter {
         let mut state = lock(&self.state);
         loop {
             let now = self.start.elapsed();
-            let wait = state.wait(now);
+            let mut wait = state.wait(now);
+            if wait.is_zero()
+                && let Some(pool) = &self.pool
+            {
+                wait = pool.take(bytes).err().unwrap_or_default();
+            }
             if wait.is_zero() || stopped() {
                 let take = |bucket: &mut Option<Bucket>, amount| {
                     if let Some(bucket) = bucket {
@@ -143,7 +159,7 @@ mod tests {
 
     #[test]
     fn threads_that_wait_go_on_when_the_limit_is_lifted_or_they_are_stopped() {
-        let limiter = Arc::new(Limiter::new(limits(1)));
+        let limiter = Arc::new(Limiter::new(limits(1), None));
         let stop = Arc::new(AtomicBool::new(false));
         let (asleep, sleepers) = mpsc::channel();
         limiter.admit(0, || false, || ());

@@ -1,10 +1,11 @@
-//! How much a device may do: requests and bytes each second.
+//! How much a device may do: requests and bytes each second, of its own or as its part of what the devices of a node may
+//! do together.
 //!
 //! ```text
 //!  --disk x.img,iops=500,bandwidth=20M   gestalt device set disk0 iops=none
 //!        └──────────> Limits <──────────────────┘
-//!  worker ── admit(bytes) ──> Limiter ── its bucket has room? ── yes ──> the request is done
-//!                                └─ no: the worker sleeps, the guest's queue fills up
+//!  worker ── admit(bytes) ──> Limiter ── its bucket has room? ── and its part of the pool? ── yes ──> it is done
+//!                                └─ no: the worker sleeps, the guest's queue fills up <─ no ┘
 //! ```
 //!
 //! | file | concept |
@@ -12,6 +13,8 @@
 //! | this one | the limits as they are asked for |
 //! | [`bucket`] | how long to wait for a rate to be kept: a pure state machine |
 //! | [`limiter`] | the threads that wait |
+//! | [`split`] | how devices split a rate by their shares: a pure state machine |
+//! | [`pool`] | the devices of a node that do so |
 //!
 //! A request is held back before it touches its backend, so a limit costs the guest time and never an error. A disk has
 //! one limiter for all its queues: each request counts once, with the bytes that it reads or writes. A network card has
@@ -19,16 +22,78 @@
 
 pub mod bucket;
 pub mod limiter;
+pub mod pool;
+pub mod split;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 pub use self::limiter::Limiter;
+pub use self::pool::Pool;
 use crate::config::{ConfigError, parse_size};
 
 /// The least bandwidth that can be asked for, in bytes a second: a page.
 pub const MIN_BANDWIDTH: u64 = 4096;
+
+/// A device's share if nothing is said. What counts is how shares compare.
+pub const DEFAULT_SHARE: u32 = 100;
+/// The largest share.
+pub const MAX_SHARE: u32 = 10_000;
+
+/// A share from a number, or `none` for the usual one.
+///
+/// # Errors
+/// One sentence with the numbers that are possible.
+pub fn parse_share(text: &str) -> Result<Option<u32>, ConfigError> {
+    match text.parse() {
+        _ if text == "none" => Ok(None),
+        Ok(share) => check_share(share).map(|()| Some(share)),
+        Err(_) => Err(ConfigError(format!("{text:?} is not a share: write a number from 1 to {MAX_SHARE}"))),
+    }
+}
+
+/// Whether a share is possible.
+///
+/// # Errors
+/// One sentence with the numbers that are.
+pub fn check_share(share: u32) -> Result<(), ConfigError> {
+    if (1..=MAX_SHARE).contains(&share) {
+        return Ok(());
+    }
+    Err(ConfigError(format!("a share of {share} is not possible: choose 1 to {MAX_SHARE}")))
+}
+
+/// What the devices of one node may do each second all together, split by their shares.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// All disks.
+    pub disks: Limits,
+    /// All network cards, in each direction.
+    pub cards: Limits,
+}
+
+impl Capacity {
+    /// Takes `disk_iops`, `disk_bandwidth`, `net_iops` or `net_bandwidth`; `false` if `key` is another.
+    ///
+    /// # Errors
+    /// One sentence with the form that is understood.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<bool, ConfigError> {
+        match key.split_once('_') {
+            Some(("disk", key)) => self.disks.set(key, value),
+            Some(("net", key)) => self.cards.set(key, value),
+            _ => Ok(false),
+        }
+    }
+
+    /// Whether it can be kept.
+    ///
+    /// # Errors
+    /// One sentence.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.disks.check().and_then(|()| self.cards.check())
+    }
+}
 
 /// What a device may do each second; `None`: as much as it can.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -84,6 +84,7 @@ mod tests {
             place: Place::Local,
             fabric_listen: Vec::new(),
             budget: None,
+            capacity: Default::default(),
         };
         let config = MachineConfig {
             kernel: kernel.into(),

@@ -10,6 +10,7 @@ use super::peripherals::Peripherals;
 use crate::devices::bus::{Shared, lock};
 use crate::devices::hotplug::HotPlug;
 use crate::node_api::{Control, DeviceOrder, ToCoordinator};
+use crate::virtio::balloon::GivenUp;
 
 /// What orders are about.
 pub struct Subjects {
@@ -36,17 +37,18 @@ pub fn start(subjects: Subjects, control: Control) -> std::io::Result<Sender<(u3
 }
 
 impl Subjects {
-    fn obey(&self, order: &DeviceOrder) -> anyhow::Result<()> {
+    fn obey(&self, order: &DeviceOrder) -> anyhow::Result<Option<GivenUp>> {
         let devices = || self.peripherals.as_ref().context("this node has no PCI bus");
         match order {
-            DeviceOrder::Add(device) => devices()?.add(device),
-            DeviceOrder::Remove { slot } => devices()?.remove(*slot),
-            DeviceOrder::Set { slot, limits } => devices()?.set(*slot, *limits),
+            DeviceOrder::Add(device) => devices()?.add(device)?,
+            DeviceOrder::Remove { slot } => devices()?.remove(*slot)?,
+            DeviceOrder::Set { slot, setting } => devices()?.set(*slot, *setting)?,
+            DeviceOrder::Measure { slot } => return devices()?.given_up(*slot).map(Some),
             DeviceOrder::Announce { slot, change } => {
                 let hotplug = self.hotplug.as_ref().context("only node 0 can tell the guest")?;
                 lock(hotplug).announce(*slot, *change);
-                Ok(())
             }
         }
+        Ok(None)
     }
 }

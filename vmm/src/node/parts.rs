@@ -142,7 +142,9 @@ impl Node {
         let link = EngineLink::default();
         let mut peripherals = None;
         if machine.spec.pci {
-            peripherals = Peripherals::new(assignment.node, &ram, &layout, &router, &link).map(Arc::new);
+            let capacity = machine.capacities.get(node.index()).copied().unwrap_or_default();
+            let devices = Peripherals::new(assignment.node, capacity, &ram, &layout, &router, &link);
+            peripherals = devices.map(Arc::new);
             for place in machine.devices.iter().filter(|place| place.node == assignment.node) {
                 peripherals.as_ref().context("this node has no PCI bus")?.add(place)?;
             }

@@ -11,11 +11,12 @@ use coherence::engine::Engine;
 use coherence::page::PAGE_SIZE;
 use firmware::Layout;
 
-use crate::limits::{Limiter, Limits};
+use crate::limits::{Capacity, DEFAULT_SHARE, Limiter, Pool};
+use crate::node_api::Setting;
 use crate::pci::RootBus;
 use crate::peripherals::{Kind, Peripheral};
 use crate::router::Router;
-use crate::virtio::balloon::{Balloon, GiveUp};
+use crate::virtio::balloon::{Account, Balloon, GiveUp, GivenUp};
 use crate::virtio::block::{self, Block, BlockConfig, MemoryDisk};
 use crate::virtio::console::{Console, Port};
 use crate::virtio::entropy::Entropy;
@@ -84,21 +85,38 @@ pub struct Peripherals {
     bus: Arc<RootBus>,
     around: Surroundings,
     give_up: GiveUp,
+    pools: Pools,
     present: Mutex<BTreeMap<u8, Present>>,
+}
+
+/// What devices do together where that is limited.
+struct Pools {
+    disks: Option<Arc<Pool>>,
+    receive: Option<Arc<Pool>>,
+    transmit: Option<Arc<Pool>>,
 }
 
 /// A device in its slot.
 struct Present {
     name: String,
     transport: Arc<Transport>,
+    handles: Handles,
+}
+
+/// By what a device is changed while it is used.
+enum Handles {
     /// One for each direction of a network card.
-    limiters: Vec<Arc<Limiter>>,
+    Limits(Vec<Arc<Limiter>>),
+    Balloon(Arc<Account>),
+    None,
 }
 
 impl Peripherals {
-    /// The bus of node `node`, with nothing on it; `None` for a node beyond the last bus.
+    /// The bus of node `node`, with nothing on it; `None` for a node beyond the last bus. All devices on it may do what
+    /// `capacity` says.
     pub fn new(
         node: u16,
+        capacity: Capacity,
         ram: &GuestRam,
         layout: &Layout,
         router: &Arc<Router>,
@@ -113,7 +131,12 @@ impl Peripherals {
             on_idle: Arc::new(move || link.idle()),
         };
         let bus = Arc::new(RootBus::new(number));
-        Some(Peripherals { number, bus, around, give_up, present: Mutex::default() })
+        let pools = Pools {
+            disks: Pool::new(capacity.disks),
+            receive: Pool::new(capacity.cards),
+            transmit: Pool::new(capacity.cards),
+        };
+        Some(Peripherals { number, bus, around, give_up, pools, present: Mutex::default() })
     }
 
     /// The bus.
@@ -129,11 +152,11 @@ impl Peripherals {
         if self.lock().contains_key(&place.slot) {
             bail!("slot {} has a device already", place.slot);
         }
-        let opened = open(place, &self.give_up)?;
+        let opened = open(place, &self.pools, &self.give_up)?;
         let base = RootBus::registers_of(self.number, place.slot);
         let transport = Arc::new(Transport::new(&opened.title, opened.device, base, &self.around)?);
         self.bus.insert(place.slot, transport.clone());
-        let present = Present { name: place.name.clone(), transport, limiters: opened.limiters };
+        let present = Present { name: place.name.clone(), transport, handles: opened.handles };
         self.lock().insert(place.slot, present);
         Ok(())
     }
@@ -156,15 +179,38 @@ impl Peripherals {
         Ok(())
     }
 
-    /// Holds a device to other limits.
+    /// Changes a device.
     ///
     /// # Errors
-    /// There is no device.
-    pub fn set(&self, slot: u8, limits: Limits) -> anyhow::Result<()> {
+    /// There is no device, or not one with such a setting.
+    pub fn set(&self, slot: u8, setting: Setting) -> anyhow::Result<()> {
         let present = self.lock();
         let device = present.get(&slot).with_context(|| format!("slot {slot} has no device"))?;
-        device.limiters.iter().for_each(|limiter| limiter.set(limits));
+        match (&device.handles, setting) {
+            (Handles::Limits(limiters), Setting::Limits { limits, share }) => {
+                for limiter in limiters {
+                    limiter.set(limits);
+                    limiter.set_share(share.unwrap_or(DEFAULT_SHARE));
+                }
+            }
+            (Handles::Balloon(account), Setting::Size(size)) => {
+                account.set_size(size);
+                device.transport.changed();
+            }
+            _ => bail!("{} cannot be changed in that way", device.name),
+        }
         Ok(())
+    }
+
+    /// What the guest has given up through a balloon.
+    ///
+    /// # Errors
+    /// There is no balloon in that slot.
+    pub fn given_up(&self, slot: u8) -> anyhow::Result<GivenUp> {
+        match self.lock().get(&slot).map(|device| &device.handles) {
+            Some(Handles::Balloon(account)) => Ok(account.given_up()),
+            _ => bail!("slot {slot} has no balloon"),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u8, Present>> {
@@ -177,12 +223,15 @@ struct Opened {
     /// Its name in messages.
     title: String,
     device: Box<dyn Device>,
-    limiters: Vec<Arc<Limiter>>,
+    handles: Handles,
 }
 
-fn open(place: &Peripheral, give_up: &GiveUp) -> anyhow::Result<Opened> {
-    let unlimited = |title: String, device: Box<dyn Device>| Opened { title, device, limiters: Vec::new() };
-    let limiter = || Arc::new(Limiter::new(place.limits));
+fn open(place: &Peripheral, pools: &Pools, give_up: &GiveUp) -> anyhow::Result<Opened> {
+    let fixed = |title: String, device: Box<dyn Device>| Opened { title, device, handles: Handles::None };
+    let limiter = |pool: &Option<Arc<Pool>>| {
+        let member = pool.as_ref().map(|pool| pool.join(place.share.unwrap_or(DEFAULT_SHARE)));
+        Arc::new(Limiter::new(place.limits, member))
+    };
     Ok(match &place.kind {
         Kind::Disk { path, readonly, serial, queues } => {
             let config = BlockConfig {
@@ -191,18 +240,20 @@ fn open(place: &Peripheral, give_up: &GiveUp) -> anyhow::Result<Opened> {
                 readonly: *readonly,
                 queues: queues.unwrap_or(1),
             };
-            let (title, limiter) = (config.name.clone(), limiter());
+            let title = config.name.clone();
             let disk = block::open(path, *readonly)?;
+            let limiter = limiter(&pools.disks);
             let device = Box::new(Block::new(disk, config).limited(limiter.clone()));
-            Opened { title, device, limiters: vec![limiter] }
+            Opened { title, device, handles: Handles::Limits(vec![limiter]) }
         }
         Kind::Net { tap, mac, queues } => {
             let pairs = queues.unwrap_or(1);
             let port = Arc::new(Tap::open(tap, pairs)?);
-            let (receive, transmit) = (limiter(), limiter());
+            let (receive, transmit) = (limiter(&pools.receive), limiter(&pools.transmit));
             let card = Net::new(port, pairs, mac.unwrap_or_default());
             let device = Box::new(card.limited(receive.clone(), transmit.clone()));
-            Opened { title: format!("network card {tap}"), device, limiters: vec![receive, transmit] }
+            let handles = Handles::Limits(vec![receive, transmit]);
+            Opened { title: format!("network card {tap}"), device, handles }
         }
         Kind::Seed { user_data, meta_data, network_config } => {
             let mut files = vec![("user-data", user_data.as_str()), ("meta-data", meta_data)];
@@ -211,16 +262,20 @@ fn open(place: &Peripheral, give_up: &GiveUp) -> anyhow::Result<Opened> {
             let title = "cloud-init's seed".to_owned();
             let config =
                 BlockConfig { name: title.clone(), serial: "seed".into(), readonly: true, queues: 1 };
-            unlimited(title, Box::new(Block::new(disk, config)))
+            fixed(title, Box::new(Block::new(disk, config)))
         }
-        Kind::Entropy => unlimited("entropy device".into(), Box::new(Entropy)),
+        Kind::Entropy => fixed("entropy device".into(), Box::new(Entropy)),
         Kind::Console { socket, name } => {
             let port = Port::bind(socket)?;
             match name {
-                None => unlimited(format!("console {}", socket.display()), Box::new(Console::terminal(port))),
-                Some(name) => unlimited(format!("channel {name}"), Box::new(Console::channel(port, name))),
+                None => fixed(format!("console {}", socket.display()), Box::new(Console::terminal(port))),
+                Some(name) => fixed(format!("channel {name}"), Box::new(Console::channel(port, name))),
             }
         }
-        Kind::Balloon { size } => unlimited("balloon".into(), Box::new(Balloon::new(*size, give_up.clone()))),
+        Kind::Balloon { size } => {
+            let balloon = Balloon::new(*size, give_up.clone());
+            let handles = Handles::Balloon(balloon.account().clone());
+            Opened { title: "balloon".into(), device: Box::new(balloon), handles }
+        }
     })
 }

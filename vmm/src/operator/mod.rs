@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::Limits;
 use crate::peripherals::PeripheralConfig;
+use crate::virtio::balloon::GivenUp;
 
 /// Longest request or answer, in bytes.
 pub const MAX_LINE: u64 = 1 << 20;
@@ -45,11 +46,11 @@ pub enum Request {
         /// Its name.
         name: String,
     },
-    /// A device gets other limits.
+    /// A device gets other limits, a balloon another size.
     Set {
         /// Its name.
         name: String,
-        /// Such as `iops=500`.
+        /// Such as `iops=500` or `size=512M`.
         settings: Vec<String>,
     },
 }
@@ -84,8 +85,22 @@ pub struct DeviceState {
     pub identity: String,
     /// What it may do each second.
     pub limits: Limits,
+    /// Its share of what the devices of its node may do, unless it is the usual one.
+    pub share: Option<u32>,
+    /// For a balloon.
+    pub balloon: Option<BalloonState>,
     /// `present`, `coming` or `leaving`.
     pub state: String,
+}
+
+/// A balloon as it is.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonState {
+    /// Bytes that it is to take from the guest.
+    pub size: u64,
+    /// What the guest has given up; `None` while its node does not say.
+    pub given_up: Option<GivenUp>,
 }
 
 /// A line of JSON as bytes.

@@ -1,9 +1,9 @@
 //! Memory balloon (5.5): memory that the guest does not use costs its nodes nothing.
 //!
 //! *Reporting*: the driver reports memory that is free; its pages are given up before the report is answered, and the
-//! guest may use them again from then on: they are zero. *Inflating*: the owner asks for memory by the balloon's size;
-//! the driver takes it from the guest's programs and puts its pages into the balloon. *Deflating* needs nothing here: a
-//! page that is touched again is there again.
+//! guest may use them again from then on: they are zero. *Inflating*: the owner asks for memory by the balloon's size,
+//! which may change at any time ([`Account`]); the driver takes it from the guest's programs and puts its pages into the
+//! balloon. *Deflating* needs nothing here: a page that is touched again is there again.
 //!
 //! The driver's word alone is what gives a page up, and what it gives up is the guest's: a driver that lies loses the
 //! guest's own memory.
@@ -11,7 +11,9 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::chain::Chain;
@@ -40,12 +42,44 @@ const POISON: usize = 12;
 /// memory is left out.
 pub type GiveUp = Arc<dyn Fn(&[Range<u64>]) -> io::Result<()> + Send + Sync>;
 
+/// What a guest has given up.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GivenUp {
+    /// Bytes that are in the balloon, as the guest says.
+    pub inflated: u64,
+    /// Bytes that it has reported as free since it started, again each time that they were in use in between.
+    pub reported: u64,
+}
+
+/// What the owner wants of a guest, and what the guest has given up.
+#[derive(Debug, Default)]
+pub struct Account {
+    /// Pages that the guest is to put into the balloon.
+    target: AtomicU32,
+    /// Pages that it says are there.
+    actual: AtomicU32,
+    /// Bytes that it has reported.
+    reported: AtomicU64,
+}
+
+impl Account {
+    /// The balloon is to take `size` bytes from the guest; 0: only what is free. The driver hears of it by
+    /// [`super::Transport::changed`].
+    pub fn set_size(&self, size: u64) {
+        self.target.store(u32::try_from(size / PAGE).unwrap_or(u32::MAX), Ordering::Relaxed);
+    }
+
+    /// What the guest has given up until now.
+    pub fn given_up(&self) -> GivenUp {
+        let inflated = u64::from(self.actual.load(Ordering::Relaxed)) * PAGE;
+        GivenUp { inflated, reported: self.reported.load(Ordering::Relaxed) }
+    }
+}
+
 /// The device.
 pub struct Balloon {
-    /// Pages that the guest is to put into the balloon.
-    target: u32,
-    /// Pages that it says are there.
-    actual: u32,
+    account: Arc<Account>,
     /// What the guest fills free pages with, and relies on.
     poison: u32,
     give_up: GiveUp,
@@ -54,14 +88,21 @@ pub struct Balloon {
 impl Balloon {
     /// A balloon that takes `size` bytes from the guest; 0 for one that only takes what is free.
     pub fn new(size: u64, give_up: GiveUp) -> Balloon {
-        Balloon { target: u32::try_from(size / PAGE).unwrap_or(u32::MAX), actual: 0, poison: 0, give_up }
+        let account = Arc::new(Account::default());
+        account.set_size(size);
+        Balloon { account, poison: 0, give_up }
+    }
+
+    /// Where the size can be changed.
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
     }
 
     fn registers(&self) -> [u8; 16] {
         let mut bytes = [0; 16];
         let mut put = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        put(0, self.target);
-        put(ACTUAL, self.actual);
+        put(0, self.account.target.load(Ordering::Relaxed));
+        put(ACTUAL, self.account.actual.load(Ordering::Relaxed));
         put(POISON, self.poison);
         bytes
     }
@@ -93,7 +134,7 @@ impl Device for Balloon {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
         match usize::try_from(offset) {
-            Ok(ACTUAL) => self.actual = value,
+            Ok(ACTUAL) => self.account.actual.store(value, Ordering::Relaxed),
             Ok(POISON) => self.poison = value,
             _ => {}
         }
@@ -102,6 +143,8 @@ impl Device for Balloon {
     fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
         // Pages that must not become zero are left alone (5.5.6.8).
         let poisoned = session.features & PAGE_POISON != 0 && self.poison != 0;
+        // A driver begins with an empty balloon.
+        self.account.actual.store(0, Ordering::Relaxed);
         let mut queues = session.queues.into_iter();
         if let Some(inflate) = queues.next().flatten() {
             let give_up = self.give_up.clone();
@@ -111,10 +154,13 @@ impl Device for Balloon {
             workers.spawn(move || deflate.serve(|_| 0))?;
         }
         if let Some(report) = queues.next().flatten() {
-            let give_up = self.give_up.clone();
+            let (give_up, account) = (self.give_up.clone(), self.account.clone());
             workers.spawn(move || match poisoned {
                 true => report.serve(|_| 0),
-                false => serve(report, &give_up, |chain, ram| ram.addresses(&chain.writable)),
+                false => serve(report, &give_up, |chain, ram| {
+                    account.reported.fetch_add(chain.writable.len(), Ordering::Relaxed);
+                    ram.addresses(&chain.writable)
+                }),
             })?;
         }
         Ok(())
@@ -195,6 +241,26 @@ mod tests {
         driver.write(0x2000, &1u32.to_le_bytes());
         driver.write(0x2006, &[1, 2]);
         assert_eq!((driver.read(0x2000, 4), driver.read(0x2004, 4)), (2560, 99));
+    }
+
+    #[test]
+    fn another_size_is_told_to_the_driver_and_what_it_gave_is_counted() {
+        let balloon = Balloon::new(1 << 20, Arc::new(|_| Ok(())));
+        let account = balloon.account().clone();
+        let mut driver = Driver::new(Box::new(balloon));
+        driver.start(0);
+        let generation = driver.read(0x15, 1);
+        account.set_size(3 << 20);
+        driver.transport.changed();
+        driver.wait_config_interrupt();
+        assert_ne!(driver.read(0x15, 1), generation);
+        assert_eq!((driver.read(0x1000, 1), driver.read(0x2000, 4)), (2, 768));
+        driver.write(0x2004, &5u32.to_le_bytes());
+        driver.request(2, &[(DATA, 8192, true)]);
+        assert_eq!(account.given_up(), GivenUp { inflated: 5 * PAGE, reported: 8192 });
+        driver.reset();
+        driver.start(0);
+        assert_eq!(account.given_up().inflated, 0, "a new driver begins with an empty balloon");
     }
 
     #[test]

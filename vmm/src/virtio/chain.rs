@@ -35,7 +35,7 @@ pub struct Buffers<'m> {
 
 impl<'m> Buffers<'m> {
     /// One buffer, of a test's own.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn over(bytes: &'m mut [u8]) -> Buffers<'m> {
         Buffers { pieces: VecDeque::from([VolatileSlice::from(bytes)]) }
     }

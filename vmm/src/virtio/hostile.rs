@@ -28,7 +28,7 @@ impl Input<'_> {
     }
 
     /// The next `len` bytes (at most 8) as a number.
-    fn number(&mut self, len: usize) -> u64 {
+    pub fn number(&mut self, len: usize) -> u64 {
         let mut bytes = [0; 8];
         for (to, from) in bytes.iter_mut().zip(self.take(len)) {
             *to = *from;

@@ -218,6 +218,13 @@ impl Driver {
         (word(0) as u16, word(4))
     }
 
+    /// Waits for the interrupt that says that the device's registers have changed.
+    #[cfg(test)]
+    pub fn wait_config_interrupt(&self) {
+        let message = self.messages.recv_timeout(PATIENCE).expect("an interrupt");
+        assert!(matches!(message.mode, Mode::Fixed { vector: 0x40, .. }), "{message:?}");
+    }
+
     /// One request from start to end; the bytes written.
     pub fn request(&mut self, queue: u16, buffers: &[(u64, u32, bool)]) -> u32 {
         self.chain(queue, buffers);

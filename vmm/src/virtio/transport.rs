@@ -13,7 +13,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{LiveQueue, QueueContext, Signals};
+use super::queue::{ISR_CONFIG, LiveQueue, QueueContext, Signals};
 use super::registers::{self, Registers, Request};
 use super::{Device, GuestRam, Session, Workers};
 use crate::irq::Message;
@@ -134,6 +134,12 @@ impl Transport {
             std::thread::sleep(CLOSING);
         }
         true
+    }
+
+    /// Tells the driver that the device's own registers have changed.
+    pub fn changed(&self) {
+        self.lock().registers.config_changed();
+        self.signals.raise(&self.signals.config_vector, ISR_CONFIG);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

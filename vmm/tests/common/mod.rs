@@ -25,6 +25,7 @@ pub fn machine(nodes: usize, place: Place) -> MachineConfig {
     let node = |index: usize| NodeConfig {
         spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
         budget: None,
+        capacity: Default::default(),
         place,
         fabric_listen: Vec::new(),
     };
@@ -96,7 +97,7 @@ pub fn echo_guest(assignment: &Assignment, control: &Control) -> Result<Exit, Co
                     DeviceOrder::Add(device) if matches!(device.kind, Kind::Net { .. }) => {
                         Err("there is no such interface".into())
                     }
-                    _ => Ok(()),
+                    _ => Ok(None),
                 };
                 control.send(ToCoordinator::DeviceDone { id, result })?;
                 if let DeviceOrder::Announce { slot, change: Change::Leave } = order {

@@ -1,4 +1,4 @@
-//! Limits, measured with a driver and a disk on a real file.
+//! Limits and shares, measured with drivers and disks on real files.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk as blk;
 
 use super::{Block, BlockConfig, RawDisk};
-use crate::limits::{Limiter, Limits};
+use crate::limits::{Limiter, Limits, Pool};
 use crate::virtio::testing::{DATA, Driver};
 
 const HEADER: u64 = DATA;
@@ -28,15 +28,22 @@ fn rate(driver: &mut Driver, len: u32) -> f64 {
     f64::from(done) / begin.elapsed().as_secs_f64()
 }
 
-#[test]
-fn limits_hold_within_a_tenth_and_change_while_the_disk_is_used() {
+/// A disk, started, that is held to what `limiter` allows.
+fn disk(limiter: &Arc<Limiter>) -> Driver {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(1 << 20).unwrap();
-    let limiter = Arc::new(Limiter::default());
     let config = BlockConfig { name: "the disk".into(), serial: String::new(), readonly: false, queues: 1 };
+    // Open for as long as it is used.
     let disk = Arc::new(RawDisk::open(file.path(), false).unwrap());
     let mut driver = Driver::new(Box::new(Block::new(disk, config).limited(limiter.clone())));
     driver.start(0);
+    driver
+}
+
+#[test]
+fn limits_hold_within_a_tenth_and_change_while_the_disk_is_used() {
+    let limiter = Arc::new(Limiter::default());
+    let mut driver = disk(&limiter);
     let free = rate(&mut driver, 4096);
     let limits = |iops, bandwidth| Limits { iops, bandwidth };
     for (limits, len, wanted) in [
@@ -64,4 +71,52 @@ fn limits_hold_within_a_tenth_and_change_while_the_disk_is_used() {
     limiter.set(Limits::default());
     let lifted = rate(&mut driver, 4096);
     assert!(lifted > 500.0 || lifted > free / 4.0, "{lifted} of {free}");
+}
+
+/// The rates of disks that are read at the same time, each in pieces of its own length.
+fn rates(disks: &mut [(Driver, u32)]) -> Vec<f64> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            disks.iter_mut().map(|(driver, len)| scope.spawn(|| rate(driver, *len))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Reads from disks that should reach `wanted` requests each second.
+fn expect(what: &str, disks: &mut [(Driver, u32)], wanted: &[f64], able: bool) {
+    // Until the shares count, and bursts are used up.
+    rates(disks);
+    let rounds = [(); 3].map(|()| rates(disks));
+    eprintln!("{what}: {rounds:.1?} each second of {wanted:?}");
+    let bytes =
+        |rates: &[f64]| rates.iter().zip(disks.iter()).map(|(rate, (_, len))| rate * f64::from(*len)).sum();
+    let most: f64 = bytes(wanted);
+    assert!(rounds.iter().all(|round| bytes(round) < most * 1.1), "{what}: more than there is to share");
+    // A host that is busy with other things makes a disk slower, and what that leaves goes to the other.
+    let near = |(rate, wanted): (&f64, &f64)| (rate - wanted).abs() < wanted * 0.1;
+    if able {
+        assert!(rounds.iter().any(|round| round.iter().zip(wanted).all(near)), "{what}: {rounds:?}");
+    } else {
+        eprintln!("skipped: whether {wanted:?} are reached; this host does not do as much without a limit");
+    }
+}
+
+#[test]
+fn shares_hold_within_a_tenth_and_change_while_the_disks_are_used() {
+    let pool = Pool::new(Limits { iops: None, bandwidth: Some(4 << 20) }).unwrap();
+    let limiter = |share| Arc::new(Limiter::new(Limits::default(), Some(pool.join(share))));
+    let limiters = [limiter(300), limiter(100)];
+    // The one reads pages, the other larger pieces.
+    let mut disks: Vec<_> =
+        limiters.iter().zip([4096, 16384]).map(|(limiter, len)| (disk(limiter), len)).collect();
+    let unlimited = rate(&mut disk(&Arc::default()), 4096);
+    let able = unlimited > 8.0 * 1024.0;
+    expect("3 to 1", &mut disks, &[768.0, 64.0], able);
+    expect("the first alone", &mut disks[..1], &[1024.0], able);
+    expect("the second alone", &mut disks[1..], &[256.0], able);
+    limiters[1].set_share(300);
+    expect("1 to 1", &mut disks, &[512.0, 128.0], able);
+    // A limit of its own leaves more to the other.
+    limiters[0].set(Limits { iops: Some(256), bandwidth: None });
+    expect("the first limited to 1 MiB/s", &mut disks, &[256.0, 192.0], able);
 }

@@ -8,6 +8,8 @@
 //! All tables of an image are looked through when it is opened ([`check`]), and one that is damaged is refused.
 
 pub mod check;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 
 use std::io;
 use std::path::Path;

@@ -6,9 +6,10 @@
 //! ```
 //!
 //! No cluster may have two uses, none may lie outside of the file, and each that is used must be counted: then whatever
-//! is written later goes where nothing else is. Clusters that are counted and not used are only lost room. A node that
-//! is killed leaves clusters that are used and not counted yet; they are counted before the image is written to. What
-//! a failing disk or a stranger makes of an image is refused.
+//! is written later goes where nothing else is. Only compressed clusters may share one of the file's, if it is counted
+//! for each of them. Clusters that are counted and not used are only lost room. A node that is killed leaves clusters
+//! that are used and not counted yet; they are counted before the image is written to. (It makes no compressed ones.)
+//! What a failing disk or a stranger makes of an image is refused.
 
 use std::fs::File;
 use std::io;
@@ -138,8 +139,8 @@ struct Check<'a> {
     clusters: u64,
     /// Those that have one use and may have no other.
     used: Bits,
-    /// Those in which compressed clusters lie, several perhaps.
-    packed: Bits,
+    /// In how many compressed clusters each has a part, `u16::MAX` for that many or more; empty if there are none.
+    packed: Vec<u16>,
 }
 
 impl<'a> Check<'a> {
@@ -148,7 +149,7 @@ impl<'a> Check<'a> {
         if clusters > MOST_CLUSTERS {
             return Err(format!("a file of {clusters} clusters is too long"));
         }
-        Ok(Check { file, header, clusters, used: Bits::new(clusters), packed: Bits::new(clusters) })
+        Ok(Check { file, header, clusters, used: Bits::new(clusters), packed: Vec::new() })
     }
 
     fn run(mut self) -> Result<Vec<Uncounted>, String> {
@@ -207,8 +208,9 @@ impl<'a> Check<'a> {
         if entry & COPIED != 0 || last >= self.clusters {
             return Err(format!("a compressed cluster at {offset:#x} lies outside of the file"));
         }
-        for cluster in first..=last {
-            self.packed.set(cluster);
+        self.packed.resize(self.clusters as usize, 0);
+        for uses in &mut self.packed[first as usize..=last as usize] {
+            *uses = uses.saturating_add(1);
         }
         Ok(())
     }
@@ -220,11 +222,12 @@ impl<'a> Check<'a> {
         let in_block = (8u64 << self.header.cluster_bits) / bits;
         let mut block = (u64::MAX, Vec::new());
         for cluster in 0..self.clusters {
-            let (used, packed) = (self.used.get(cluster), self.packed.get(cluster));
-            if used && packed {
+            let used = self.used.get(cluster);
+            let packed = self.packed.get(cluster as usize).map_or(0, |uses| u64::from(*uses));
+            if used && packed > 0 {
                 return Err(format!("cluster {cluster} has two uses"));
             }
-            if !used && !packed {
+            if !used && packed == 0 {
                 continue;
             }
             let (index, within) = (cluster / in_block, cluster % in_block);
@@ -236,11 +239,14 @@ impl<'a> Check<'a> {
                 block = (index, self.bytes(entry & OFFSET, 1 << self.header.cluster_bits)?);
             }
             let first = (within * bits / 8) as usize;
-            let none = match bits {
-                1..8 => block.1[first] >> (within * bits % 8) & ((1u64 << bits) - 1) as u8 == 0,
-                _ => block.1[first..first + bits as usize / 8].iter().all(|byte| *byte == 0),
+            let count = match bits {
+                1..8 => u64::from(block.1[first] >> (within * bits % 8)) & ((1 << bits) - 1),
+                _ => block.1[first..first + bits as usize / 8].iter().fold(0, |n, b| n << 8 | u64::from(*b)),
             };
-            if none {
+            if count < packed {
+                return Err(format!("cluster {cluster} has {packed} uses and is counted {count} times"));
+            }
+            if count == 0 {
                 let byte = (refcounts[index as usize] & OFFSET) + first as u64;
                 uncounted.push(Uncounted { byte, bits, shift: within * bits % 8 });
             }

@@ -263,6 +263,22 @@ fn damage_is_found_before_anything_is_written() {
     }
 }
 
+/// Otherwise a write would free a cluster in which others still lie.
+#[test]
+fn compressed_clusters_that_share_one_which_is_not_counted_for_each_are_refused() {
+    let (_dir, path) = image(LEN);
+    write(&Qcow2Disk::open(&path, false).unwrap(), 0, &[1; CLUSTER]).unwrap();
+    let [_, counts, _, table] = places(&path);
+    let entry = std::fs::read(&path).unwrap()[table as usize..][..8].try_into().unwrap();
+    let data = u64::from_be_bytes(entry) & 0x00ff_ffff_ffff_fe00;
+    for place in 0..2 {
+        patch(&path, table + place * 8, &(1u64 << 62 | (data + place * 512)).to_be_bytes());
+    }
+    assert!(refusal(&path, false).contains("2 uses and is counted 1 times"));
+    patch(&path, counts + data / CLUSTER as u64 * 2, &[0, 2]);
+    drop(Qcow2Disk::open(&path, false).expect("it is counted for both"));
+}
+
 /// Images as others make them: other sizes of clusters and counts, compressed, full, old.
 #[test]
 fn images_of_qemu_img_are_read_and_written() {
