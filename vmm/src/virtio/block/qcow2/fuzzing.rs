@@ -87,7 +87,7 @@ impl Step {
             1..6 if readonly => {}
             1 | 2 => {
                 let byte = self.count as u8 | 1;
-                disk.write(&Buffers::over(&mut vec![byte; len as usize]), offset)?;
+                disk.write(&vec![byte; len as usize], offset)?;
                 seen.now(first, count, Some(byte));
             }
             3 => {
@@ -126,7 +126,7 @@ impl Seen {
     /// Reads sectors and notes what they hold.
     fn read(&mut self, disk: &Qcow2Disk, first: u64, count: u64) -> io::Result<()> {
         let mut bytes = vec![0; (count * SECTOR) as usize];
-        Disk::read(disk, &Buffers::over(&mut bytes), first * SECTOR)?;
+        Disk::read(disk, &mut bytes, first * SECTOR)?;
         let Some(sectors) = &mut self.0 else { return Ok(()) };
         for (sector, bytes) in (first..).zip(bytes.chunks(SECTOR as usize)) {
             let before = sectors.insert(sector, bytes.to_vec());
@@ -138,7 +138,7 @@ impl Seen {
     fn compare(&self, disk: &Qcow2Disk) {
         for (sector, wanted) in self.0.iter().flatten() {
             let mut bytes = vec![0; SECTOR as usize];
-            let read = Disk::read(disk, &Buffers::over(&mut bytes), sector * SECTOR);
+            let read = Disk::read(disk, &mut bytes, sector * SECTOR);
             read.expect("a sector cannot be read that was read or written before");
             assert!(bytes == *wanted, "sector {sector} holds something else than was read or written");
         }
