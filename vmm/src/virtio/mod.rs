@@ -36,6 +36,7 @@ pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod console;
+mod crew;
 pub mod entropy;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;

@@ -89,6 +89,26 @@ impl Pause {
     }
 }
 
+/// What a thread needs to sleep until a queue's bell rings.
+pub struct Sleeper {
+    bell: Arc<EventFd>,
+    on_idle: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Sleeper {
+    /// Waits for the bell.
+    pub fn wait(&self) {
+        self.idle();
+        // Interrupted by a signal at worst, and then looking for news does no harm.
+        let _ = self.bell.read();
+    }
+
+    /// The thread is about to sleep: what was kept for it may go.
+    pub fn idle(&self) {
+        (self.on_idle)();
+    }
+}
+
 /// A queue that its driver uses.
 pub struct LiveQueue {
     queue: Queue,
@@ -146,6 +166,11 @@ impl LiveQueue {
     /// What a thread that has to wait for something else than the bell needs to know.
     pub fn pause(&self) -> Pause {
         Pause { stop: self.stop.clone(), on_idle: self.context.on_idle.clone() }
+    }
+
+    /// What a thread needs to sleep until the bell rings.
+    pub fn sleeper(&self) -> Sleeper {
+        Sleeper { bell: self.bell.clone(), on_idle: self.context.on_idle.clone() }
     }
 
     /// Whether the thread is to end.

@@ -2,13 +2,14 @@
 //!
 //! | file | concept |
 //! |---|---|
-//! | this one | the device: features, registers, a thread for each queue |
+//! | this one | the device: features, registers, the threads of each queue |
 //! | [`disk`] | what is behind it: a file or block device of the host |
 //! | [`qcow2`] | the same, in QEMU's format |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
-//! Each queue has a thread of its own that does one request after the other. The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait
-//! for each other's requests nor share the pages of a ring.
+//! The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait for each
+//! other's requests nor share the pages of a ring. Each queue has several threads ([`super::crew`]), so that its requests
+//! do not wait for each other either: for the storage, or for pages on other nodes.
 
 pub mod disk;
 pub mod qcow2;
@@ -24,6 +25,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
 pub use self::qcow2::{Qcow2Disk, open};
 use self::request::Server;
+use super::crew::Crew;
 use super::{Device, GuestRam, Session, Workers, read_block};
 use crate::limits::Limiter;
 
@@ -39,6 +41,9 @@ pub const SERIAL_LEN: usize = 20;
 const MAX_CLEAR: u32 = 1 << 21;
 /// Segments of one discard or write-zeroes request.
 const MAX_CLEAR_SEGMENTS: u32 = 16;
+/// Threads of a disk, and of each queue at least: as many requests are under way.
+const THREADS: usize = 16;
+const LEAST_THREADS: usize = 2;
 /// Failures that are logged, for each disk.
 const LOGGED: u64 = 20;
 
@@ -141,15 +146,19 @@ impl Device for Block {
     }
 
     fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
+        let threads = (THREADS / usize::from(self.config.queues)).max(LEAST_THREADS);
         for queue in session.queues.into_iter().flatten() {
-            let (limiter, pause) = (self.limiter.clone(), queue.pause());
-            let mut server = self.server(queue.memory().clone());
-            workers.spawn(move || {
-                queue.serve(|chain| {
-                    pause.admitted(&limiter, request::data_len(chain));
-                    server.serve(chain)
-                });
-            })?;
+            let crew = Crew::new(queue);
+            for _ in 0..threads {
+                let (crew, limiter, pause) = (crew.clone(), self.limiter.clone(), crew.pause());
+                let mut server = self.server(crew.memory().clone());
+                workers.spawn(move || {
+                    crew.serve(|chain| {
+                        pause.admitted(&limiter, request::data_len(chain));
+                        server.serve(chain)
+                    });
+                })?;
+            }
         }
         Ok(())
     }

@@ -1,11 +1,12 @@
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk as blk;
 
 use super::*;
-use crate::virtio::testing::{DATA, Driver, image};
+use crate::virtio::testing::{DATA, Driver, image, rings};
 
 const HEADER: u64 = DATA;
 const STATUS: u64 = DATA + 0x100;
@@ -204,6 +205,67 @@ fn what_fails_on_the_host_is_an_error_to_the_guest() {
     ] {
         assert_eq!(request(&mut driver, kind, 0, data), blk::VIRTIO_BLK_S_IOERR, "{kind}");
     }
+}
+
+/// A disk whose reads wait for each other: each needs another one that is under way at the same time.
+#[derive(Default)]
+struct Together {
+    under_way: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Disk for Together {
+    fn len(&self) -> u64 {
+        8192
+    }
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut under_way = self.under_way.lock().unwrap();
+        *under_way += 1;
+        self.changed.notify_all();
+        let wait = self.changed.wait_timeout_while(under_way, Duration::from_secs(20), |n| *n % 2 == 1);
+        to.fill(1 + (offset / 512) as u8);
+        if wait.unwrap().1.timed_out() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+    fn write(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn requests_of_one_queue_do_not_wait_for_each_other() {
+    let mut driver = driver(Arc::new(Together::default()), false);
+    let [table, ..] = rings(0);
+    for round in 0..50 {
+        let heads = [0u16, 8];
+        for (sector, head) in (1u64..).zip(heads) {
+            let (header, status) = (HEADER + sector * 0x20, STATUS + sector);
+            let data = BUFFER + sector * 0x1000;
+            driver.put(header, &blk::VIRTIO_BLK_T_IN.to_le_bytes());
+            driver.put(header + 8, &sector.to_le_bytes());
+            driver.put(status, &[0xee]);
+            driver.descriptor(table, head, header, 16, 1, head + 1);
+            driver.descriptor(table, head + 1, data, 512, 3, head + 2);
+            driver.descriptor(table, head + 2, status, 1, 2, 0);
+        }
+        heads.iter().for_each(|head| driver.offer(0, *head));
+        let mut done = heads.map(|_| driver.wait(0));
+        done.sort_unstable();
+        assert_eq!(done, heads.map(|head| (head, 513)), "round {round}");
+        for sector in 1..=2 {
+            assert_eq!(driver.get(STATUS + sector, 1), [0]);
+            assert_eq!(driver.get(BUFFER + sector * 0x1000, 512), [1 + sector as u8; 512]);
+        }
+    }
+    driver.reset();
 }
 
 #[test]
