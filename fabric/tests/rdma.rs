@@ -61,7 +61,7 @@ fn nonsense_on_the_session_ends_that_peer_only() {
     if !rdma_is_there() {
         return;
     }
-    for nonsense in [&b"?"[..], &[1, 1, 0], &[2, 1], &[9; 40], &[3, 1]] {
+    for nonsense in [&b"?"[..], &[1, 2, 0], &[2, 2], &[9; 40], &[3, 2]] {
         let sessions = sim::cluster(3, 1).unwrap();
         let sessions: Vec<Arc<dyn Transport>> =
             sessions.into_iter().map(|session| Arc::new(session) as Arc<dyn Transport>).collect();
@@ -141,4 +141,34 @@ fn lanes_leave_a_device_whose_port_goes_down_and_lose_double_and_reorder_nothing
         let stats = node.stats();
         assert_eq!((stats.frames_sent, stats.frames_received), (2 * FRAMES, 2 * FRAMES));
     }
+}
+
+#[test]
+fn lanes_return_to_a_device_whose_port_is_up_again_and_lose_double_and_reorder_nothing() {
+    let (Some((dummy, interface)), Some(devices)) = (dummy_device(), two_rdma_devices()) else {
+        println!("skipped: this host has no second RDMA device on a dummy interface");
+        return;
+    };
+    let counter = format!("/sys/class/infiniband/{dummy}/ports/1/hw_counters/sent_pkts");
+    let packets = || std::fs::read_to_string(&counter).unwrap().trim().parse::<u64>().unwrap();
+    let other = devices.into_iter().find(|device| *device != dummy).unwrap();
+    let nodes = rdma_rails(Kind::Tcp.cluster(2, 4), &[other, dummy]);
+    traffic([&*nodes[0], &*nodes[1]], u64::MAX, |slowest| {
+        let some = || {
+            let before = slowest();
+            while slowest() < before + FRAMES / 3 {}
+        };
+        for _ in 0..2 {
+            some();
+            set_link(&interface, "down");
+            // Lane 1 is on the device when it begins, and goes on without it.
+            some();
+            set_link(&interface, "up");
+            // Connecting it again takes a few packets. More of them are frames.
+            let before = packets();
+            while packets() < before + FRAMES / 3 {
+                slowest();
+            }
+        }
+    });
 }

@@ -4,12 +4,14 @@
 //! RailsTransport::send ── Link: which rail ──> Transport of that rail ~~~> LaneReceiver: all rails ── Link ── sink
 //! ```
 //!
-//! Each lane is on one rail at a time, and moves to the next when that one loses the peer; `link` says how. The rails
-//! know nothing of each other. What moves TCP lanes is in [`crate::tcp`], where connections are made anew: this is for
-//! transports that cannot do that, and whose rails stay lost.
+//! Each lane is on one rail at a time, moves to another when that one loses the peer, and back when its own is
+//! connected again ([`Receiver::returned`]); `link` says how. The rails know nothing of each other. What moves TCP lanes
+//! is in [`crate::tcp`].
 
 mod link;
 mod share;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,8 +49,11 @@ impl RailsTransport {
         let count = rails.len();
         let (nodes, lanes) = rails.first().map_or((0, 0), |rail| (rail.nodes(), rail.lanes()));
         let rails: Arc<[Box<dyn Transport>]> = rails.into();
+        let me = rails.first().map_or(NodeId(0), |rail| rail.node());
         let lane = |id| {
-            let links = (0..nodes).map(|_| Mutex::new(Link::new(id, count))).collect();
+            // Of two nodes the first leads.
+            let link = |peer| Mutex::new(Link::new(id, count, me < peer));
+            let links = (0..nodes as u16).map(NodeId).map(link).collect();
             let (counters, bell) = (Counters::default(), Bell::new()?);
             Ok(Arc::new(Lane { id, rails: rails.clone(), links, counters, bell }))
         };
@@ -115,6 +120,32 @@ impl Lane {
         Ok(())
     }
 
+    /// Takes a message; the frame in it, if it is one.
+    fn take<'a>(&self, peer: NodeId, rail: usize, message: &'a [u8]) -> Result<Option<&'a [u8]>, String> {
+        let mut link = self.link(peer);
+        let before = link.settled();
+        let taken = link.take(&ToPeer { lane: self, peer }, rail, message);
+        if let Some(rail) = link.settled()
+            && before != Some(rail)
+        {
+            tracing::info!("lane {} to {peer} goes on over rail {rail}", self.id);
+        }
+        taken
+    }
+
+    /// A rail has lost a peer.
+    fn lost(&self, peer: NodeId, rail: usize, why: &str) {
+        let mut link = self.link(peer);
+        if link.settled() == Some(rail) {
+            tracing::warn!("lane {} to {peer} lost rail {rail} ({why})", self.id);
+        } else {
+            tracing::debug!("lane {} to {peer} lost rail {rail}, which it did not use ({why})", self.id);
+        }
+        if link.rail_lost(&ToPeer { lane: self, peer }, rail, why).is_err() {
+            self.bell.ring();
+        }
+    }
+
     fn link(&self, peer: NodeId) -> MutexGuard<'_, Link> {
         // No code under the lock can panic half-way through a change.
         self.links[peer.index()].lock().unwrap_or_else(PoisonError::into_inner)
@@ -178,7 +209,7 @@ impl Receiver for LaneReceiver {
         for (rail, receiver) in self.rails.iter_mut().enumerate() {
             let polled = receiver.poll(&mut |peer, message| {
                 // The lock is free again for the sink, which may send.
-                let taken = lane.link(peer).take(&ToPeer { lane, peer }, rail, message);
+                let taken = lane.take(peer, rail, message);
                 match taken {
                     Ok(Some(frame)) => {
                         (frames, bytes) = (frames + 1, bytes + message.len() as u64);
@@ -190,20 +221,11 @@ impl Receiver for LaneReceiver {
             });
             match polled {
                 Ok(_) => {}
-                Err(FabricError::PeerLost { peer, why }) => {
-                    let mut link = lane.link(peer);
-                    let before = link.rail();
-                    match link.rail_lost(&ToPeer { lane, peer }, rail, &why) {
-                        Ok(()) if before == rail && link.loss().is_none() => tracing::warn!(
-                            "lane {} to {peer} lost rail {rail} ({why}) and moves to rail {}",
-                            lane.id,
-                            link.rail()
-                        ),
-                        Ok(()) => {}
-                        Err(_) => lane.bell.ring(),
-                    }
-                }
+                Err(FabricError::PeerLost { peer, why }) => lane.lost(peer, rail, &why),
                 Err(other) => return Err(other),
+            }
+            while let Some(peer) = receiver.returned() {
+                lane.link(peer).rail_returned(&ToPeer { lane, peer }, rail);
             }
         }
         lane.counters.received(frames as u64, bytes);

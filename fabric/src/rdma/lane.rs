@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::mender::{Done, Mender};
 use super::sender::Sender;
 use super::verbs::completion::{Channel, Cq};
-use super::verbs::memory::Slots;
-use super::verbs::queue::Srq;
+use super::verbs::memory::{Pd, Slots};
 use super::watch::Watch;
+use super::window::Window;
 use crate::bell::Bell;
 use crate::transport::Counters;
 use crate::{FabricError, NodeId};
@@ -23,17 +24,22 @@ pub(super) const SENDS: usize = 1;
 
 /// One lane over RDMA.
 ///
-/// Ordering: fields are dropped from the top. The queue pairs (in `sender`) go before the queue that they receive
-/// from, and that before the memory that it was given.
+/// Ordering: fields are dropped from the top. The queue pairs (in `sender` and `done`) go before the memory that they
+/// were given.
 pub(super) struct Lane {
     pub(super) sender: Mutex<Sender>,
-    pub(super) srq: Arc<Srq>,
+    /// What the mender did, in order.
+    pub(super) done: Mutex<Vec<Done>>,
+    /// Connects lost peers again, if this lane is on a rail of several.
+    pub(super) mender: Option<Mender>,
     pub(super) receive_slots: Slots,
+    pub(super) pd: Arc<Pd>,
     pub(super) receive_cq: Arc<Cq>,
     pub(super) send_cq: Arc<Cq>,
     pub(super) channel: Arc<Channel>,
-    /// Queue pair numbers and whose they are, ascending.
-    pub(super) peers: Vec<(u32, NodeId)>,
+    /// This node.
+    pub(super) node: NodeId,
+    pub(super) window: Window,
     pub(super) bell: Arc<Bell>,
     pub(super) counters: Counters,
     pub(super) watch: Arc<Watch>,
@@ -47,10 +53,26 @@ impl Lane {
         self.sender.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whose queue pair this is.
-    pub(super) fn peer_of(&self, qpn: u32) -> Option<NodeId> {
-        let at = self.peers.binary_search_by_key(&qpn, |(qpn, _)| *qpn).ok()?;
-        Some(self.peers[at].1)
+    /// The place of a peer among all peers.
+    pub(super) fn place_of(&self, peer: NodeId) -> usize {
+        place_of(self.node, peer)
+    }
+
+    /// The peer whose messages come into a receive slot.
+    pub(super) fn peer_of(&self, slot: usize) -> NodeId {
+        let place = self.window.place_of(slot);
+        NodeId(if place < self.node.index() { place } else { place + 1 } as u16)
+    }
+
+    /// Takes what the mender did.
+    pub(super) fn done(&self, done: Done) {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner).push(done);
+        self.bell.ring();
+    }
+
+    /// What the mender did since the last time.
+    pub(super) fn take_done(&self) -> Vec<Done> {
+        std::mem::take(&mut *self.done.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Sends a frame of `len` bytes, checked by the caller.
@@ -67,6 +89,11 @@ impl Lane {
         self.counters.sent(frames.len() as u64, bytes);
         Ok(())
     }
+}
+
+/// The place of a peer among all peers of `node`, from 0.
+pub(super) fn place_of(node: NodeId, peer: NodeId) -> usize {
+    peer.index() - usize::from(peer > node)
 }
 
 impl Drop for Lane {

@@ -11,7 +11,9 @@
 //! ```
 //!
 //! - `verbs`: the part of libibverbs that is used, behind safe types.
-//! - `ports`: which ports there are, and which to use. `setup`, `notes`: connecting over the session.
+//! - `ports`, `place`: which ports there are, which to use, and queue pairs on it. `setup`, `notes`: connecting over the
+//!   session.
+//! - `mend`, `mender`, `mending`: connecting again what was lost, where there are several rails.
 //! - `window`: credits and the sizes that follow from them. `stream`: frames to messages and back. All pure.
 //! - `sender`, `receiver`, `lane`: the two sides of a lane and what they share.
 //! - [`RdmaTransport::connect_rails`]: several ports, each a transport of its own, which `crate::rails` makes one.
@@ -19,9 +21,9 @@
 //!
 //! # Choices
 //!
-//! A reliable-connected queue pair for each peer and lane keeps a lane's order without further ado. Its receives come
-//! from one queue of slots for all peers of the lane, so that memory does not grow with the square of the nodes
-//! (`window`).
+//! A reliable-connected queue pair for each peer and lane keeps a lane's order without further ado. The receive slots of
+//! a lane are shared out to its peers, so that memory does not grow with the square of the nodes (`window`). Each queue
+//! pair has its own, rather than all of them one queue: when one fails, it is certain which slots it had.
 //!
 //! Data travels by SEND into such a slot and is delivered from it. RDMA writes to where the page is wanted would save
 //! one copy of 4 KiB (0.1 to 0.9 us), but that place would have to be registered, and guest memory is not: its frames
@@ -37,11 +39,15 @@
 //! neither encrypted nor authenticated: use a network that is the machine's own.
 
 mod lane;
+mod mend;
+mod mender;
+mod mending;
 mod notes;
 #[cfg(fuzzing)]
 pub use notes::fuzz as fuzz_note;
 #[cfg(fuzzing)]
 pub use stream::fuzz as fuzz_stream;
+mod place;
 mod ports;
 mod receiver;
 mod sender;
@@ -59,6 +65,7 @@ use crate::rails::{self, RailsTransport};
 use crate::transport::{ENVELOPE, Receivers, check_frame};
 use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 use lane::Lane;
+use place::{Place, unavailable};
 use receiver::LaneReceiver;
 
 pub use ports::{Gid, RdmaPort, ports};
@@ -127,7 +134,8 @@ impl RdmaTransport {
 
     /// The same over one port for each of `rails`, which gives what to use there and the node's own address. `session`
     /// has lanes for each of them, one rail's after the other's. Each lane uses one rail at a time, and moves to the
-    /// next one when that loses the peer: nothing is lost, doubled or reordered. A rail that was lost is not used again.
+    /// next one when that loses the peer: nothing is lost, doubled or reordered. A rail that was lost is connected again, and
+    /// lanes return to theirs.
     ///
     /// # Errors
     /// As [`RdmaTransport::connect`]; also if two rails would use one port, or the session's lanes cannot be shared out
@@ -138,7 +146,7 @@ impl RdmaTransport {
         timeout: Duration,
     ) -> Result<Box<dyn Transport>, FabricError> {
         let deadline = Instant::now() + timeout;
-        ports::distinct(&ports(), rails).map_err(setup::unavailable)?;
+        ports::distinct(&ports(), rails).map_err(unavailable)?;
         let shares = rails::share(&session, rails.len())?;
         let connect = |(share, (settings, local)): (Arc<dyn Transport>, &(RdmaSettings, _))| {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -163,8 +171,10 @@ impl RdmaTransport {
                 settings.service_level
             )));
         }
-        for (lane, receiver) in setup::connect(&session, settings, local, timeout, is_rail)? {
-            receivers.push(LaneReceiver::new(lane.clone(), receiver, nodes)?);
+        let (place, port) = Place::open(settings, local, (session.lanes(), nodes - 1), is_rail)?;
+        for (lane, receiver) in setup::connect(&session, place, port, timeout, is_rail)? {
+            let session = (session.clone(), receivers.len() as LaneId);
+            receivers.push(LaneReceiver::new(lane.clone(), session, receiver, nodes)?);
             lanes.push(lane);
         }
         let most = if is_rail { MAX_FRAME + ENVELOPE } else { MAX_FRAME };

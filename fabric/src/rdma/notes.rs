@@ -1,4 +1,5 @@
-//! What passes over the session beside the queue pairs: how to connect them, and goodbyes.
+//! What passes over the session beside the queue pairs: how to connect them, and goodbyes. After a goodbye another
+//! hello may follow (`mend`).
 //!
 //! ```text
 //! hello    0 kind=1  1 protocol  2 link layer  3 MTU  4 queue pair  8 packet number  12 LID  14 credits
@@ -8,7 +9,7 @@
 //! ```
 
 /// The version of what passes between queue pairs and of these notes.
-const PROTOCOL: u8 = 1;
+const PROTOCOL: u8 = 2;
 
 /// Queue pair and packet numbers have 24 bits (IBA vol. 1, 9.2).
 const BITS_24: u32 = 0xff_ffff;

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use super::lane::{Lane, RECEIVES};
+use super::mend::Unsound;
+use super::mending::Mending;
 use super::notes::Note;
 use super::stream::{BadLength, Reader};
 use super::verbs::ffi::{WC_WITH_IMM, Wc, status};
 use super::verbs::queue::MOST_RECEIVES;
 use super::window::Immediate;
-use crate::{FabricError, NodeId, Receiver};
+use crate::{FabricError, LaneId, NodeId, Receiver, Transport};
 
 /// Completions taken at once.
 const BATCH: usize = MOST_RECEIVES;
@@ -29,6 +31,8 @@ pub(super) struct LaneReceiver {
     epoll: Epoll,
     /// By node.
     peers: Vec<Peer>,
+    /// Connects those that are lost again.
+    mending: Mending,
     /// Completions that were taken and not worked through yet: the first `stashed`.
     stash: [Wc; BATCH],
     stashed: usize,
@@ -45,8 +49,20 @@ pub(super) struct LaneReceiver {
     /// A loss is to be reported.
     trouble: bool,
     idle_polls: u32,
-    /// What the messages of a batch mean to the sending side, by peer: credits gained, messages taken.
-    tally: Vec<(NodeId, u32, u32)>,
+    /// What the messages of a batch mean to the sending side, by peer.
+    tally: Vec<Tally>,
+}
+
+/// What one peer's messages of a batch mean to the sending side.
+struct Tally {
+    peer: NodeId,
+    /// Credits that they returned.
+    gained: u32,
+    /// How many had data.
+    taken: u32,
+    /// The slots that they came in.
+    slots: [u16; BATCH],
+    count: usize,
 }
 
 /// Which completions of sends raise an event.
@@ -86,6 +102,7 @@ struct Goodbye {
 impl LaneReceiver {
     pub(super) fn new(
         lane: Arc<Lane>,
+        (transport, id): (Arc<dyn Transport>, LaneId),
         session: Box<dyn Receiver>,
         nodes: usize,
     ) -> Result<LaneReceiver, FabricError> {
@@ -100,11 +117,13 @@ impl LaneReceiver {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
         }
         epoll.add(&*lane.bell, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
+        let mending = Mending::new(lane.clone(), transport, id, nodes);
         let mut receiver = LaneReceiver {
             lane,
             session,
             epoll,
             peers: (0..nodes).map(|_| Peer::default()).collect(),
+            mending,
             stash: [Wc::default(); BATCH],
             stashed: 0,
             armed: false,
@@ -138,12 +157,11 @@ impl LaneReceiver {
     /// Works through the completions that were taken; how many frames they brought.
     fn work(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> usize {
         let (mut frames, mut bytes) = (0, 0);
-        let mut slots = [0; BATCH];
         let count = std::mem::take(&mut self.stashed);
-        for (wc, slot) in self.stash[..count].iter().zip(&mut slots) {
-            *slot = wc.wr_id as u16;
-            let Some(peer) = self.lane.peer_of(wc.qp_num) else { continue };
+        for wc in &self.stash[..count] {
+            let peer = self.lane.peer_of(wc.wr_id as usize);
             let state = &mut self.peers[peer.index()];
+            // The slots of a connection that failed are given to the next one.
             if state.gone || state.deaf {
                 continue;
             }
@@ -154,29 +172,31 @@ impl LaneReceiver {
             };
             match receive(&self.lane, wc, state, &mut count_frame) {
                 Ok(Taken { gained, data }) => {
-                    let (gained, taken) = (u32::from(gained), u32::from(data));
-                    match self.tally.iter_mut().find(|(who, ..)| *who == peer) {
-                        Some((_, credits, messages)) => {
-                            (*credits, *messages) = (*credits + gained, *messages + taken)
-                        }
-                        None => self.tally.push((peer, gained, taken)),
-                    }
+                    let at = self.tally.iter().position(|tally| tally.peer == peer).unwrap_or_else(|| {
+                        self.tally.push(Tally { peer, gained: 0, taken: 0, slots: [0; BATCH], count: 0 });
+                        self.tally.len() - 1
+                    });
+                    let tally = &mut self.tally[at];
+                    (tally.gained, tally.taken) =
+                        (tally.gained + u32::from(gained), tally.taken + u32::from(data));
+                    tally.slots[tally.count] = wc.wr_id as u16;
+                    tally.count += 1;
                 }
                 Err(why) => {
                     state.deaf = true;
-                    self.lane.lock().lose(peer, &why);
+                    let mut sender = self.lane.lock();
+                    // A send that failed says more than the receives that fail with it.
+                    sender.reap();
+                    sender.lose(peer, &why);
                 }
             }
         }
-        // Ordering: the slots are back in the queue before a credit for them is.
-        // SAFETY: slots whose completion was taken, and which nobody borrows any more.
-        let posted = unsafe { self.lane.srq.post(&self.lane.receive_slots, &slots[..count]) };
         let mut sender = self.lane.lock();
-        match posted {
-            Ok(()) => {
-                self.tally.drain(..).for_each(|(peer, gained, taken)| sender.settle(peer, gained, taken))
-            }
-            Err(error) => sender.lose_all(&format!("this node's receive queue takes no slot ({error})")),
+        for Tally { peer, gained, taken, slots, count } in self.tally.drain(..) {
+            // Ordering: the slots are back in the queue before a credit for them is.
+            // SAFETY: slots whose completion was taken, and which nobody borrows any more.
+            unsafe { sender.give(peer, &self.lane.receive_slots, &slots[..count]) };
+            sender.settle(peer, gained, taken);
         }
         drop(sender);
         self.lane.counters.received(frames as u64, bytes);
@@ -187,17 +207,29 @@ impl LaneReceiver {
     fn look_around(&mut self) -> Result<(), FabricError> {
         (self.look, self.idle_polls, self.session_armed) = (false, 0, false);
         self.lane.bell.hear();
-        let (lane, peers) = (&self.lane, &mut self.peers);
+        let news = self.mending.look();
+        self.look = news.again;
+        for peer in news.installed {
+            self.peers[peer.index()] = Peer::default();
+        }
+        let (lane, peers, mending) = (&self.lane, &mut self.peers, &mut self.mending);
         let until = Instant::now() + STRAGGLERS;
         let polled = self.session.poll(&mut |peer, frame| {
             let state = &mut peers[peer.index()];
-            match Note::decode(frame) {
-                Ok(Note::Goodbye(messages)) => {
-                    let why = "it closed the connection".to_owned();
-                    state.goodbye.get_or_insert(Goodbye { why, messages: Some(messages), until });
-                }
-                Ok(_) => {
-                    lane.lock().lose(peer, "it began the RDMA connection again");
+            let note = Note::decode(frame);
+            if let Ok(Note::Goodbye(messages)) = note
+                && !state.gone
+            {
+                let why = "it closed the connection".to_owned();
+                state.goodbye.get_or_insert(Goodbye { why, messages: Some(messages), until });
+            }
+            let again = || "it began the RDMA connection again".to_owned();
+            let taken = note.and_then(|note| mending.note(peer, &note).map_err(|Unsound| again()));
+            match taken {
+                Ok(()) => {}
+                Err(why) if state.gone => {
+                    tracing::warn!("a rail to {peer} stays lost: {why}");
+                    mending.end(peer);
                 }
                 Err(why) => {
                     lane.lock().lose(peer, &why);
@@ -210,6 +242,7 @@ impl LaneReceiver {
             Ok(_) => self.look = true,
             Err(FabricError::PeerLost { peer, why }) => {
                 self.look = true;
+                self.mending.end(peer);
                 self.peers[peer.index()].goodbye.get_or_insert(Goodbye { why, messages: None, until });
             }
             Err(other) => return Err(other),
@@ -245,6 +278,8 @@ impl LaneReceiver {
             peer.gone = true;
             peer.reader = Reader::default();
             let error = sender.lose(node, &why);
+            drop(sender);
+            self.mending.lost(node);
             return Err(self.lane.watch.explain(error));
         }
         self.trouble = self.peers.iter().any(|peer| !peer.gone && peer.goodbye.is_some());
@@ -363,5 +398,9 @@ impl Receiver for LaneReceiver {
         }
         self.look |= self.trouble || self.lane.bell.is_rung();
         Ok(self.look)
+    }
+
+    fn returned(&mut self) -> Option<NodeId> {
+        self.mending.returned()
     }
 }

@@ -46,7 +46,8 @@ pub(super) struct Sender {
 
 /// The connection to one peer.
 struct Link {
-    qp: Qp,
+    /// `None` once it is lost and another one is being made.
+    qp: Option<Qp>,
     /// Messages with data that the peer has room for.
     credits: u16,
     /// Messages of the peer that were worked through and whose credits were not returned yet.
@@ -82,7 +83,7 @@ impl Sender {
         bell: Arc<Bell>,
     ) -> Sender {
         let link = |qp| Link {
-            qp,
+            qp: Some(qp),
             credits: window.credits,
             owed: 0,
             messages: 0,
@@ -170,7 +171,7 @@ impl Sender {
                 return Ok(false);
             }
         }
-        let slot = if total <= self.link(to)?.qp.max_inline() {
+        let slot = if total <= self.link(to)?.qp.as_ref().map_or(0, Qp::max_inline) {
             None
         } else {
             if self.free.is_empty() {
@@ -195,11 +196,12 @@ impl Sender {
             None => Data::Inline(&inline[..total]),
         };
         let Some(link) = self.links[to.index()].as_mut() else { return Ok(false) };
+        let Some(qp) = &link.qp else { return Ok(false) };
         let signaled = slot.is_some() || farewell || link.silent + 1 >= SIGNAL_EVERY;
         let immediate = Immediate { credits: link.owed, farewell }.encode();
         let message = Message { id: u64::from(to.0), immediate, data: data_at, signaled };
         // SAFETY: the slot, if any, is free again only when its completion was polled.
-        if let Err(error) = unsafe { link.qp.post(&message) } {
+        if let Err(error) = unsafe { qp.post(&message) } {
             return Err(self.lose(to, &format!("its RDMA connection takes no message ({error})")));
         }
         link.in_flight.push_back(Flight { slot, signaled });
@@ -346,7 +348,7 @@ impl Sender {
             link.lost = Some(why.to_owned());
             link.backlog = VecDeque::new();
             // Its slots stay with the queue pair, which may still read them.
-            if let Err(error) = link.qp.fail() {
+            if let Some(Err(error)) = link.qp.as_ref().map(Qp::fail) {
                 tracing::debug!(peer = peer.0, %error, "a lost RDMA connection could not be ended");
             }
             // So that the peer need not wait for its own timeouts. If the session is gone, it knows already.
@@ -354,6 +356,35 @@ impl Sender {
             self.bell.ring();
         }
         FabricError::PeerLost { peer, why: link.lost.clone().unwrap_or_default() }
+    }
+
+    /// Gives slots back to the queue pair of a peer from which they came; not if the peer is lost.
+    ///
+    /// # Safety
+    /// The slots are the peer's and the caller's, who knows them to be registered for this lane.
+    pub(super) unsafe fn give(&mut self, peer: NodeId, slots: &Slots, indexes: &[u16]) {
+        let Ok(Link { qp: Some(qp), .. }) = self.link(peer) else { return };
+        // SAFETY: the caller's promise.
+        if let Err(error) = unsafe { qp.give(slots, indexes) } {
+            self.lose(peer, &format!("its RDMA connection takes no receive slot ({error})"));
+        }
+    }
+
+    /// Takes the queue pair of a peer that is lost.
+    pub(super) fn retire(&mut self, peer: NodeId) -> Option<Qp> {
+        let link = self.links.get_mut(peer.index())?.as_mut()?;
+        link.lost.as_ref()?;
+        link.qp.take()
+    }
+
+    /// Begins anew with a peer that was lost. Its last queue pair is gone, and so are that one's completions.
+    pub(super) fn install(&mut self, peer: NodeId, qp: Qp) {
+        let credits = self.window.credits;
+        let Some(Some(link)) = self.links.get_mut(peer.index()) else { return };
+        // Nothing reads them any more.
+        self.free.extend(link.in_flight.drain(..).filter_map(|flight| flight.slot));
+        (link.qp, link.credits, link.owed) = (Some(qp), credits, 0);
+        (link.messages, link.silent, link.lost) = (0, 0, None);
     }
 
     /// Ends all connections.

@@ -119,7 +119,7 @@ fn listen(watch: &Weak<Watch>, context: &SharedContext, stop: &EventFd) {
                     watch.note(None);
                     down_since = None;
                 }
-                Ok(Some((kind @ (event::DEVICE_FATAL | event::CQ_ERR | event::SRQ_ERR), _))) => {
+                Ok(Some((kind @ (event::DEVICE_FATAL | event::CQ_ERR), _))) => {
                     let what = context.library().event(kind);
                     watch.lose_all(&format!("this node's RDMA device {} failed ({what})", context.name()));
                 }

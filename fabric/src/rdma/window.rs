@@ -1,11 +1,13 @@
 //! How much may be under way.
 //!
-//! All peers of a lane share one receive queue. Each may send as many messages as it has *credits*, which come back
-//! as its messages are worked through, so that the queue never runs dry ("receiver not ready" never happens). Credits
-//! travel in the four immediate bytes of every message, or alone when there is nothing to send.
+//! The receive slots of a lane are shared out to its peers. Each may send as many messages as it has *credits*, which
+//! come back as its messages are worked through, so that its slots never run out ("receiver not ready" never happens).
+//! Credits travel in the four immediate bytes of every message, or alone when there is nothing to send.
 //!
-//! The receive slots of a lane are shared out, and not multiplied, up to [`FAIR`] peers: their memory does not grow
-//! with the machine, whose total therefore grows with its nodes and not with their square.
+//! The slots are shared out, and not multiplied, up to [`FAIR`] peers: their memory does not grow with the machine,
+//! whose total therefore grows with its nodes and not with their square.
+
+use std::ops::Range;
 
 /// Bytes of a message's data: a page with its head, and a few short frames beside it.
 pub(super) const SLOT: usize = 4096 + 256;
@@ -36,6 +38,8 @@ pub(super) struct Window {
     pub(super) credits: u16,
     /// Credits that are returned alone when nothing else is sent.
     pub(super) return_at: u16,
+    /// Receive slots of a peer.
+    pub(super) share: usize,
     /// Receive slots of the lane.
     pub(super) receive_slots: usize,
     /// Unfinished sends to one peer.
@@ -49,9 +53,20 @@ impl Window {
         Window {
             credits: credits as u16,
             return_at: (credits / 2) as u16,
+            share: credits + BESIDE,
             receive_slots: peers * (credits + BESIDE),
             depth: credits + BESIDE + UNSEEN,
         }
+    }
+
+    /// The receive slots of the peer in that place, from 0.
+    pub(super) fn slots_of(&self, place: usize) -> Range<u16> {
+        (place * self.share) as u16..((place + 1) * self.share) as u16
+    }
+
+    /// In which place the peer is that receives into `slot`.
+    pub(super) fn place_of(&self, slot: usize) -> usize {
+        slot / self.share
     }
 }
 
@@ -85,6 +100,20 @@ mod tests {
             assert!(usize::from(window.credits) * peers <= window.receive_slots);
         }
         assert_eq!(usize::from(Window::new(511).credits), LEAST);
+    }
+
+    #[test]
+    fn every_receive_slot_is_one_peers() {
+        for peers in [1, 2, 7, 64, 511] {
+            let window = Window::new(peers);
+            let all = (0..peers).flat_map(|place| window.slots_of(place).map(move |slot| (place, slot)));
+            let mut next = 0;
+            for (place, slot) in all {
+                assert_eq!((window.place_of(usize::from(slot)), slot), (place, next));
+                next += 1;
+            }
+            assert_eq!(usize::from(next), window.receive_slots);
+        }
     }
 
     #[test]

@@ -136,20 +136,21 @@ const WINDOW: u64 = 200;
 
 /// Two nodes exchange `frames` frames on each of two lanes in each direction, and check that each comes once and in
 /// order. `meanwhile` runs beside; what it is given says how many frames the slowest receiver has, and panics when all
-/// takes too long.
+/// takes too long. With `u64::MAX` frames they go on for some more when it has returned.
 pub fn traffic(nodes: [&dyn Transport; 2], frames: u64, meanwhile: impl FnOnce(&dyn Fn() -> u64)) {
     // By receiving node and lane: how many frames have come.
     let come: [[AtomicU64; 2]; 2] = Default::default();
+    let total = AtomicU64::new(frames);
     let deadline = Instant::now() + 3 * PATIENCE;
     thread::scope(|scope| {
         for (me, lane) in [(0usize, 0u16), (0, 1), (1, 0), (1, 1)] {
-            let (transport, peer, come) = (nodes[me], NodeId(1 - me as u16), &come);
+            let (transport, peer, come, total) = (nodes[me], NodeId(1 - me as u16), &come, &total);
             scope.spawn(move || {
                 let (mut tap, mut sent) = (Tap::new(transport, lane), 0);
                 let here = &come[me][usize::from(lane)];
                 let there = &come[1 - me][usize::from(lane)];
-                while here.load(SeqCst) < frames || there.load(SeqCst) < frames {
-                    while sent < frames && sent < there.load(SeqCst) + WINDOW {
+                while here.load(SeqCst) < total.load(SeqCst) || there.load(SeqCst) < total.load(SeqCst) {
+                    while sent < total.load(SeqCst) && sent < there.load(SeqCst) + WINDOW {
                         transport.send(peer, lane, &[&frame(sent)]).unwrap();
                         sent += 1;
                     }
@@ -171,6 +172,10 @@ pub fn traffic(nodes: [&dyn Transport; 2], frames: u64, meanwhile: impl FnOnce(&
             thread::park_timeout(Duration::from_millis(1));
             come.iter().flatten().map(|count| count.load(SeqCst)).min().unwrap()
         });
+        if frames == u64::MAX {
+            let most = come.iter().flatten().map(|count| count.load(SeqCst)).max().unwrap();
+            total.store(most + 10 * WINDOW, SeqCst);
+        }
     });
 }
 

@@ -4,7 +4,6 @@
 //! ```text
 //! hosts 0 and 1:   first network ── the coordinator's, left alone
 //!                  rail 0, rail 1 ── one is cut: its lanes move to the other; restored: they return; at last both are cut
-//!                                    over RDMA they do not return, and the first is cut once
 //! ```
 
 use std::time::{Duration, Instant};
@@ -53,8 +52,8 @@ pub struct Cut {
     pub at_seconds: f64,
     /// From the cut until its lanes were on another rail.
     pub moved_seconds: f64,
-    /// From the restoration until they were back, if it was restored.
-    pub returned_seconds: Option<f64>,
+    /// From the restoration until they were back.
+    pub returned_seconds: f64,
 }
 
 /// Two nodes with a CPU on a host each, which two rails connect. Over RDMA only the first has CPUs, which is quicker.
@@ -77,12 +76,22 @@ pub fn run(rig: &Rig, machine: &Machine, count: usize) -> Trial {
 impl Trial {
     /// Says it in a few lines.
     pub fn print(&self) {
-        let longest = |of: fn(&Cut) -> f64| self.cuts.iter().map(of).fold(0.0, f64::max);
+        let sorted = |of: fn(&Cut) -> f64| {
+            let mut all: Vec<f64> = self.cuts.iter().map(of).collect();
+            all.sort_by(f64::total_cmp);
+            all
+        };
+        let median = |all: &[f64]| all.get(all.len() / 2).copied().unwrap_or_default();
+        let most = |all: &[f64]| all.last().copied().unwrap_or_default();
+        let (moved, returned) = (sorted(|cut| cut.moved_seconds), sorted(|cut| cut.returned_seconds));
         println!("{} cuts of a rail went unnoticed by {} checks of the guest", self.cuts.len(), self.checks);
         println!(
-            "  lanes were on another rail {:.2} s later at most, and back {:.2} s after its return",
-            longest(|cut| cut.moved_seconds),
-            longest(|cut| cut.returned_seconds.unwrap_or_default())
+            "  lanes were on another rail {:.2} s later (median; {:.2} s at most), and back {:.2} s after its return \
+             ({:.2} s at most)",
+            median(&moved),
+            most(&moved),
+            median(&returned),
+            most(&returned)
         );
         if let Some(seconds) = self.end_seconds {
             println!(
@@ -97,18 +106,17 @@ impl Trial {
         machine.actions = "loop-smp-check".into();
         let mut boot = Boot::start(rig, &machine, None)?;
         boot.watch(Watch::until_userspace(BOOT_LIMIT), |_| ())?;
-        if machine.rdma {
-            self.leave(rack, &mut boot)?;
-        }
-        for number in (0..count).filter(|_| !machine.rdma) {
+        let lines = if machine.rdma { OVER_RDMA } else { OVER_TCP };
+        for number in 0..count {
             let rail = number % machine.rails;
-            let cut =
-                self.cut(rack, &mut boot, rail).with_context(|| format!("cut {} of {count}", number + 1))?;
+            let cut = self
+                .cut(rack, &mut boot, rail, lines)
+                .with_context(|| format!("cut {} of {count}", number + 1))?;
             eprintln!(
                 "rails: cut {} of {count}, rail {rail}: lanes on another one after {:.2} s, back after {:.2} s",
                 number + 1,
                 cut.moved_seconds,
-                cut.returned_seconds.unwrap_or_default()
+                cut.returned_seconds
             );
             self.cuts.push(cut);
         }
@@ -121,39 +129,26 @@ impl Trial {
     }
 
     /// Cuts a rail, waits until its lanes have moved, and restores it until they are back.
-    fn cut(&mut self, rack: &Rack, boot: &mut Boot, rail: usize) -> Result<Cut> {
-        let (left, back) = (left(boot.outcome(), rail), back(boot.outcome(), rail));
+    fn cut(&mut self, rack: &Rack, boot: &mut Boot, rail: usize, lines: Lines) -> Result<Cut> {
+        let left = |outcome: &Outcome| moves(outcome, lines, rail, 1 - rail);
+        let back = |outcome: &Outcome| moves(outcome, lines, 1 - rail, rail);
+        let (left_before, back_before) = (left(boot.outcome()), back(boot.outcome()));
         let at_seconds = boot.started().elapsed().as_secs_f64();
         let began = Instant::now();
         rack.set_connected(1 + rail, FAR, false);
-        let moved = boot.wait_until(MOVE_LIMIT, |outcome| self::left(outcome, rail) > left)?;
+        let moved = boot.wait_until(MOVE_LIMIT, |outcome| left(outcome) > left_before)?;
         let moved_seconds = began.elapsed().as_secs_f64();
         ensure!(moved, "no lane left the rail within {MOVE_LIMIT:?}\n{}", boot.outcome().tail());
         boot.wait_until(HOLD, |_| false)?;
         let began = Instant::now();
         rack.set_connected(1 + rail, FAR, true);
-        let returned = boot.wait_until(MOVE_LIMIT, |outcome| {
-            self::back(outcome, rail) - back == self::left(outcome, rail) - left
-        })?;
+        let returned = boot
+            .wait_until(MOVE_LIMIT, |outcome| back(outcome) - back_before == left(outcome) - left_before)?;
         let returned_seconds = began.elapsed().as_secs_f64();
         ensure!(returned, "not all lanes are back after {MOVE_LIMIT:?}\n{}", boot.outcome().tail());
         boot.wait_until(HOLD, |_| false)?;
         sound(boot.outcome())?;
-        Ok(Cut { rail, at_seconds, moved_seconds, returned_seconds: Some(returned_seconds) })
-    }
-
-    /// Cuts the first rail for good: over RDMA a rail that was lost is not used again.
-    fn leave(&mut self, rack: &Rack, boot: &mut Boot) -> Result<()> {
-        let at_seconds = boot.started().elapsed().as_secs_f64();
-        let began = Instant::now();
-        rack.set_connected(1, FAR, false);
-        let moved =
-            boot.wait_until(MOVE_LIMIT, |outcome| outcome.messages.contains("and moves to rail 1"))?;
-        let moved_seconds = began.elapsed().as_secs_f64();
-        ensure!(moved, "no lane left the rail within {MOVE_LIMIT:?}\n{}", boot.outcome().tail());
-        eprintln!("rails: rail 0 cut: the first lane on another one after {moved_seconds:.2} s");
-        self.cuts.push(Cut { rail: 0, at_seconds, moved_seconds, returned_seconds: None });
-        Ok(())
+        Ok(Cut { rail, at_seconds, moved_seconds, returned_seconds })
     }
 
     /// Cuts all rails: the machine must end in time, with an error that names the node.
@@ -185,12 +180,13 @@ fn sound(outcome: &Outcome) -> Result<usize> {
     Ok(checks(outcome, "ok"))
 }
 
-/// How many times lanes went from `rail` to the other one, as the first node says.
-fn left(outcome: &Outcome, rail: usize) -> usize {
-    outcome.messages.matches(&format!("is on rail {}, and was on rail {rail}", 1 - rail)).count()
-}
+/// What the first node says when a lane has gone from one rail to another.
+type Lines = fn(usize, usize) -> String;
 
-/// How many times they returned to it.
-fn back(outcome: &Outcome, rail: usize) -> usize {
-    outcome.messages.matches(&format!("is on rail {rail}, and was on rail {}", 1 - rail)).count()
+const OVER_TCP: Lines = |from, to| format!("is on rail {to}, and was on rail {from}");
+const OVER_RDMA: Lines = |_, to| format!("goes on over rail {to}");
+
+/// How many times lanes went from a rail to another one.
+fn moves(outcome: &Outcome, lines: Lines, from: usize, to: usize) -> usize {
+    outcome.messages.matches(&lines(from, to)).count()
 }

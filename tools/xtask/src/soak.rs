@@ -32,7 +32,7 @@ pub struct Soak {
     /// Of all these, only what has this in its name
     #[arg(long)]
     only: Option<String>,
-    /// How many times to cut and restore a rail, of two, under a guest on two emulated hosts; over RDMA it is cut once
+    /// How many times to cut and restore a rail, of two, under a guest on two emulated hosts
     #[arg(long, default_value_t = 0)]
     rails: usize,
     /// Show the consoles of the guests

@@ -26,11 +26,10 @@ pub struct Context {
     _ops: [*mut c_void; 11],
     pub poll_cq: unsafe extern "C" fn(*mut Cq, c_int, *mut Wc) -> c_int,
     pub req_notify_cq: unsafe extern "C" fn(*mut Cq, c_int) -> c_int,
-    _ops2: [*mut c_void; 7],
-    pub post_srq_recv: unsafe extern "C" fn(*mut Srq, *mut RecvWr, *mut *mut RecvWr) -> c_int,
-    _ops3: [*mut c_void; 4],
+    _ops2: [*mut c_void; 12],
     pub post_send: unsafe extern "C" fn(*mut Qp, *mut SendWr, *mut *mut SendWr) -> c_int,
-    _ops4: [*mut c_void; 6],
+    pub post_recv: unsafe extern "C" fn(*mut Qp, *mut RecvWr, *mut *mut RecvWr) -> c_int,
+    _ops3: [*mut c_void; 5],
     _cmd_fd: c_int,
     pub async_fd: c_int,
     _rest: [u64; 7],
@@ -47,13 +46,6 @@ pub struct CompChannel {
 /// `struct ibv_cq`.
 #[repr(C)]
 pub struct Cq {
-    pub context: *mut Context,
-    _rest: [u64; 15],
-}
-
-/// `struct ibv_srq`.
-#[repr(C)]
-pub struct Srq {
     pub context: *mut Context,
     _rest: [u64; 15],
 }
@@ -132,15 +124,6 @@ pub struct Wc {
     _dlid_path_bits: u8,
 }
 
-/// `struct ibv_srq_init_attr` with its `struct ibv_srq_attr`.
-#[repr(C)]
-pub struct SrqInitAttr {
-    pub srq_context: *mut c_void,
-    pub max_wr: u32,
-    pub max_sge: u32,
-    pub srq_limit: u32,
-}
-
 /// `struct ibv_qp_cap`.
 #[repr(C)]
 #[derive(Copy, Clone, Default)]
@@ -158,7 +141,8 @@ pub struct QpInitAttr {
     pub qp_context: *mut c_void,
     pub send_cq: *mut Cq,
     pub recv_cq: *mut Cq,
-    pub srq: *mut Srq,
+    /// A shared receive queue; null.
+    pub srq: *mut c_void,
     pub cap: QpCap,
     pub qp_type: u32,
     pub sq_sig_all: c_int,
@@ -244,10 +228,7 @@ pub struct DeviceAttr {
     pub max_cq: c_int,
     pub max_cqe: c_int,
     pub max_mr: c_int,
-    _others: [c_int; 18],
-    pub max_srq: c_int,
-    pub max_srq_wr: c_int,
-    _max_srq_sge: c_int,
+    _others: [c_int; 21],
     _max_pkeys: u16,
     _local_ca_ack_delay: u8,
     pub phys_port_cnt: u8,
@@ -271,25 +252,22 @@ macro_rules! layout {
 }
 
 layout! {
-    Context: 328, poll_cq @ 96, req_notify_cq @ 104, post_srq_recv @ 168, post_send @ 208, async_fd @ 268;
+    Context: 328, poll_cq @ 96, req_notify_cq @ 104, post_send @ 208, post_recv @ 216, async_fd @ 268;
     CompChannel: 16, fd @ 8;
     Cq: 128;
-    Srq: 128;
     Qp: 160, qp_num @ 52;
     Mr: 48, lkey @ 36;
     Sge: 16;
     SendWr: 128, sg_list @ 16, opcode @ 28, send_flags @ 32, imm_data @ 36, _rest @ 40;
     RecvWr: 32;
     Wc: 48, status @ 8, byte_len @ 20, imm_data @ 24, qp_num @ 28, wc_flags @ 36;
-    SrqInitAttr: 24, max_wr @ 8;
     QpCap: 20;
     QpInitAttr: 64, cap @ 32, qp_type @ 52, sq_sig_all @ 56;
     AhAttr: 32, sgid_index @ 20, hop_limit @ 21, dlid @ 24, sl @ 26, is_global @ 29, port_num @ 30;
     QpAttr: 144, path_mtu @ 8, rq_psn @ 20, dest_qp_num @ 28, qp_access_flags @ 32, ah_attr @ 56,
         _alt_ah_attr @ 88, pkey_index @ 120, max_rd_atomic @ 126, min_rnr_timer @ 128, rnr_retry @ 132;
     PortAttr: 52, state @ 0, active_mtu @ 8, lid @ 34, link_layer @ 46;
-    DeviceAttr: 232, max_qp @ 108, max_qp_wr @ 112, max_cq @ 128, max_cqe @ 132, max_srq @ 212, max_srq_wr @ 216,
-        phys_port_cnt @ 227;
+    DeviceAttr: 232, max_qp @ 108, max_qp_wr @ 112, max_cq @ 128, max_cqe @ 132, phys_port_cnt @ 227;
     AsyncEvent: 16, event_type @ 8;
 }
 
@@ -353,5 +331,4 @@ pub mod event {
     pub const DEVICE_FATAL: u32 = 8;
     pub const PORT_ACTIVE: u32 = 9;
     pub const PORT_ERR: u32 = 10;
-    pub const SRQ_ERR: u32 = 14;
 }

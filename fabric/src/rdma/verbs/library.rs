@@ -6,8 +6,7 @@ use std::sync::OnceLock;
 use nix::libc;
 
 use super::ffi::{
-    AsyncEvent, CompChannel, Context, Cq, Device, DeviceAttr, Mr, Pd, PortAttr, Qp, QpAttr, QpInitAttr, Srq,
-    SrqInitAttr,
+    AsyncEvent, CompChannel, Context, Cq, Device, DeviceAttr, Mr, Pd, PortAttr, Qp, QpAttr, QpInitAttr,
 };
 
 const NAME: &CStr = c"libibverbs.so.1";
@@ -56,8 +55,6 @@ library! {
     destroy_cq(*mut Cq) -> c_int;
     get_cq_event(*mut CompChannel, *mut *mut Cq, *mut *mut c_void) -> c_int;
     ack_cq_events(*mut Cq, u32);
-    create_srq(*mut Pd, *mut SrqInitAttr) -> *mut Srq;
-    destroy_srq(*mut Srq) -> c_int;
     create_qp(*mut Pd, *mut QpInitAttr) -> *mut Qp;
     modify_qp(*mut Qp, *mut QpAttr, c_int) -> c_int;
     destroy_qp(*mut Qp) -> c_int;

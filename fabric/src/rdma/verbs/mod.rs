@@ -5,7 +5,7 @@
 //! - [`context`]: an opened device, its ports, and its asynchronous events.
 //! - [`memory`]: protection domains and registered memory, cut into slots.
 //! - [`completion`]: completion queues and the channel that says that there is something in them.
-//! - [`queue`]: shared receive queues and reliable-connected queue pairs.
+//! - [`queue`]: reliable-connected queue pairs.
 //!
 //! Each type owns what it was made from (a queue pair its queues, they their device), so nothing is destroyed
 //! before what uses it, in whatever order Rust drops them.

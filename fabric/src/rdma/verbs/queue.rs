@@ -1,4 +1,4 @@
-//! Shared receive queues and reliable-connected queue pairs.
+//! Reliable-connected queue pairs.
 
 use std::ffi::c_int;
 use std::io;
@@ -8,77 +8,12 @@ use super::check;
 use super::completion::Cq;
 use super::ffi::{
     self, AhAttr, QPT_RC, QpAttr, QpCap, QpInitAttr, RecvWr, SEND_INLINE, SEND_SIGNALED, SendWr, Sge,
-    SrqInitAttr, WR_SEND_WITH_IMM, mask, state,
+    WR_SEND_WITH_IMM, mask, state,
 };
 use super::memory::{Pd, Slots};
 
 /// Receive requests posted with one call.
 pub const MOST_RECEIVES: usize = 32;
-
-/// A queue of receive slots for many queue pairs.
-pub struct Srq {
-    raw: *mut ffi::Srq,
-    pd: Arc<Pd>,
-}
-
-// SAFETY: libibverbs is thread-safe, and the pointer stays valid until drop.
-unsafe impl Send for Srq {}
-// SAFETY: as above.
-unsafe impl Sync for Srq {}
-
-impl Srq {
-    /// A queue for `entries` receive requests.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub fn new(pd: &Arc<Pd>, entries: u32) -> io::Result<Arc<Srq>> {
-        let mut attr =
-            SrqInitAttr { srq_context: std::ptr::null_mut(), max_wr: entries, max_sge: 1, srq_limit: 0 };
-        // SAFETY: the domain lives, and the structure is the library's.
-        let raw = unsafe { (pd.context().library().create_srq)(pd.raw(), &mut attr) };
-        if raw.is_null() {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Arc::new(Srq { raw, pd: pd.clone() }))
-    }
-
-    /// Gives slots, at most [`MOST_RECEIVES`], to the device; a slot's index comes back as its completion's `wr_id`.
-    ///
-    /// # Errors
-    /// What the device says; none of the slots counts as given then.
-    ///
-    /// # Safety
-    /// The slots are the caller's; from now on they are the device's, which is one that `slots` is registered with.
-    pub unsafe fn post(&self, slots: &Slots, indexes: &[u16]) -> io::Result<()> {
-        assert!(indexes.len() <= MOST_RECEIVES, "at most {MOST_RECEIVES} slots at once");
-        let mut sges = [Sge::default(); MOST_RECEIVES];
-        let mut wrs = [const {
-            RecvWr { wr_id: 0, next: std::ptr::null_mut(), sg_list: std::ptr::null_mut(), num_sge: 1 }
-        }; MOST_RECEIVES];
-        let mut next: *mut RecvWr = std::ptr::null_mut();
-        for ((index, sge), wr) in indexes.iter().zip(&mut sges).zip(&mut wrs).rev() {
-            *sge = slots.sge(usize::from(*index), slots.slot());
-            (wr.wr_id, wr.sg_list, wr.next) = (u64::from(*index), sge, next);
-            next = wr;
-        }
-        if next.is_null() {
-            return Ok(());
-        }
-        let mut bad = std::ptr::null_mut();
-        // SAFETY: a chain of valid requests, which the call copies; the caller's promise for the memory.
-        check(unsafe { ((*(*self.raw).context).post_srq_recv)(self.raw, next, &mut bad) })
-    }
-}
-
-impl Drop for Srq {
-    fn drop(&mut self) {
-        // SAFETY: the queue pairs that use it held it; once.
-        let code = unsafe { (self.pd.context().library().destroy_srq)(self.raw) };
-        if code != 0 {
-            tracing::warn!(code, "an RDMA receive queue could not be destroyed");
-        }
-    }
-}
 
 /// How to reach the peer's queue pair.
 #[derive(Copy, Clone, Debug, Default)]
@@ -136,12 +71,12 @@ pub enum Data<'a> {
     Slot(Sge),
 }
 
-/// A reliable-connected queue pair. Its receives come from a shared queue.
+/// A reliable-connected queue pair.
 pub struct Qp {
     raw: *mut ffi::Qp,
     max_inline: usize,
     pd: Arc<Pd>,
-    _queues: (Arc<Cq>, Arc<Cq>, Arc<Srq>),
+    _queues: (Arc<Cq>, Arc<Cq>),
 }
 
 // SAFETY: libibverbs is thread-safe, and the pointer stays valid until drop.
@@ -150,19 +85,19 @@ unsafe impl Send for Qp {}
 unsafe impl Sync for Qp {}
 
 impl Qp {
-    /// A queue pair with room for `depth` unfinished sends, which copies messages up to `inline` bytes if the device
-    /// can.
+    /// A queue pair with room for `depth` unfinished sends and `receives` slots, which copies messages up to `inline`
+    /// bytes if the device can.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn new(
+        pd: &Arc<Pd>,
         send: &Arc<Cq>,
         receive: &Arc<Cq>,
-        srq: &Arc<Srq>,
         depth: u32,
+        receives: u32,
         inline: usize,
     ) -> io::Result<Qp> {
-        let pd = srq.pd.clone();
         let mut error = io::Error::from(io::ErrorKind::InvalidInput);
         // A device that cannot copy that much says EINVAL.
         for inline in [inline, inline / 4, 0] {
@@ -170,12 +105,12 @@ impl Qp {
                 qp_context: std::ptr::null_mut(),
                 send_cq: send.raw(),
                 recv_cq: receive.raw(),
-                srq: srq.raw,
+                srq: std::ptr::null_mut(),
                 cap: QpCap {
                     max_send_wr: depth,
-                    max_recv_wr: 0,
+                    max_recv_wr: receives,
                     max_send_sge: 1,
-                    max_recv_sge: 0,
+                    max_recv_sge: 1,
                     max_inline_data: inline as u32,
                 },
                 qp_type: QPT_RC,
@@ -184,10 +119,10 @@ impl Qp {
             // SAFETY: the domain and the queues live as long as the queue pair, which keeps them.
             let raw = unsafe { (pd.context().library().create_qp)(pd.raw(), &mut attr) };
             if !raw.is_null() {
-                let queues = (send.clone(), receive.clone(), srq.clone());
+                let queues = (send.clone(), receive.clone());
                 // The library may have granted more; that much was asked for.
                 let max_inline = inline.min(attr.cap.max_inline_data as usize);
-                return Ok(Qp { raw, max_inline, pd, _queues: queues });
+                return Ok(Qp { raw, max_inline, pd: pd.clone(), _queues: queues });
             }
             error = io::Error::last_os_error();
         }
@@ -210,15 +145,49 @@ impl Qp {
         check(unsafe { (self.pd.context().library().modify_qp)(self.raw, &mut attr, mask as c_int) })
     }
 
-    /// Connects it to the peer's queue pair; both directions work afterwards.
+    /// Binds it to a port: it takes slots from now on.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn bind(&self, port: u8) -> Result<(), String> {
+        let init = QpAttr { qp_state: state::INIT, port_num: port, qp_access_flags: 0, ..QpAttr::default() };
+        self.modify(init, mask::STATE | mask::PKEY_INDEX | mask::PORT | mask::ACCESS_FLAGS)
+            .map_err(|error| format!("a queue pair cannot use port {port} ({error})"))
+    }
+
+    /// Gives it slots to receive into, at most [`MOST_RECEIVES`]; a slot's index comes back as its completion's `wr_id`.
+    ///
+    /// # Errors
+    /// What the device says; none of the slots counts as given then.
+    ///
+    /// # Safety
+    /// The slots are the caller's; from now on they are the device's, which is one that `slots` is registered with.
+    pub unsafe fn give(&self, slots: &Slots, indexes: &[u16]) -> io::Result<()> {
+        assert!(indexes.len() <= MOST_RECEIVES, "at most {MOST_RECEIVES} slots at once");
+        let mut sges = [Sge::default(); MOST_RECEIVES];
+        let mut wrs = [const {
+            RecvWr { wr_id: 0, next: std::ptr::null_mut(), sg_list: std::ptr::null_mut(), num_sge: 1 }
+        }; MOST_RECEIVES];
+        let mut next: *mut RecvWr = std::ptr::null_mut();
+        for ((index, sge), wr) in indexes.iter().zip(&mut sges).zip(&mut wrs).rev() {
+            *sge = slots.sge(usize::from(*index), slots.slot());
+            (wr.wr_id, wr.sg_list, wr.next) = (u64::from(*index), sge, next);
+            next = wr;
+        }
+        if next.is_null() {
+            return Ok(());
+        }
+        let mut bad = std::ptr::null_mut();
+        // SAFETY: a chain of valid requests, which the call copies; the caller's promise for the memory.
+        check(unsafe { ((*(*self.raw).context).post_recv)(self.raw, next, &mut bad) })
+    }
+
+    /// Connects it, bound as it is, to the peer's queue pair; both directions work afterwards. Blocks for a second where
+    /// RoCE does not find the peer.
     ///
     /// # Errors
     /// The step that failed, and what the kernel says of it.
     pub fn connect(&self, route: &Route) -> Result<(), String> {
-        let init =
-            QpAttr { qp_state: state::INIT, port_num: route.port, qp_access_flags: 0, ..QpAttr::default() };
-        self.modify(init, mask::STATE | mask::PKEY_INDEX | mask::PORT | mask::ACCESS_FLAGS)
-            .map_err(|error| format!("a queue pair cannot use port {} ({error})", route.port))?;
         let (dgid, sgid_index) = route.gid.unwrap_or_default();
         let ah_attr = AhAttr {
             dgid,
