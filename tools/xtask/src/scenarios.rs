@@ -4,7 +4,9 @@ use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::Value;
 use testbed::boot::{Boot, Outcome, Watch};
+use testbed::host::Host;
 use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
 use testbed::rig::Rig;
@@ -16,6 +18,10 @@ const LIMIT: Duration = Duration::from_secs(600);
 pub const LOSS_LIMIT: Duration = Duration::from_secs(5);
 /// What `occupy` in the guest's init takes of each node's memory, in MiB.
 const OCCUPIED_MIB: u64 = 64;
+/// How long a guest may take to give a balloon what it asks for, or to take it back.
+const BALLOON: Duration = Duration::from_secs(60);
+/// How long `gestalt device` may take.
+const DEVICE: Duration = Duration::from_secs(100);
 /// How long a machine that lost a node is watched before it counts as hanging.
 const LOSS_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -30,7 +36,7 @@ pub enum Plan {
     Devices,
     /// Boot, report, `smp-check`, fill half of the memory and read it back, power off.
     Full,
-    /// Boot, take memory and free it: the nodes must give it back.
+    /// Boot, take memory and free it: the nodes must give it back. Then the balloon grows and shrinks.
     Vacate,
     /// Boot, report, use every disk and network card; then a disk comes and goes so many times, now on one node and now
     /// on another, and a network card once; power off.
@@ -146,6 +152,7 @@ impl Scenario {
             boot.memory_kib(&rig.hosts()[0])
         };
         let (before, after) = (until("occupied", "")?, until("vacated", "vacate")?);
+        resize_balloon(&rig.hosts()[0])?;
         let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
         self.judge(&outcome, false)?;
         let (gone, expected) =
@@ -178,11 +185,6 @@ impl Scenario {
     /// Adds and removes devices as the guest's marks ask for it.
     fn hot_plug(&self, rig: &Rig, boot: &mut Boot, rounds: usize) -> Result<Times> {
         let host = &rig.hosts()[0];
-        let limit = Duration::from_secs(100);
-        let gestalt = format!("{}/gestalt device --machine test", host.bin().display());
-        let device = |what: &str| {
-            host.output(&format!("{gestalt} {what}"), limit).with_context(|| format!("gestalt device {what}"))
-        };
         let mut reach = |mark: String| -> Result<()> {
             let watch = Watch { until_mark: Some(mark.clone()), ..Watch::to_the_end(LIMIT) };
             let outcome = boot.watch(watch, |bytes| self.see(bytes))?;
@@ -190,22 +192,23 @@ impl Scenario {
             Ok(())
         };
         let image = "/tmp/gestalt-hot.img";
-        host.output(&format!("rm -f {image} && truncate -s 16M {image}"), limit)?;
+        host.output(&format!("rm -f {image} && truncate -s 16M {image}"), DEVICE)?;
         for round in 1..=rounds {
             reach(format!("want{round}"))?;
-            device(&format!("add --disk {image},name=hot,node=n{}", round % self.machine.nodes.len()))?;
+            let node = round % self.machine.nodes.len();
+            device(host, &format!("add --disk {image},name=hot,node=n{node}"))?;
             reach(format!("used{round}"))?;
-            device("remove hot")?;
+            device(host, "remove hot")?;
         }
         reach("want-card".into())?;
         host.output(
             "ip link del gestalt99 2>/dev/null; ip tuntap add gestalt99 mode tap && \
              ip addr add 10.9.99.1/24 dev gestalt99 && ip link set gestalt99 up",
-            limit,
+            DEVICE,
         )?;
-        device("add --net tap=gestalt99,name=card,node=n1,mac=02:00:00:00:00:63")?;
+        device(host, "add --net tap=gestalt99,name=card,node=n1,mac=02:00:00:00:00:63")?;
         reach("used-card".into())?;
-        device("remove card")?;
+        device(host, "remove card")?;
         let outcome = boot.watch(Watch::to_the_end(LIMIT), |bytes| self.see(bytes))?;
         self.judge(&outcome, false)?;
         let said = |key: &str| outcome.facts.text(key).unwrap_or("nothing").to_owned();
@@ -243,6 +246,31 @@ impl Scenario {
         ensure!(named, "the error does not name node {name}\n{}", end.tail());
         Ok(Times { boot_seconds: outcome.boot_seconds(), loss_seconds: Some(took.as_secs_f64()) })
     }
+}
+
+/// `gestalt device` on the host of the machine; what it says.
+fn device(host: &Host, what: &str) -> Result<String> {
+    let command = format!("{}/gestalt device --machine test {what}", host.bin().display());
+    host.output(&command, DEVICE).with_context(|| format!("gestalt device {what}"))
+}
+
+/// Has the balloon take more from the guest, and then give it back.
+fn resize_balloon(host: &Host) -> Result<()> {
+    for mib in [OCCUPIED_MIB, 0] {
+        device(host, &format!("set balloon0 size={mib}M"))?;
+        let begin = Instant::now();
+        loop {
+            let devices: Vec<Value> = serde_json::from_str(&device(host, "list --json")?)?;
+            let balloon = devices.iter().find(|device| device["name"] == "balloon0");
+            let inflated = balloon.and_then(|device| device["balloon"]["given_up"]["inflated"].as_u64());
+            if inflated == Some(mib << 20) {
+                break;
+            }
+            ensure!(begin.elapsed() < BALLOON, "the balloon has {inflated:?} bytes instead of {mib} MiB");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+    Ok(())
 }
 
 /// Two nodes, the second without CPUs: a machine of two nodes that boots quickly on emulated hosts, too.

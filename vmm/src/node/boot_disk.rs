@@ -73,6 +73,8 @@ fn extract(bytes: &[u8], files: &mut Vec<File>) -> anyhow::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
     use crate::config::{MachineConfig, NodeConfig, Place};
     use crate::peripherals::parse_disk;
@@ -111,6 +113,42 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
         assert!(refusal(&file.path().display().to_string()).contains("no file system"));
+    }
+
+    /// Whether a program did what it should; `false` where it is missing.
+    fn run(program: &str, arguments: &[&str]) -> bool {
+        let Ok(status) = Command::new(program).args(arguments).status() else {
+            eprintln!("skipped: {program} is not installed");
+            return false;
+        };
+        assert!(status.success(), "{program} {arguments:?}");
+        true
+    }
+
+    #[test]
+    fn the_kernel_on_a_qcow2_image_is_the_one_that_was_put_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let (tree, raw, image) = (path("tree"), path("raw"), path("disk.qcow2"));
+        // Larger than a cluster, and not the same all over.
+        let kernel: Vec<u8> = (0..300_000u32).map(|at| (at / 7) as u8).collect();
+        std::fs::create_dir_all(format!("{tree}/boot/grub")).unwrap();
+        std::fs::write(format!("{tree}/boot/vmlinuz-1"), &kernel).unwrap();
+        std::fs::write(format!("{tree}/boot/initrd.img-1"), b"initrd 1").unwrap();
+        let menu =
+            "menuentry 'Linux' {\n linux /boot/vmlinuz-1 root=/dev/vda\n initrd /boot/initrd.img-1\n}\n";
+        std::fs::write(format!("{tree}/boot/grub/grub.cfg"), menu).unwrap();
+        if !run("mke2fs", &["-q", "-F", "-t", "ext4", "-d", &tree, &raw, "8M"])
+            || !run("qemu-img", &["convert", "-q", "-f", "raw", "-O", "qcow2", &raw, &image])
+        {
+            return;
+        }
+        let mut machine = machine("", &[&image]);
+        machine.cmdline = "quiet".into();
+        let paths = BootPaths::of(&machine).unwrap();
+        assert!(std::fs::read(&paths.kernel).unwrap() == kernel);
+        assert_eq!(std::fs::read(paths.initrd.as_ref().unwrap()).unwrap(), b"initrd 1");
+        assert_eq!(paths.cmdline, "root=/dev/vda quiet");
     }
 
     #[test]

@@ -34,12 +34,6 @@ pub struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
-    /// One buffer, of a test's own.
-    #[cfg(any(test, fuzzing))]
-    pub fn over(bytes: &'m mut [u8]) -> Buffers<'m> {
-        Buffers { pieces: VecDeque::from([VolatileSlice::from(bytes)]) }
-    }
-
     /// Bytes.
     pub fn len(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.len() as u64).sum()

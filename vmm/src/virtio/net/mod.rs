@@ -196,4 +196,6 @@ impl Device for Net {
 }
 
 #[cfg(test)]
+mod limited;
+#[cfg(test)]
 mod tests;
