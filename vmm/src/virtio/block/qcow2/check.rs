@@ -208,7 +208,10 @@ impl<'a> Check<'a> {
         if entry & COPIED != 0 || last >= self.clusters {
             return Err(format!("a compressed cluster at {offset:#x} lies outside of the file"));
         }
-        self.packed.resize(self.clusters as usize, 0);
+        if self.packed.is_empty() {
+            // Costs memory only where something is counted.
+            self.packed = vec![0; self.clusters as usize];
+        }
         for uses in &mut self.packed[first as usize..=last as usize] {
             *uses = uses.saturating_add(1);
         }
