@@ -56,7 +56,7 @@ events! {
     /// A userfaultfd event was read.
     Fault = "page, flags (1 write, 2 wp, 4 minor)",
     /// A page was mapped in the guest view.
-    Install = "page, rights (1 shared, 2 exclusive)",
+    Install = "page, rights (0 overwritten by a device, 1 shared, 2 exclusive)",
     /// A page was write-protected in the guest view.
     Downgrade = "page, 0",
     /// A page was unmapped from the guest view.

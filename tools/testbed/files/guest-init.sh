@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # /init of the guest: says what the guest sees, in lines that the testbed parses, and does what `gestalt.run=` on the
 # kernel command line lists: online, report, drivers, devices, disks, network, hotplug=ROUNDS,
-# fill, occupy, vacate, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
+# throughput=BYTES, fill, occupy, vacate, smp-check, loop-smp-check, ask, shell, poweroff, reboot.
 #
 #   GESTALT-MARK <event>           something happened now
 #   GESTALT-REPORT <key>=<value>   a fact
@@ -125,6 +125,51 @@ network() {
         done
         say "card$index" "${failed:-ok} node $(cat "$dir/device/../numa_node")"
     done
+}
+
+# How long it takes to move so many bytes ($1) from and to every disk and through every network card, from a CPU of every
+# node, three times each. The host sends so many from port 5002 and takes any on port 5001.
+throughput() {
+    # Nothing to read, and no end.
+    mkfifo /tmp/never
+    for node in /sys/devices/system/node/node[0-9]*; do
+        cpu=$(sed 's/[-,].*//' "$node/cpulist")
+        [ -n "$cpu" ] || continue
+        from=${node##*/}
+        # What is sent is in this node's memory.
+        taskset -c "$cpu" dd if=/dev/urandom of=/tmp/data bs=64k count=$(($1 / 65536)) 2>/dev/null
+        for dir in /sys/block/vd*; do
+            [ -d "$dir" ] || continue
+            disk=/dev/${dir##*/}
+            for round in 1 2 3; do
+                echo "GESTALT-MARK $from-$disk-$round"
+                seconds "$from.disk.$(cat "$dir/serial").write.$round" "$cpu" "dd if=/tmp/data of=$disk bs=64k conv=fsync"
+                echo 1 > /proc/sys/vm/drop_caches
+                seconds "$from.disk.$(cat "$dir/serial").read.$round" "$cpu" "dd if=$disk of=/dev/null bs=64k count=$(($1 / 65536))"
+            done
+        done
+        for dir in /sys/class/net/e*; do
+            [ -d "$dir" ] || continue
+            index=$((0x$(sed 's/.*://' "$dir/address")))
+            ip link set "${dir##*/}" up
+            ip addr add "10.9.$index.2/24" dev "${dir##*/}" 2>/dev/null
+            for round in 1 2 3; do
+                echo "GESTALT-MARK $from-card$index-$round"
+                seconds "$from.card.$index.send.$round" "$cpu" "nc 10.9.$index.1 5001 < /tmp/data"
+                seconds "$from.card.$index.receive.$round" "$cpu" "nc 10.9.$index.1 5002 0<>/tmp/never > /tmp/got"
+                [ "$(stat -c %s /tmp/got)" = "$1" ] || say throughput_failed "card $index, receive"
+            done
+        done
+    done
+    rm /tmp/data /tmp/got /tmp/never
+    say throughput done
+}
+
+# Runs command $3 on CPU $2 and says as $1 how many seconds it took.
+seconds() {
+    took=$(taskset -c "$2" sh -c 'read begin _ < /proc/uptime; eval "$1" > /dev/null 2>&1 || exit 1
+        read end _ < /proc/uptime; echo "$begin $end"' sh "$3") || took=
+    [ -z "$took" ] || say "$1" "$(echo "$took" | awk '{ print $2 - $1 }')"
 }
 
 # Fills half of the free memory from a CPU of the first node, and reads it back in turn from one of every node.
@@ -255,6 +300,7 @@ act() {
         disks) disks ;;
         network) network ;;
         fill) fill ;;
+        throughput=*) throughput "${1#*=}" ;;
         occupy) occupy ;;
         vacate) vacate ;;
         hotplug=*) hotplug "${1#*=}" ;;

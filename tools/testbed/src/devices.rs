@@ -53,6 +53,11 @@ impl Machine {
         }
     }
 
+    /// The images of all disks, as the machine file names them.
+    pub fn disk_paths(&self) -> Vec<String> {
+        (0..self.disks.len()).map(|index| self.disk_path(index)).collect()
+    }
+
     /// A script for host `host`, run beside the machine file, that makes the empty disks and the TAP interfaces there,
     /// anew if there are some.
     pub fn prepare(&self, host: usize) -> String {

@@ -17,6 +17,7 @@
 
 mod allowance;
 mod checks;
+mod devices;
 mod disk;
 mod fuzz;
 mod image;
@@ -53,6 +54,8 @@ enum Task {
     Soak(soak::Soak),
     /// Run the coherence protocol at many nodes in virtual time, by seed
     Simulate(simulate::Simulate),
+    /// Measure disks and network cards from CPUs of their own node and of another, and those of QEMU
+    Devices(devices::Devices),
     /// Feed what reads strangers' bytes with bytes that nobody thought of
     Fuzz(fuzz::Fuzz),
     /// Check formatting, lints and versions
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Task::Test(task) => task.run(),
         Task::Soak(task) => task.run(),
         Task::Simulate(task) => task.run(),
+        Task::Devices(task) => task.run(),
         Task::Fuzz(task) => task.run(),
         Task::CiChecks => checks::run(),
     };
