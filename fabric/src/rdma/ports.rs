@@ -4,7 +4,12 @@ use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 
+use nix::ifaddrs::getifaddrs;
+
 use super::RdmaSettings;
+
+/// `ARPHRD_INFINIBAND`, the type of a network interface over InfiniBand (IPoIB).
+const IPOIB: &str = "32";
 
 /// A port of an RDMA device, as the kernel shows it.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -21,6 +26,8 @@ pub struct RdmaPort {
     pub gigabits: f64,
     /// Its addresses.
     pub gids: Vec<Gid>,
+    /// On InfiniBand, whose GIDs are no IP addresses: those of its IPoIB interfaces.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// One address of a port.
@@ -64,6 +71,11 @@ impl RdmaPort {
         self.gids.iter().min_by_key(|gid| (gid.rank(), gid.index))
     }
 
+    /// Whether this host has that address on it.
+    fn has(&self, address: IpAddr) -> bool {
+        self.gid_of(address).is_some() || self.addresses.contains(&address)
+    }
+
     fn gid_of(&self, address: IpAddr) -> Option<&Gid> {
         self.gids.iter().find(|gid| gid.v2 && gid.ip() == address)
     }
@@ -105,7 +117,7 @@ pub(super) fn choose(
     }
     let local = local.filter(|address| !address.is_loopback() && !address.is_unspecified());
     let best = named.iter().filter(|port| port.is_active()).min_by(|a, b| {
-        let has = |port: &RdmaPort| local.is_some_and(|address| port.gid_of(address).is_some());
+        let has = |port: &RdmaPort| local.is_some_and(|address| port.has(address));
         has(b).cmp(&has(a)).then(b.gigabits.total_cmp(&a.gigabits))
     });
     let Some(port) = best else {
@@ -154,20 +166,37 @@ pub(super) fn distinct(ports: &[RdmaPort], rails: &[(RdmaSettings, Option<IpAddr
 
 /// This host's RDMA ports, from /sys/class/infiniband.
 pub fn ports() -> Vec<RdmaPort> {
-    ports_in(Path::new("/sys/class/infiniband"))
+    ports_in(Path::new("/sys/class/infiniband"), &interface_addresses())
 }
 
-fn ports_in(class: &Path) -> Vec<RdmaPort> {
+/// The addresses of this host, each with the name of its interface.
+fn interface_addresses() -> Vec<(String, IpAddr)> {
+    let address = |interface: nix::ifaddrs::InterfaceAddress| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        let ip = v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))?;
+        Some((interface.interface_name, ip))
+    };
+    getifaddrs().into_iter().flatten().filter_map(address).collect()
+}
+
+fn ports_in(class: &Path, addresses: &[(String, IpAddr)]) -> Vec<RdmaPort> {
     let mut found = Vec::new();
     for device in names(class) {
+        let interfaces = class.join(&device).join("device/net");
         let folder = class.join(&device).join("ports");
         for port in names(&folder) {
             let folder = folder.join(&port);
             let of = |file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default().trim().to_owned();
-            let Ok(number) = port.parse() else { continue };
+            let Some(number) = port.parse().ok().filter(|number| *number > 0) else { continue };
             let mut gids: Vec<Gid> =
                 names(&folder.join("gids")).iter().filter_map(|index| gid(&folder, index)).collect();
             gids.sort_by_key(|gid| gid.index);
+            let ours: Vec<String> = names(&interfaces)
+                .into_iter()
+                .filter(|name| is_ipoib_of(&interfaces.join(name), number))
+                .collect();
+            let ours = addresses.iter().filter(|(interface, _)| ours.contains(interface));
             found.push(RdmaPort {
                 device: device.clone(),
                 port: number,
@@ -177,10 +206,17 @@ fn ports_in(class: &Path) -> Vec<RdmaPort> {
                 // `100 Gb/sec (4X EDR)`
                 gigabits: of("rate").split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0.0),
                 gids,
+                addresses: ours.map(|(_, address)| *address).collect(),
             });
         }
     }
     found
+}
+
+/// Whether a device's network interface is an IPoIB one of port `number`; it counts ports from 0.
+fn is_ipoib_of(interface: &Path, number: u8) -> bool {
+    let of = |file: &str| fs::read_to_string(interface.join(file)).unwrap_or_default().trim().to_owned();
+    of("type") == IPOIB && of("dev_port").parse() == Ok(u32::from(number) - 1)
 }
 
 /// Entry `index` of a port's GID table; `None` for one that is empty.
@@ -218,7 +254,8 @@ mod tests {
 
     fn port(device: &str, number: u8, state: &str, gids: Vec<Gid>) -> RdmaPort {
         let (device, state) = (device.into(), state.into());
-        RdmaPort { device, port: number, state, ethernet: !gids.is_empty(), gigabits: 100.0, gids }
+        let (ethernet, addresses) = (!gids.is_empty(), Vec::new());
+        RdmaPort { device, port: number, state, ethernet, gigabits: 100.0, gids, addresses }
     }
 
     fn settings(device: Option<&str>, port: Option<u8>, gid_index: Option<u8>) -> RdmaSettings {
@@ -253,6 +290,21 @@ mod tests {
         assert_eq!(error, Ok(()), "who has an address that is on no port takes what is best");
         let error = distinct(&ports, &[rail(5), rail(9)]).unwrap_err();
         assert!(error.starts_with("rails 0 and 1 would both use port a/1"), "{error}");
+    }
+
+    #[test]
+    fn infiniband_rails_take_the_ports_whose_ipoib_interfaces_have_their_addresses() {
+        let address = |last| IpAddr::from(Ipv4Addr::new(10, 0, 0, last));
+        let infiniband = |number, last| RdmaPort {
+            ethernet: false,
+            addresses: vec![address(last)],
+            ..port("a", number, "ACTIVE", vec![link_local(0)])
+        };
+        let ports = [infiniband(1, 5), infiniband(2, 6)];
+        let rail = |last| (RdmaSettings::default(), Some(address(last)));
+        assert_eq!(choose(&ports, &RdmaSettings::default(), Some(address(6))).unwrap().port, 2);
+        assert_eq!(distinct(&ports, &[rail(6), rail(5)]), Ok(()));
+        assert!(distinct(&ports, &[rail(6), rail(6)]).is_err());
     }
 
     #[test]
@@ -297,8 +349,20 @@ mod tests {
         ] {
             fs::write(port.join(file), text).unwrap();
         }
-        let found = ports_in(dir.path());
+        // Two IPoIB interfaces, of ports 1 and 2, and one of Ethernet.
+        for (interface, kind, dev_port) in
+            [("ib0", "32\n", "0\n"), ("ib1", "32\n", "1\n"), ("eth0", "1\n", "0\n")]
+        {
+            let folder = dir.path().join("mlx5_0/device/net").join(interface);
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("type"), kind).unwrap();
+            fs::write(folder.join("dev_port"), dev_port).unwrap();
+        }
+        let address = |last| IpAddr::from(Ipv4Addr::new(10, 0, 0, last));
+        let addresses = ["ib0", "ib1", "eth0", "ib0"].map(str::to_owned).into_iter().zip((5..).map(address));
+        let found = ports_in(dir.path(), &addresses.collect::<Vec<_>>());
         assert_eq!(found.len(), 1);
+        assert_eq!(found[0].addresses, [address(5), address(8)]);
         assert!(found[0].is_active() && found[0].ethernet);
         assert_eq!((found[0].device.as_str(), found[0].port, found[0].gigabits), ("mlx5_0", 1, 100.0));
         assert_eq!(found[0].gids.len(), 2);

@@ -15,7 +15,7 @@ use testbed::machine::Machine;
 use testbed::rack::Rack;
 use testbed::rig::Rig;
 
-use crate::scenarios::{self, LOSS_LIMIT};
+use crate::scenarios::LOSS_LIMIT;
 
 /// The host whose cables are pulled.
 const FAR: usize = 1;
@@ -56,10 +56,9 @@ pub struct Cut {
     pub returned_seconds: f64,
 }
 
-/// Two nodes with a CPU on a host each, which two rails connect. Over RDMA only the first has CPUs, which is quicker.
+/// Two nodes with a CPU on a host each, which two rails connect.
 pub fn machine(rdma: bool) -> Machine {
-    let nodes = if rdma { scenarios::with_memory_node() } else { Machine::equal(2, 1, 384) };
-    Machine { hosts: 2, rails: 2, rdma, ..nodes }
+    Machine { hosts: 2, rails: 2, rdma, ..Machine::equal(2, 1, 384) }
 }
 
 /// Boots `machine`, cuts its rails in turn, `count` times in all, and then all of them.
