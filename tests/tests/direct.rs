@@ -105,7 +105,8 @@ fn cpus_and_devices_that_take_turns_find_what_the_last_one_wrote() {
     let over = AtomicBool::new(false);
     let offset = |page: u64, word: usize| page as usize * PAGE_SIZE + 8 * word;
     std::thread::scope(|scope| {
-        for node in 0..3 {
+        // Nobody looks on from node 2, so that its devices find little there.
+        for node in 0..2 {
             let (machine, over) = (&machine, &over);
             scope.spawn(move || {
                 let mut last = [0; SHARED as usize];
@@ -160,6 +161,6 @@ fn cpus_and_devices_that_take_turns_find_what_the_last_one_wrote() {
         sum(|t| t.stores),
         sum(|t| t.not_direct)
     );
-    assert!(sum(|t| t.loads) > 0 && sum(|t| t.stores) > 0);
+    assert!(sum(|t| t.loads) > 100 && sum(|t| t.stores) > 100);
     machine.check().unwrap();
 }
