@@ -34,7 +34,9 @@ impl Machine {
         }
         for (index, node) in self.cards.iter().enumerate() {
             text += &format!(
-                "\n[[net]]\ntap = \"gestalt{index}\"\nnode = \"n{node}\"\nmac = \"02:00:00:00:00:{index:02x}\"\n"
+                "\n[[net]]\ntap = \"gestalt{index}\"\nnode = \"n{node}\"\nmac = \"02:00:00:00:00:{index:02x}\"\n\
+                 queues = {}\n",
+                self.card_queues
             );
         }
         if self.balloon {
@@ -70,8 +72,9 @@ impl Machine {
         }
         for (index, _) in self.cards.iter().enumerate().filter(here) {
             let tap = format!("gestalt{index}");
+            let several = if self.card_queues > 1 { "multi_queue" } else { "" };
             script += &format!(
-                "modprobe tun 2>/dev/null; ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap && \
+                "modprobe tun 2>/dev/null; ip link del {tap} 2>/dev/null; ip tuntap add {tap} mode tap {several} && \
                  ip addr add 10.9.{index}.1/24 dev {tap} && ip link set {tap} up\n"
             );
         }

@@ -50,6 +50,8 @@ pub struct Machine {
     /// The nodes that have a network card each, in order: card i is TAP interface `gestalt<i>` of its host, which has
     /// the address 10.9.i.1; the guest takes 10.9.i.2.
     pub cards: Vec<usize>,
+    /// Pairs of queues of each card.
+    pub card_queues: u32,
     /// Whether it has a balloon.
     pub balloon: bool,
     /// The guest's kernel.
@@ -80,6 +82,7 @@ impl Machine {
             system: None,
             flags: Vec::new(),
             cards: Vec::new(),
+            card_queues: 1,
             balloon: false,
             kernel: Kernel::TrixieCloud,
             actions: "report,smp-check,poweroff".into(),

@@ -38,6 +38,9 @@ pub struct Devices {
     /// How much is moved at a time, in KiB, a multiple of 64
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(64..=8192))]
     kib: u64,
+    /// Pairs of queues of each card [default: one for each CPU]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=16))]
+    card_queues: Option<u32>,
     #[command(flatten)]
     options: Options,
 }
@@ -47,6 +50,7 @@ pub struct Devices {
 struct Report {
     emulated: bool,
     kib: u64,
+    card_queues: u32,
     rows: Vec<Row>,
 }
 
@@ -75,6 +79,7 @@ impl Devices {
         ensure!(machine.hosts == 1, "QEMU runs on one host: leave --hosts out");
         machine.disks = (0..machine.nodes.len()).collect();
         machine.cards.clone_from(&machine.disks);
+        machine.card_queues = self.card_queues.unwrap_or(machine.cpus().min(16));
         machine.actions = format!("report,drivers,throughput={},poweroff", self.kib << 10);
         let image = debian_image(&PACKAGES.map(String::from), TOOLS_MIB)?;
         let binaries = artifacts::build()?;
@@ -99,7 +104,7 @@ impl Devices {
             }
         }
         let rows = self.rows(&machine, &gestalt, &qemu).with_context(|| outcome.tail())?;
-        let report = Report { emulated: true, kib: self.kib, rows };
+        let report = Report { emulated: true, kib: self.kib, card_queues: machine.card_queues, rows };
         report.print();
         println!("written to {}", report::write("devices", &report)?.display());
         Ok(())
@@ -184,9 +189,14 @@ fn run_qemu(host: &Host, machine: &Machine) -> Result<Facts> {
         );
     }
     for index in 0..machine.cards.len() {
+        let queues = machine.card_queues;
+        let (several, pairs) = match queues {
+            1 => (String::new(), String::new()),
+            _ => (format!(",queues={queues}"), format!(",mq=on,vectors={}", 2 * queues + 2)),
+        };
         script += &format!(
-            " -netdev tap,id=c{index},ifname=gestalt{index},script=no,downscript=no \
-             -device virtio-net-pci,netdev=c{index},mac=02:00:00:00:00:{index:02x}"
+            " -netdev tap,id=c{index},ifname=gestalt{index},script=no,downscript=no{several} \
+             -device virtio-net-pci,netdev=c{index},mac=02:00:00:00:00:{index:02x}{pairs}"
         );
     }
     let script = format!("cd {}\n{script} < /dev/null", host.dir().join("share").display());
