@@ -143,9 +143,9 @@ throughput() {
             disk=/dev/${dir##*/}
             for round in 1 2 3; do
                 echo "GESTALT-MARK $from-$disk-$round"
-                dd_seconds "$from.disk.$(cat "$dir/serial").write.$round" "$cpu" if=/tmp/data of="$disk" conv=fsync
+                seconds "$from.disk.$(cat "$dir/serial").write.$round" "$cpu" "dd if=/tmp/data of=$disk bs=64k conv=fsync"
                 echo 1 > /proc/sys/vm/drop_caches
-                dd_seconds "$from.disk.$(cat "$dir/serial").read.$round" "$cpu" if="$disk" of=/dev/null count=$(($1 / 65536))
+                seconds "$from.disk.$(cat "$dir/serial").read.$round" "$cpu" "dd if=$disk of=/dev/null bs=64k count=$(($1 / 65536))"
             done
         done
         for dir in /sys/class/net/e*; do
@@ -163,14 +163,6 @@ throughput() {
     done
     rm /tmp/data /tmp/got /tmp/never
     say throughput done
-}
-
-# Runs dd with the other arguments on CPU $2 and says as $1 how many seconds it took.
-dd_seconds() {
-    name=$1 cpu=$2
-    shift 2
-    said=$(taskset -c "$cpu" dd bs=64k "$@" 2>&1) || return
-    say "$name" "$(echo "$said" | sed -n 's/.*copied, \([0-9.]*\) s.*/\1/p')"
 }
 
 # Runs command $3 on CPU $2 and says as $1 how many seconds it took.
