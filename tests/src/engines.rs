@@ -77,6 +77,19 @@ impl Engines {
         self.word(node, page as usize * PAGE_SIZE)
     }
 
+    /// Writes `pages` of node 0 there (page + 1); node 1 then takes a third of them over (page + 2), node 2 reads another
+    /// third.
+    pub fn spread(&self, pages: Range<u64>) {
+        for page in pages {
+            self.page(0, page).store(page + 1, Ordering::SeqCst);
+            match page % 3 {
+                0 => self.page(1, page).store(page + 2, Ordering::SeqCst),
+                1 => assert_eq!(self.page(2, page).load(Ordering::SeqCst), page + 1),
+                _ => {}
+            }
+        }
+    }
+
     /// Each node's counters when nothing is under way any more.
     ///
     /// # Errors

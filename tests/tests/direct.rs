@@ -12,18 +12,6 @@ use tests::engines::Engines;
 const PAGES: u64 = 700;
 const WORDS: usize = PAGE_SIZE / 8;
 
-/// Node 0's pages are written there; node 1 takes a third of them over, node 2 reads another third.
-fn spread(machine: &Engines) {
-    for page in 0..PAGES {
-        machine.page(0, page).store(page + 1, SeqCst);
-        match page % 3 {
-            0 => machine.page(1, page).store(page + 2, SeqCst),
-            1 => assert_eq!(machine.page(2, page).load(SeqCst), page + 1),
-            _ => {}
-        }
-    }
-}
-
 fn remote_faults(machine: &Engines) -> u64 {
     let totals = machine.at_rest().unwrap();
     totals.iter().map(|node| node.remote_read_faults + node.remote_write_faults).sum()
@@ -35,7 +23,7 @@ fn what_a_device_reads_stays_where_it_is() {
         return println!("skipped: {why}");
     }
     let machine = Engines::start(&[PAGES, PAGES, PAGES], 2, Duration::ZERO).unwrap();
-    spread(&machine);
+    machine.spread(0..PAGES);
     let faults = remote_faults(&machine);
     let pages: Vec<u64> = (0..PAGES).collect();
     for device in 0..3 {
@@ -69,7 +57,7 @@ fn what_a_device_overwrites_everybody_reads() {
     }
     let machine = Engines::start(&[PAGES, PAGES, PAGES], 2, Duration::ZERO).unwrap();
     for device in 0..3 {
-        spread(&machine);
+        machine.spread(0..PAGES);
         let value = |page: u64| page << 8 | device as u64 | 0x80;
         let pages: Vec<(u64, u64)> = (0..PAGES).map(|page| (page, value(page))).collect();
         let written = machine.store(device, &pages);

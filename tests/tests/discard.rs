@@ -11,18 +11,6 @@ use tests::engines::Engines;
 /// Pages of each node: several blocks, and not a whole number of them.
 const PAGES: u64 = 1300;
 
-/// Node 0's pages are written there; node 1 takes a third of them over, node 2 reads another third.
-fn spread(machine: &Engines) {
-    for page in 0..PAGES {
-        machine.page(0, page).store(page + 1, SeqCst);
-        match page % 3 {
-            0 => machine.page(1, page).store(page + 2, SeqCst),
-            1 => assert_eq!(machine.page(2, page).load(SeqCst), page + 1),
-            _ => {}
-        }
-    }
-}
-
 #[test]
 fn discarded_memory_costs_no_frame_anywhere_and_is_zero() {
     if let Err(why) = Uffd::open() {
@@ -34,7 +22,7 @@ fn discarded_memory_costs_no_frame_anywhere_and_is_zero() {
         bytes.map(|bytes| bytes / PAGE_SIZE as u64).collect()
     };
     for by in [2, 1, 0] {
-        spread(&machine);
+        machine.spread(0..PAGES);
         let sent = |totals: &[coherence::stats::Totals]| totals.iter().map(|t| t.pages_sent).sum::<u64>();
         let before = machine.at_rest().unwrap();
         // More at the others, if they asked ahead.

@@ -26,7 +26,7 @@ fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
         Mistake::LoadFromTheHome | Mistake::AnswerStoreAtOnce | Mistake::ForgetStored => 1,
         _ => 0,
     };
-    let small = Small { cluster, evictions: true, prefetches: false, discards, directs };
+    let small = Small { evictions: true, discards, directs, ..Small::plain(cluster) };
     let checker = small.checker().finish_when(HasDiscoveries::Any).spawn_bfs().join();
     let (name, path) =
         checker.discoveries().into_iter().min_by_key(|(_, path)| path.clone().into_actions().len())?;

@@ -47,6 +47,13 @@ pub(super) struct Small {
     pub directs: usize,
 }
 
+impl Small {
+    /// Nodes that do nothing but what their CPUs need.
+    pub fn plain(cluster: Cluster) -> Small {
+        Small { cluster, evictions: false, prefetches: false, discards: 0, directs: 0 }
+    }
+}
+
 /// A state, or what broke on the way to it.
 type State = Result<Cluster, Broken>;
 
@@ -152,128 +159,92 @@ pub(super) const RUNS: RunPolicy = RunPolicy { first: 1, most: 1 };
 
 #[test]
 fn two_nodes_and_one_page_with_evictions_and_prefetches() {
-    exhaust(
-        Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 0, directs: 0 },
-        2_502,
-    );
+    exhaust(Small { evictions: true, prefetches: true, ..Small::plain(Cluster::new(2, 1)) }, 2_502);
 }
 
 #[test]
 fn three_nodes_and_one_page_with_evictions() {
-    exhaust(
-        Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: false, discards: 0, directs: 0 },
-        146_822,
-    );
+    exhaust(Small { evictions: true, ..Small::plain(Cluster::new(3, 1)) }, 146_822);
 }
 
 #[test]
 #[ignore = "half a minute"]
 fn three_nodes_and_one_page_with_evictions_and_prefetches() {
-    exhaust(
-        Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: true, discards: 0, directs: 0 },
-        1_091_160,
-    );
+    exhaust(Small { evictions: true, prefetches: true, ..Small::plain(Cluster::new(3, 1)) }, 1_091_160);
 }
 
 #[test]
 fn two_nodes_and_a_run_of_two_pages() {
-    exhaust(
-        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 0, directs: 0 },
-        116_127,
-    );
+    exhaust(Small::plain(one_home(2, 2, RUNS)), 116_127);
 }
 
 #[test]
 #[ignore = "half a minute"]
 fn two_nodes_and_a_run_of_two_pages_with_evictions() {
-    exhaust(
-        Small { cluster: one_home(2, 2, RUNS), evictions: true, prefetches: false, discards: 0, directs: 0 },
-        1_256_057,
-    );
+    exhaust(Small { evictions: true, ..Small::plain(one_home(2, 2, RUNS)) }, 1_256_057);
 }
 
 #[test]
 fn two_nodes_and_two_homes() {
-    exhaust(
-        Small { cluster: Cluster::new(2, 2), evictions: false, prefetches: false, discards: 0, directs: 0 },
-        107_629,
-    );
+    exhaust(Small::plain(Cluster::new(2, 2)), 107_629);
 }
 
 #[test]
 #[ignore = "half a minute"]
 fn two_nodes_and_two_homes_with_evictions() {
-    exhaust(
-        Small { cluster: Cluster::new(2, 2), evictions: true, prefetches: false, discards: 0, directs: 0 },
-        1_072_796,
-    );
+    exhaust(Small { evictions: true, ..Small::plain(Cluster::new(2, 2)) }, 1_072_796);
 }
 
 /// Everything with which a discard may meet, with the discarding node at home and elsewhere.
 #[test]
 fn two_nodes_and_one_page_that_either_discards() {
     exhaust(
-        Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 2, directs: 0 },
+        Small { evictions: true, prefetches: true, discards: 2, ..Small::plain(Cluster::new(2, 1)) },
         25_500,
     );
 }
 
 #[test]
 fn three_nodes_and_one_page_that_one_discards() {
-    exhaust(
-        Small { cluster: Cluster::new(3, 1), evictions: false, prefetches: false, discards: 1, directs: 0 },
-        464_175,
-    );
+    exhaust(Small { discards: 1, ..Small::plain(Cluster::new(3, 1)) }, 464_175);
 }
 
 #[test]
 #[ignore = "a minute"]
 fn two_nodes_and_a_run_of_two_pages_that_one_discards() {
-    exhaust(
-        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 1, directs: 0 },
-        3_790_852,
-    );
+    exhaust(Small { discards: 1, ..Small::plain(one_home(2, 2, RUNS)) }, 3_790_852);
 }
 
 /// Everything with which a device's accesses may meet, with the device at the home and elsewhere.
 #[test]
 fn two_nodes_and_one_page_that_devices_of_both_use() {
     exhaust(
-        Small { cluster: Cluster::new(2, 1), evictions: true, prefetches: true, discards: 0, directs: 2 },
+        Small { evictions: true, prefetches: true, directs: 2, ..Small::plain(Cluster::new(2, 1)) },
         15_598,
     );
 }
 
 #[test]
 fn three_nodes_and_one_page_that_a_device_of_one_uses() {
-    exhaust(
-        Small { cluster: Cluster::new(3, 1), evictions: false, prefetches: false, discards: 0, directs: 1 },
-        380_325,
-    );
+    exhaust(Small { directs: 1, ..Small::plain(Cluster::new(3, 1)) }, 380_325);
 }
 
 #[test]
 #[ignore = "ten seconds"]
 fn three_nodes_and_one_page_that_a_device_of_one_uses_with_evictions() {
-    exhaust(
-        Small { cluster: Cluster::new(3, 1), evictions: true, prefetches: false, discards: 0, directs: 1 },
-        966_901,
-    );
+    exhaust(Small { evictions: true, directs: 1, ..Small::plain(Cluster::new(3, 1)) }, 966_901);
 }
 
 #[test]
 #[ignore = "half a minute"]
 fn two_nodes_and_a_run_of_two_pages_that_a_device_of_one_uses() {
-    exhaust(
-        Small { cluster: one_home(2, 2, RUNS), evictions: false, prefetches: false, discards: 0, directs: 1 },
-        2_545_556,
-    );
+    exhaust(Small { directs: 1, ..Small::plain(one_home(2, 2, RUNS)) }, 2_545_556);
 }
 
 /// With room for one copy at a time, who wants two pages makes the other go.
 fn crowded(cluster: Cluster, prefetches: bool, states: usize) {
     let cluster = cluster.with_budget(1, Eviction::Clock);
-    exhaust(Small { cluster, evictions: false, prefetches, discards: 0, directs: 0 }, states);
+    exhaust(Small { prefetches, ..Small::plain(cluster) }, states);
 }
 
 #[test]
@@ -298,7 +269,7 @@ fn two_nodes_and_three_pages_with_memory_for_one_copy() {
 #[test]
 fn what_is_under_way_comes_to_an_end_from_every_state() {
     let drains = |cluster: Cluster| {
-        let small = Small { cluster, evictions: true, prefetches: true, discards: 0, directs: 0 };
+        let small = Small { evictions: true, prefetches: true, ..Small::plain(cluster) };
         let visitor = |path: stateright::Path<State, Step>| {
             let mut cluster = path.last_state().clone().expect("nothing breaks");
             let mut steps = 0;
