@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::chain::Chain;
 use super::memory::GuestRam;
-use super::queue::{LiveQueue, Pause, QueueError, Sleeper};
+use super::queue::{LiveQueue, Pause, QueueError};
 
 /// A queue and what its threads share. Clones are the same.
 #[derive(Clone)]
@@ -21,7 +21,7 @@ pub struct Crew {
     rings: Arc<Mutex<LiveQueue>>,
     /// Who has it takes requests.
     turn: Arc<Mutex<()>>,
-    sleeper: Arc<Sleeper>,
+    pause: Arc<Pause>,
 }
 
 impl Crew {
@@ -29,7 +29,7 @@ impl Crew {
     pub fn new(queue: LiveQueue) -> Crew {
         Crew {
             memory: queue.memory().clone(),
-            sleeper: Arc::new(queue.sleeper()),
+            pause: Arc::new(queue.pause()),
             rings: Arc::new(Mutex::new(queue)),
             turn: Arc::default(),
         }
@@ -57,7 +57,7 @@ impl Crew {
             Ok(turn) => turn,
             Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
             Err(TryLockError::WouldBlock) => {
-                self.sleeper.idle();
+                self.pause.idle();
                 lock(&self.turn)
             }
         };
@@ -75,14 +75,14 @@ impl Crew {
                     continue;
                 }
             }
-            self.sleeper.wait();
+            self.pause.wait();
             lock(&self.rings).hush()?;
         }
     }
 
-    /// What a thread that has to wait for something else needs to know.
-    pub fn pause(&self) -> Pause {
-        lock(&self.rings).pause()
+    /// What a thread that has to wait for something else needs.
+    pub fn pause(&self) -> Arc<Pause> {
+        self.pause.clone()
     }
 
     /// Guest memory.

@@ -76,8 +76,9 @@ pub struct QueueContext {
     pub on_idle: Arc<dyn Fn() + Send + Sync>,
 }
 
-/// A queue's part in a wait elsewhere.
+/// What a thread of a queue needs to wait for its bell, or for something else.
 pub struct Pause {
+    bell: Arc<EventFd>,
     stop: Arc<AtomicBool>,
     on_idle: Arc<dyn Fn() + Send + Sync>,
 }
@@ -85,17 +86,9 @@ pub struct Pause {
 impl Pause {
     /// Waits until `limiter` lets a request of `bytes` bytes go. One that is stopped goes at once.
     pub fn admitted(&self, limiter: &Limiter, bytes: u64) {
-        limiter.admit(bytes, || self.stop.load(Ordering::SeqCst), || (self.on_idle)());
+        limiter.admit(bytes, || self.stop.load(Ordering::SeqCst), || self.idle());
     }
-}
 
-/// What a thread needs to sleep until a queue's bell rings.
-pub struct Sleeper {
-    bell: Arc<EventFd>,
-    on_idle: Arc<dyn Fn() + Send + Sync>,
-}
-
-impl Sleeper {
     /// Waits for the bell.
     pub fn wait(&self) {
         self.idle();
@@ -163,14 +156,9 @@ impl LiveQueue {
         &self.bell
     }
 
-    /// What a thread that has to wait for something else than the bell needs to know.
+    /// What a thread needs to wait without the queue.
     pub fn pause(&self) -> Pause {
-        Pause { stop: self.stop.clone(), on_idle: self.context.on_idle.clone() }
-    }
-
-    /// What a thread needs to sleep until the bell rings.
-    pub fn sleeper(&self) -> Sleeper {
-        Sleeper { bell: self.bell.clone(), on_idle: self.context.on_idle.clone() }
+        Pause { bell: self.bell.clone(), stop: self.stop.clone(), on_idle: self.context.on_idle.clone() }
     }
 
     /// Whether the thread is to end.
