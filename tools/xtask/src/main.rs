@@ -9,6 +9,7 @@
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
+//! | `emulator-check` | [`emulator_check`] | how often the emulator runs code that is no longer in memory |
 //! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
 //!
 //! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
@@ -19,6 +20,7 @@ mod allowance;
 mod checks;
 mod devices;
 mod disk;
+mod emulator_check;
 mod fuzz;
 mod image;
 mod options;
@@ -58,6 +60,8 @@ enum Task {
     Devices(devices::Devices),
     /// Feed what reads strangers' bytes with bytes that nobody thought of
     Fuzz(fuzz::Fuzz),
+    /// Count how often the emulator runs code that is no longer in memory
+    EmulatorCheck(emulator_check::EmulatorCheck),
     /// Check formatting, lints and versions
     CiChecks,
 }
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
         Task::Simulate(task) => task.run(),
         Task::Devices(task) => task.run(),
         Task::Fuzz(task) => task.run(),
+        Task::EmulatorCheck(task) => task.run(),
         Task::CiChecks => checks::run(),
     };
     match result {

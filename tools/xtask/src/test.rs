@@ -17,7 +17,7 @@ use crate::fuzz;
 use crate::options::Options;
 use crate::over_rdma;
 use crate::report;
-use crate::scenarios::{self, Plan, Scenario, announce};
+use crate::scenarios::{self, Plan, Scenario};
 
 /// How often a device comes and goes; `soak` does it more often.
 const HOT_PLUGS: usize = 3;
@@ -48,6 +48,8 @@ struct Tally {
     emulated: Option<bool>,
     seconds: f64,
     guests: Vec<GuestResult>,
+    /// What was booted again because the emulator ran stale code.
+    reruns: Vec<String>,
     /// What fuzz targets found.
     findings: Vec<String>,
 }
@@ -86,6 +88,9 @@ impl Test {
         for failure in &tally.findings {
             println!("failed: {failure}");
         }
+        for rerun in &tally.reruns {
+            println!("BOOTED AGAIN: {rerun}");
+        }
         println!("{} passed, {} failed", tally.passed, tally.failed);
         ensure!(tally.failed == 0, "{} tests failed", tally.failed);
         Ok(())
@@ -114,34 +119,35 @@ impl Test {
         }
         scenarios.iter_mut().for_each(|scenario| scenario.show = self.console);
         let machines: Vec<&Machine> = scenarios.iter().map(|scenario| &scenario.machine).collect();
-        let rig = Rig::start(&Options::for_tests(self.emulate).rig(&machines), &binaries)?;
+        let mut rig = Rig::start(&Options::for_tests(self.emulate).rig(&machines), &binaries)?;
         eprintln!(
             "guests run on {}",
             rig.emulated().map_or("this machine".into(), |why| format!("emulated hosts ({why})"))
         );
         tally.emulated = Some(rig.emulated().is_some());
         if self.guest.is_none() {
-            tally.note("gestalt doctor finds the host fit", || doctor(&rig));
+            tally.note("gestalt doctor finds the host fit", &mut rig, doctor);
         }
         let over_rdma = "the fabric keeps its contract over RDMA";
         if self.guest.as_ref().is_none_or(|part| over_rdma.contains(part)) && rig.emulated().is_some() {
-            tally.note(over_rdma, || over_rdma::run(&rig));
+            tally.note(over_rdma, &mut rig, over_rdma::run);
         }
         if rig.emulated().is_none() && scenarios.iter().any(|scenario| scenario.machine.rdma) {
             eprintln!("skipped: a guest over RDMA (on this host: cargo xtask quickstart -- --fabric rdma)");
             scenarios.retain(|scenario| !scenario.machine.rdma);
         }
         for scenario in &scenarios {
-            tally.note(&scenario.name, || scenario.run(&rig));
+            tally.note(&scenario.name, &mut rig, |rig| scenario.run(rig));
         }
         Ok(())
     }
 }
 
 impl Tally {
-    fn note<T>(&mut self, name: &str, run: impl FnOnce() -> Result<T>) {
+    fn note<T>(&mut self, name: &str, rig: &mut Rig, task: impl Fn(&Rig) -> Result<T>) {
         let begin = Instant::now();
-        let failure = announce(name, run).err().map(|error| format!("{error:#}"));
+        let result = scenarios::on_live_hosts(name, rig, &mut self.reruns, task);
+        let failure = result.err().map(|error| format!("{error:#}"));
         match failure {
             None => self.passed += 1,
             Some(_) => self.failed += 1,
