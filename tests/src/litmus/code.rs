@@ -15,7 +15,11 @@ use super::catalogue::{Access, Var, Variant};
 /// The port to which a thread writes when it has done its iterations.
 pub const DONE: u16 = 0x80;
 
+/// A port to which a thread writes to leave the guest and come back.
+pub const AWAY: u16 = 0x81;
+
 /// The bytes of 64-bit code in Intel syntax.
+#[macro_export]
 macro_rules! code64 {
     ($($line:expr),+ $(,)?) => {{
         let (start, end): (usize, usize);

@@ -13,27 +13,40 @@ use coherence::page::PAGE_SIZE;
 use coherence::uffd::Uffd;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
 use vmm::kvm::{Exit, HostCpu, Vcpu, Vm, caps};
+use vmm::vcpu::signal;
 
-use super::code::DONE;
+use super::code::{AWAY, DONE};
 use crate::engines::Engines;
+use crate::vectors;
 
 /// Pages of each node.
 pub const NODE_PAGES: u64 = 512;
 /// Bytes for each thread's code.
-pub const CODE_SIZE: usize = 512;
+pub const CODE_SIZE: usize = 1024;
 const TABLES: u64 = 0x1000;
 const CODE: u64 = 0x4000;
+
+/// How often a thread left the guest before it was done.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exits {
+    /// By writing to [`AWAY`].
+    pub ports: u64,
+    /// By a kick.
+    pub kicks: u64,
+}
 
 /// What the vCPUs are told: registers to run with, until they are done.
 struct Task {
     cpu: mpsc::Sender<kvm_regs>,
     thread: Option<JoinHandle<()>>,
+    /// The thread's id, for kicks.
+    id: i32,
 }
 
 /// A machine of one or more nodes with a vCPU for each thread.
 pub struct Machine {
     tasks: Vec<Task>,
-    done: mpsc::Receiver<Result<(), String>>,
+    done: mpsc::Receiver<Result<Exits, String>>,
     /// By thread.
     nodes: Vec<usize>,
     /// After the vCPUs, which use them.
@@ -72,6 +85,7 @@ impl Machine {
             unsafe { vm.add_memory(0, 0, memory.guest_view(), memory.len() as u64)? };
             vms.push(vm);
         }
+        signal::install_handler()?;
         let (tell, done) = mpsc::channel();
         let mut tasks = Vec::new();
         for (thread, &node) in nodes.iter().enumerate() {
@@ -80,7 +94,13 @@ impl Machine {
             prepare(host, &mut vcpu)?;
             let (cpu, registers) = mpsc::channel::<kvm_regs>();
             let tell = tell.clone();
+            let (introduce, ids) = mpsc::channel();
             let thread = std::thread::Builder::new().name(format!("litmus{thread}")).spawn(move || {
+                let ready = signal::block_all().map_err(anyhow::Error::from);
+                let ready = ready.and_then(|mask| Ok(vcpu.set_signal_mask(mask)?));
+                if introduce.send(ready.map(|()| signal::thread_id())).is_err() {
+                    return;
+                }
                 for regs in registers {
                     let result = run(&mut vcpu, &regs).map_err(|error| format!("{error:#}"));
                     if tell.send(result).is_err() {
@@ -88,7 +108,8 @@ impl Machine {
                     }
                 }
             })?;
-            tasks.push(Task { cpu, thread: Some(thread) });
+            let id = ids.recv().context("a vCPU's thread is gone")??;
+            tasks.push(Task { cpu, thread: Some(thread), id });
         }
         let machine = Machine { tasks, done, nodes: nodes.to_vec(), _vms: vms, engines };
         machine.write_tables();
@@ -98,6 +119,11 @@ impl Machine {
     /// The nodes' memory.
     pub fn engines(&self) -> &Engines {
         &self.engines
+    }
+
+    /// The vCPUs' threads, for [`signal::send`], which kicks them out of the guest.
+    pub fn thread_ids(&self) -> Vec<i32> {
+        self.tasks.iter().map(|task| task.id).collect()
     }
 
     /// Where a thread's results are, in bytes.
@@ -116,23 +142,29 @@ impl Machine {
         }
     }
 
-    /// Runs every thread with its registers from its code's beginning, until all are done.
+    /// Runs every thread with its registers from its code's beginning, until all are done; how often they left the guest
+    /// before, together.
     ///
     /// # Errors
     /// A vCPU left the guest for another reason, or not at all.
-    pub fn run(&self, registers: &[kvm_regs]) -> Result<()> {
+    pub fn run(&self, registers: &[kvm_regs]) -> Result<Exits> {
         for (thread, (task, regs)) in self.tasks.iter().zip(registers).enumerate() {
             let rip = CODE + (thread * CODE_SIZE) as u64;
             // Reserved bit, and IOPL 3 for the last `out`.
             task.cpu.send(kvm_regs { rip, rflags: 0x3002, ..*regs }).context("a vCPU's thread is gone")?;
         }
+        let mut all = Exits::default();
         for _ in registers {
             match self.done.recv_timeout(PATIENCE) {
-                Ok(result) => result.map_err(anyhow::Error::msg)?,
+                Ok(result) => {
+                    let exits = result.map_err(anyhow::Error::msg)?;
+                    (all.ports, all.kicks) = (all.ports + exits.ports, all.kicks + exits.kicks);
+                }
                 Err(_) => bail!("a vCPU is not done after {PATIENCE:?}: {}", self.engines.describe()),
             }
         }
-        self.engines.check()
+        self.engines.check()?;
+        Ok(all)
     }
 
     fn store(&self, offset: usize, value: u64) {
@@ -163,21 +195,29 @@ impl Drop for Machine {
     }
 }
 
-fn run(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<()> {
+fn run(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<Exits> {
     vcpu.set_regs(regs)?;
+    let mut exits = Exits::default();
     loop {
         match vcpu.run()? {
             Exit::Pio { port: DONE, write: true, .. } => break,
-            Exit::Interrupted => {}
+            Exit::Pio { port: AWAY, write: true, .. } => {
+                exits.ports += 1;
+                vectors::spoil();
+            }
+            Exit::Interrupted => {
+                exits.kicks += u64::from(signal::take_pending());
+                vectors::spoil();
+            }
             other => bail!("left the guest by {other:?} at {:#x}", vcpu.regs()?.rip),
         }
     }
     // The registers may be set only at an instruction's end.
     vcpu.complete()?;
-    Ok(())
+    Ok(exits)
 }
 
-/// 64-bit mode at CPL 3, with the page tables of this module.
+/// 64-bit mode at CPL 3, with the page tables of this module and all vector registers there are.
 fn prepare(host: &HostCpu, vcpu: &mut Vcpu) -> Result<()> {
     vcpu.set_cpuid(&host.cpuid)?;
     let mut sregs = vcpu.sregs()?;
@@ -200,5 +240,11 @@ fn prepare(host: &HostCpu, vcpu: &mut Vcpu) -> Result<()> {
     (sregs.gdt, sregs.idt) = (kvm_dtable::default(), kvm_dtable::default());
     // Protection, numeric errors, write protection, paging; PAE and SSE; long mode, active.
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8001_0033, TABLES, 0x220, 0x500);
+    let xcr0 = vectors::xcr0(host);
+    if let Some(value) = xcr0 {
+        // OSXSAVE
+        sregs.cr4 |= 1 << 18;
+        vcpu.set_xcr0(value)?;
+    }
     Ok(vcpu.set_sregs(&sregs)?)
 }
