@@ -1,4 +1,4 @@
-//! `cargo xtask ci-checks`: formatting, lints, one version of every rust-vmm crate.
+//! `cargo xtask ci-checks`: formatting, lints, one version of every rust-vmm crate, the walls between our own.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,6 +7,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use testbed::artifacts::workspace;
 use testbed::exec;
+
+use crate::layers;
 
 /// Crates of the rust-vmm project. Two versions of one in the same program do not understand each other's types.
 const RUST_VMM: &[&str] = &[
@@ -38,6 +40,8 @@ const RUST_VMM: &[&str] = &[
 pub fn run() -> Result<()> {
     one_version(&workspace().join("Cargo.lock"))?;
     println!("ok: one version of every rust-vmm crate");
+    layers::check()?;
+    println!("ok: no dependency runs up");
     cargo(&["fmt", "--all", "--check"])?;
     println!("ok: cargo fmt");
     cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;

@@ -9,7 +9,7 @@
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
-//! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
+//! | `ci-checks` | [`checks`], [`layers`] | formatting, lints, one version of every rust-vmm crate, the walls between ours |
 //!
 //! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
 //! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`report`] the files in `target/report`, [`allowance`]
@@ -21,6 +21,7 @@ mod devices;
 mod disk;
 mod fuzz;
 mod image;
+mod layers;
 mod options;
 mod over_rdma;
 mod quickstart;
