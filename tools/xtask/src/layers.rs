@@ -2,7 +2,7 @@
 //! this crate's tests.
 //!
 //! ```text
-//! gestalt ─> vmm ─> devices ─> machine ─> coherence ─> fabric
+//! gestalt ─> vmm ─> devices ─> machine ─> coherence ─> fabric ─> base
 //!                                   └───> firmware
 //! ```
 //! Nothing points up, and what is left out here must not be known there: `fabric` no pages, `coherence` no devices,
@@ -17,17 +17,18 @@ use testbed::artifacts::workspace;
 
 /// The crates of the workspace, each with those that it may depend on, for itself or its tests.
 const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
+    ("base", &[]),
     ("firmware", &[]),
-    ("fabric", &[]),
-    ("coherence", &["fabric"]),
+    ("fabric", &["base"]),
+    ("coherence", &["base", "fabric"]),
     // The control connection is sealed by `fabric`, budgets are checked by `coherence`.
-    ("machine", &["firmware", "fabric", "coherence"]),
+    ("machine", &["base", "firmware", "fabric", "coherence"]),
     // A device's memory is `coherence`'s. Its tests bring up engines over simulated fabrics.
-    ("devices", &["machine", "firmware", "fabric", "coherence"]),
-    ("vmm", &["devices", "machine", "firmware", "fabric", "coherence"]),
-    ("gestalt", &["vmm", "machine", "firmware", "fabric", "coherence"]),
-    ("benches", &["fabric", "coherence"]),
-    ("tests", &["vmm", "fabric", "coherence"]),
+    ("devices", &["base", "machine", "firmware", "fabric", "coherence"]),
+    ("vmm", &["base", "devices", "machine", "firmware", "fabric", "coherence"]),
+    ("gestalt", &["base", "vmm", "machine", "firmware", "fabric", "coherence"]),
+    ("benches", &["base", "fabric", "coherence"]),
+    ("tests", &["base", "vmm", "fabric", "coherence"]),
     ("testbed", &["firmware"]),
     ("xtask", &["testbed", "coherence"]),
 ];

@@ -23,4 +23,5 @@ pub mod kvm;
 pub mod node;
 pub mod node_msg;
 pub mod router;
+mod trace;
 pub mod vcpu;

@@ -58,7 +58,8 @@ impl Device for IoApicDevice {
 mod tests {
     use super::*;
     use crate::irq::{Destination, Mode};
-    use crate::platform::bus::{Bus, lock, share};
+    use crate::platform::bus::{Bus, share};
+    use base::lock;
     use std::sync::mpsc;
 
     #[test]

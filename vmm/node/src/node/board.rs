@@ -2,6 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use base::lock;
 use crossbeam::channel::Sender;
 use firmware::layout;
 
@@ -9,7 +10,7 @@ use super::console::{ConsoleOut, Input};
 use crate::router::remote::LocalDevices;
 use devices::irq::Message;
 use devices::platform::Device;
-use devices::platform::bus::{Bus, BusError, Shared, lock, share};
+use devices::platform::bus::{Bus, BusError, Shared, share};
 use devices::platform::hotplug::{self, HotPlug};
 use devices::platform::ioapic::IoApicDevice;
 use devices::platform::power::{self, Power, PowerEvent};

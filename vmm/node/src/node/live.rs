@@ -4,10 +4,11 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use base::lock;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
 use super::peripherals::Peripherals;
-use devices::platform::bus::{Shared, lock};
+use devices::platform::bus::Shared;
 use devices::platform::hotplug::HotPlug;
 use machine::control::{Control, DeviceOrder, GivenUp, ToCoordinator};
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use base::lock;
 use coherence::engine::{Engine, EngineConfig, OnFailure};
 use coherence::memory::DualMemory;
 use coherence::page::Homes;
@@ -12,7 +13,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use fabric::rdma::RdmaTransport;
 use fabric::secure::PrivateKey;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys};
-use fabric::{NodeId, Transport, trace};
+use fabric::{NodeId, Transport};
 use firmware::{Layout, acpi, boot, cpuid};
 use kvm_ioctls::Kvm;
 
@@ -28,8 +29,9 @@ use crate::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use crate::router::peers::{Peers, spawn_heartbeat};
 use crate::router::remote::{AllDevices, DeviceServer, LocalDevices};
 use crate::router::{CONTROL_LANE, Router};
+use crate::trace;
 use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus};
-use devices::platform::bus::{Shared, lock};
+use devices::platform::bus::Shared;
 use devices::platform::hotplug::HotPlug;
 use devices::virtio::GuestRam;
 use machine::control::{Assignment, Control, DeviceOrder, Joined, NodeReport, Start, ToCoordinator};

@@ -24,14 +24,15 @@ pub mod remote;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use fabric::{FabricError, NodeId, Transport, trace};
+use base::lock;
+use fabric::{FabricError, NodeId, Transport};
 use firmware::layout::CpuPlace;
 
 use crate::clock::thread::ClockLink;
 use crate::node_msg::{NodeMsg, Signal};
+use crate::trace;
 use crate::vcpu::{Interrupts, Table};
 use devices::irq::{Destination, Ipi, Message, Mode, route};
-use devices::platform::bus::lock;
 use devices::platform::ioapic::IoApicDevice;
 use peers::Peers;
 

@@ -1,13 +1,12 @@
 //! What is done about each reason to leave the guest.
 
-use fabric::trace;
-
 use super::Space;
 use super::msr::{self, Answer};
 use super::report;
 use super::run::{Cpu, End};
 use super::table::{State, count};
 use crate::kvm::Exit;
+use crate::trace;
 use devices::irq::Effect;
 use devices::irq::lapic::{self, Lapic};
 

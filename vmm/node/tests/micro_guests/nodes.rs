@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use base::lock;
 use crossbeam::channel;
 use devices::platform::Device;
-use devices::platform::bus::{lock, share};
+use devices::platform::bus::share;
 use devices::platform::ioapic::IoApicDevice;
 use fabric::{Transport, sim};
 use vmm::clock::thread::Aligner;
