@@ -59,10 +59,7 @@ impl Content {
             return match Ext4::load(Box::new(part)) {
                 Ok(ext4) => Content::Readable(FileSystem::Ext4(Box::new(ext4))),
                 Err(error) => {
-                    let why = format!(
-                        "{error}; if its machine was cut off, `e2fsck -fy` on the image with the machine off mends it"
-                    );
-                    Content::Other { what: "ext4", why: Some(why) }
+                    Content::Other { what: "ext4", why: Some(ext4_refusal(disk, start, &error.to_string())) }
                 }
             };
         }
@@ -78,6 +75,35 @@ impl Content {
             None => Content::Other { what: "nothing that is known", why: None },
         }
     }
+}
+
+/// Why an ext4 cannot be read: features of its superblock (Linux, "ext4 Data Structures and Algorithms", s_feature_incompat) by
+/// the names that mke2fs gives them, or what the crate says.
+fn ext4_refusal(disk: &Arc<dyn Source>, start: u64, error: &str) -> String {
+    const RECOVER: u32 = 4;
+    const NAMES: [(u32, &str); 9] = [
+        (0x10, "meta_bg"),
+        (0x100, "mmp"),
+        (0x400, "ea_inode"),
+        (0x1000, "dirdata"),
+        (0x4000, "large_dir"),
+        (0x8000, "inline_data"),
+        (0x1_0000, "encrypt"),
+        (0x2_0000, "casefold"),
+        (8, "journal_dev"),
+    ];
+    let mut field = [0; 4];
+    let read = disk.read(&mut field, start + 0x460);
+    let features = read.map_or(0, |()| u32::from_le_bytes(field));
+    let names: Vec<_> = NAMES.iter().filter(|(bit, _)| features & bit != 0).map(|(_, name)| *name).collect();
+    if error.contains("features") && !names.is_empty() {
+        return format!("it has {}", names.join(", "));
+    }
+    if features & RECOVER != 0 {
+        return "its machine was cut off while it was mounted: `e2fsck -fy`, with the machine off, mends it"
+            .into();
+    }
+    error.into()
 }
 
 fn fat(

@@ -409,6 +409,10 @@ fn systemd_boots_default_order_and_options_are_kept() {
     assert_eq!((back.kernel, back.cmdline.as_str()), (b"kernel 1".to_vec(), "a=\"b c\" d=$e f\\g #h"));
     let missing = boots(&[old, ("loader/entries/n-11.conf", "linux /k3\n")]).unwrap_err();
     assert!(missing.contains("n-11.conf names /k3, which is not there"), "{missing}");
+    let keyed = ("loader/entries/n-8.conf", "linux /k1\nsort-key a\n");
+    let passed = boots(&[keyed, ("loader/entries/n-11.conf", "linux /k3\n")]).unwrap();
+    assert_eq!(passed.kernel, b"kernel 1");
+    assert!(passed.notes[0].contains("n-11 names /k3, which is not there"), "{:?}", passed.notes);
     let arm = ("loader/entries/z.conf", "linux /k1\narchitecture aa64\n");
     assert_eq!(boots(&[arm, new]).unwrap().kernel, b"kernel 2");
     for (file, why) in [
@@ -430,4 +434,15 @@ fn partitions_that_cannot_be_read_are_named() {
     let whole = mbr(&[fat(&[]), fat(&[("vmlinuz", b"kernel")])]);
     let cut = find_in(&whole[..whole.len() - MIB]).unwrap_err().to_string();
     assert!(cut.contains("partition 2 is cut off") && cut.contains("incomplete"), "{cut}");
+}
+
+#[test]
+fn features_of_ext4_that_cannot_be_read_are_named() {
+    let Some(mut image) = ext4(&[("vmlinuz", b"kernel")]) else { return };
+    // s_feature_incompat, with metadata checksums off so that the superblock's own does not object.
+    image[0x464..0x468].copy_from_slice(&0u32.to_le_bytes());
+    let old = u32::from_le_bytes(image[0x460..0x464].try_into().unwrap());
+    image[0x460..0x464].copy_from_slice(&(old | 0x2_0000).to_le_bytes());
+    let refusal = find_in(&image).unwrap_err().to_string();
+    assert!(refusal.contains("ext4, which cannot be read: it has casefold"), "{refusal}");
 }

@@ -110,6 +110,12 @@ impl Loader<'_> {
         Some(Found { menu: vec!["/vmlinuz".into()], choice: Ok(entry) })
     }
 
+    /// Whether a file is on any file system of the disk.
+    fn has(&self, path: &str) -> bool {
+        let mut all = std::iter::once(&self.system).chain(&self.others);
+        all.any(|system| system.len_of(path).is_some())
+    }
+
     /// GRUB's environment block at `path`. On machines with UEFI it is often a link to the EFI system partition.
     fn read_environment(&self, path: &str) -> Option<String> {
         self.system.read_text(path).or_else(|| {

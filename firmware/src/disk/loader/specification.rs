@@ -140,6 +140,12 @@ impl Loader<'_> {
             }
         };
         let Some((name, entry)) = entries.get(chosen) else { return Ok(None) };
+        // Whoever wrote an entry meant it to be booted one day.
+        for (other, SpecificationEntry { kernel, .. }) in entries.iter().filter(|(other, _)| other != name) {
+            let Some(kernel) = kernel.as_ref().filter(|kernel| !self.has(kernel)) else { continue };
+            let lost = format!("the entry {other} names {kernel}, which is not there: {name} is booted");
+            note = Some(note.map_or(lost.clone(), |note| format!("{note}; {lost}")));
+        }
         let Some(kernel) = entry.kernel.clone() else {
             let program = entry.program.clone().unwrap_or_default();
             return refuse(format!("the entry {name} starts no kernel but the program {program}"));
