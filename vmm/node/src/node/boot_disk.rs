@@ -46,6 +46,7 @@ impl BootPaths {
             Some(image) => disk::find_on(Arc::new(image), path)?,
         };
         tracing::info!("booting {}", found.origin);
+        found.notes.iter().for_each(|note| tracing::warn!("{}: {note}", path.display()));
         let mut extracted = Vec::new();
         let kernel = extract(&found.kernel, &mut extracted)?;
         let initrd = match initrd {
