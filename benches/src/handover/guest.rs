@@ -85,7 +85,7 @@ impl Guest {
         let bell = Arc::new(Bell::default());
         let rung = bell.clone();
         let listener = std::thread::Builder::new().name("wake-ups".into()).spawn(move || {
-            fabric::urgent();
+            base::thread::make_urgent();
             while !rung.stop.load(Ordering::Acquire) && listen(&mut *receiver, &rung).is_ok() {}
         })?;
         Ok(Guest { vcpu, _vm: vm, host, bell, transport, listener: Some(listener) })
