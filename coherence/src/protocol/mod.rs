@@ -66,6 +66,7 @@ mod message;
 #[cfg(test)]
 mod metadata;
 mod mistake;
+mod operation;
 mod runs;
 mod state;
 #[cfg(test)]
@@ -86,6 +87,7 @@ pub use self::message::{Body, Head, Kind, MAX_RUN, Message};
 pub(crate) use self::mistake::Mistake;
 #[cfg(not(test))]
 use self::mistake::Mistake;
+pub use self::operation::{Action, Operation, Width};
 pub use self::runs::RunPolicy;
 use self::runs::Streams;
 pub use self::state::Entry;
