@@ -11,8 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use fabric::trace;
-
 use super::pace::Pace;
 use super::registers::{PowerOn, Start};
 use super::report::{self, LastExits, VcpuFailure};
@@ -21,6 +19,7 @@ use super::timer::Timer;
 use super::{Environment, VcpuConfig, signal};
 use crate::irq::lapic::Lapic;
 use crate::kvm::{Exit, KvmError, Vcpu};
+use crate::trace;
 
 /// Longest uninterrupted sleep. Wake-ups are not lost; this only bounds what a mistake would cost.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
@@ -128,7 +127,7 @@ impl Cpu {
 
     /// The whole life of the vCPU's thread.
     pub(super) fn thread(mut self) {
-        trace::event(trace::Event::Thread, 1, self.vcpu.into());
+        trace::event(trace::Event::VcpuThread, self.vcpu.into(), 0);
         self.slot().set_state(self.state);
         let why = match self.prepare().and_then(|timer| self.run(&timer)) {
             Ok(never) => match never {},
@@ -221,7 +220,7 @@ impl Cpu {
                 drop(idle);
                 let text = self.dump();
                 let slot = self.slot();
-                *slot.dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(text);
+                *base::lock(&slot.dump) = Some(text);
                 idle = table.idle();
                 table.changed.notify_all();
             }
@@ -316,7 +315,7 @@ impl Cpu {
             Duration::from_nanos(self.env.clock.nanoseconds(ticks)).min(LONGEST_SLEEP)
         });
         if !timeout.is_zero() {
-            (self.env.on_idle)(signal::thread_id() as u32);
+            (self.env.on_idle)(base::thread::id() as u32);
         }
         let start = Instant::now();
         if signal::wait(timeout) == signal::Woken::Timer {
