@@ -10,7 +10,7 @@ use fabric::{NodeId, Receiver, Transport};
 use kvm_bindings::kvm_regs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
-use tests::cpl3;
+use ::tests::cpl3;
 use vmm::kvm::{HostCpu, Vcpu, Vm, caps};
 
 use super::code::{DONE, SLEEP, WAKE};
