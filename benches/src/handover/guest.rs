@@ -4,13 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use ::tests::cpl3;
 use anyhow::{Context, Result};
 use coherence::memory::DualMemory;
 use fabric::{NodeId, Receiver, Transport};
 use kvm_bindings::kvm_regs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
-use ::tests::cpl3;
 use vmm::kvm::{HostCpu, Vcpu, Vm, caps};
 
 use super::code::{DONE, SLEEP, WAKE};
