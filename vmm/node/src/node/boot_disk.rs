@@ -12,7 +12,7 @@ use firmware::disk;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use devices::virtio::block::Qcow2Disk;
-use machine::config::devices::Kind;
+use machine::config::devices::PlacedKind;
 use machine::control::Machine;
 
 /// Kernel, initrd and command line, as files that can be opened as long as this value lives.
@@ -37,7 +37,7 @@ impl BootPaths {
         }
         let disks = machine.devices.iter().filter(|device| device.node == 0);
         let path = disks.into_iter().find_map(|device| match &device.kind {
-            Kind::Disk { path, .. } => Some(path),
+            PlacedKind::Disk { path, .. } => Some(path),
             _ => None,
         });
         let path = path.context("there is neither a kernel nor a disk on the first node")?;
@@ -87,7 +87,8 @@ mod tests {
             devices: disks.iter().map(|text| parse_disk(text).unwrap()).collect(),
             ..MachineConfig::default()
         };
-        config.machine([0; 16])
+        let checked = config.check().unwrap();
+        checked.machine([0; 16], checked.placed().to_vec())
     }
 
     #[test]
