@@ -5,7 +5,7 @@
 //! were taken from it) is lost to the others, like a node whose process died.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -225,8 +225,8 @@ impl Receiver for SimReceiver {
         Ok(frames)
     }
 
-    fn fd(&self) -> RawFd {
-        self.inbox().ready.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.inbox().ready.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

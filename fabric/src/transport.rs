@@ -1,6 +1,6 @@
 //! What every transport offers: frames to a peer on a lane, in order.
 
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -106,7 +106,7 @@ pub trait Receiver: Send {
 
     /// A descriptor that becomes readable (level-triggered, for `poll` or `epoll`) when [`Receiver::poll`]
     /// may have something to do. Meaningful once [`Receiver::arm`] has said `false`.
-    fn fd(&self) -> RawFd;
+    fn fd(&self) -> BorrowedFd<'_>;
 
     /// Call before sleeping on [`Receiver::fd`]; `true` means there is work already and sleeping is wrong.
     fn arm(&mut self) -> Result<bool, FabricError>;

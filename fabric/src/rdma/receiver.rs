@@ -1,6 +1,6 @@
 //! The receiving side of a lane.
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -111,9 +111,7 @@ impl LaneReceiver {
             source: error.into(),
         };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(io)?;
-        // SAFETY: owned by the lane and the session's receiver, which live as long as the epoll descriptor.
-        let fds = unsafe { [lane.channel.fd(), session.fd()].map(|fd| BorrowedFd::borrow_raw(fd)) };
-        for fd in fds {
+        for fd in [lane.channel.as_fd(), session.fd()] {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
         }
         epoll.add(&*lane.bell, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
@@ -365,8 +363,8 @@ impl Receiver for LaneReceiver {
         Ok(0)
     }
 
-    fn fd(&self) -> RawFd {
-        self.epoll.0.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

@@ -8,7 +8,6 @@
 //! ```
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -246,15 +245,12 @@ fn receive(common: &Common<'_>, lane: &mut HalfLane) -> Result<(), FabricError> 
 
 /// Sleeps until something has come; an error names who is missing at the deadline.
 fn wait(lanes: &mut [HalfLane], deadline: Instant) -> Result<(), String> {
-    let mut fds = Vec::new();
-    for lane in lanes.iter_mut().filter(|lane| lane.waits()) {
-        if lane.receiver.arm().unwrap_or(true) {
-            return Ok(());
-        }
-        // SAFETY: the receiver keeps its descriptor open and outlives this call.
-        let fd = unsafe { BorrowedFd::borrow_raw(lane.receiver.fd()) };
-        fds.push(PollFd::new(fd, PollFlags::POLLIN));
+    let mut waiting = lanes.iter_mut().filter(|lane| lane.waits());
+    if waiting.any(|lane| lane.receiver.arm().unwrap_or(true)) {
+        return Ok(());
     }
+    let waiting = lanes.iter().filter(|lane| lane.waits());
+    let mut fds: Vec<_> = waiting.map(|lane| PollFd::new(lane.receiver.fd(), PollFlags::POLLIN)).collect();
     if fds.is_empty() {
         return Ok(());
     }

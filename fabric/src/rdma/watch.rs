@@ -1,6 +1,6 @@
 //! What the device says of itself: a port that went down, a device that is gone.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -89,9 +89,10 @@ fn listen(watch: &Weak<Watch>, context: &SharedContext, stop: &EventFd) {
         let timeout = left.map_or(PollTimeout::NONE, |left| {
             PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
         });
-        // SAFETY: the device is open as long as `context`.
-        let events = unsafe { BorrowedFd::borrow_raw(context.async_fd()) };
-        let mut fds = [PollFd::new(events, PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [
+            PollFd::new(context.async_fd(), PollFlags::POLLIN),
+            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+        ];
         let polled = poll(&mut fds, timeout);
         let Some(watch) = watch.upgrade() else { return };
         if fds[1].any() == Some(true) {

@@ -1,7 +1,7 @@
 //! One lane: its links to all peers, and the receiver over them.
 
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -257,8 +257,8 @@ impl Receiver for LaneReceiver {
         Ok(frames)
     }
 
-    fn fd(&self) -> RawFd {
-        self.lane.epoll.0.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.lane.epoll.0.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -333,9 +333,7 @@ pub fn mesh_all(
 }
 
 /// Whether `fd` becomes readable within `milliseconds`.
-pub fn readable(fd: RawFd, milliseconds: u16) -> bool {
-    // SAFETY: the receiver that owns the descriptor is borrowed or owned by the calling test meanwhile.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+pub fn readable(fd: BorrowedFd<'_>, milliseconds: u16) -> bool {
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     nix::poll::poll(&mut fds, PollTimeout::from(milliseconds)).unwrap() > 0
 }
@@ -355,7 +353,7 @@ impl Tap {
     }
 
     /// The receiver's descriptor.
-    pub fn fd(&self) -> RawFd {
+    pub fn fd(&self) -> BorrowedFd<'_> {
         self.receiver.fd()
     }
 
