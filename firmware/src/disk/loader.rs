@@ -1,4 +1,4 @@
-//! What boot loaders leave behind: which kernels there are, and the command line of each.
+//! Boot loaders' files: which kernels there are, and the command line of each.
 //!
 //! - Entries of the Boot Loader Specification (`loader/entries/*.conf`), the newest first: systemd-boot, Fedora.
 //! - `grub.cfg`: the menu entry that `set default` names by number, else the first. Only what update-grub and its like

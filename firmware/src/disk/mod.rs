@@ -1,12 +1,12 @@
-//! The kernel inside a disk image: what a boot loader would find there, and boot.
+//! The kernel inside a disk image, as a boot loader would find it there.
 //!
 //! | file | concept |
 //! |---|---|
 //! | this one | the search |
-//! | [`source`] | the disk's bytes: a raw image, a block device, or what another format holds |
-//! | [`partitions`] | where the file systems are: GPT, MBR, or the whole disk |
+//! | [`source`] | the disk's bytes: a raw image, a block device, or the content of another format |
+//! | [`partitions`] | the places of file systems: GPT, MBR, or the whole disk |
 //! | [`filesystem`] | reading files from ext2/3/4 and FAT |
-//! | [`loader`] | what boot loaders leave behind: entries of the Boot Loader Specification, and grub.cfg |
+//! | [`loader`] | boot loaders' files: entries of the Boot Loader Specification, and grub.cfg |
 //!
 //! ```text
 //!  image ── partitions ── file systems ──> loader entries, else grub.cfg, else /vmlinuz

@@ -1,4 +1,4 @@
-//! Where the file systems of a disk are.
+//! Partitions: the places of a disk's file systems.
 
 use std::io;
 use std::sync::Arc;
