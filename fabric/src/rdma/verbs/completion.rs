@@ -91,7 +91,7 @@ impl Cq {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn new(channel: &Arc<Channel>, entries: usize, tag: usize) -> io::Result<Arc<Cq>> {
+    pub fn new(channel: &Arc<Channel>, entries: usize, tag: usize) -> io::Result<Cq> {
         let context = channel.context.clone();
         let entries = c_int::try_from(entries).map_err(|_| io::ErrorKind::InvalidInput)?;
         // SAFETY: context and channel are open, and live as long as the queue.
@@ -101,7 +101,7 @@ impl Cq {
         if raw.is_null() {
             return Err(io::Error::last_os_error());
         }
-        Ok(Arc::new(Cq { raw, _channel: channel.clone(), context }))
+        Ok(Cq { raw, _channel: channel.clone(), context })
     }
 
     pub(super) fn raw(&self) -> *mut ffi::Cq {

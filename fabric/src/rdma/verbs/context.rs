@@ -73,6 +73,12 @@ impl Context {
         })?
     }
 
+    /// A device that was opened otherwise.
+    #[cfg(test)]
+    pub(super) fn of(raw: *mut ffi::Context, name: String, library: &'static Library) -> Context {
+        Context { raw, name, library }
+    }
+
     /// The device's name.
     pub fn name(&self) -> &str {
         &self.name
