@@ -1,4 +1,4 @@
-//! What only TCP has: building the mesh among strangers, and peers that break the framing.
+//! Particular to TCP: building the mesh among strangers, and peers that break the framing.
 
 mod common;
 

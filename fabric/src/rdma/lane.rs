@@ -1,4 +1,4 @@
-//! What senders and the receiver of a lane share.
+//! One lane: the state that its senders and its receiver share.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};

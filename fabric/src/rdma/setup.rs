@@ -1,4 +1,4 @@
-//! From a session to queue pairs: each side tells the other how to reach its own, and connects to the other's.
+//! Set-up, from a session to queue pairs: each side tells the other how to reach its own, and connects to the other's.
 //!
 //! ```text
 //! hello(queue pair, packet number, address) ──────>

@@ -73,7 +73,7 @@ impl Immediate {
         u32::from(self.credits) | u32::from(self.farewell) << 16
     }
 
-    /// `None` for bytes that no sound peer sends.
+    /// `None` for bytes that no node sends.
     pub(super) fn decode(word: u32) -> Option<Immediate> {
         (word >> 17 == 0).then_some(Immediate { credits: word as u16, farewell: word >> 16 != 0 })
     }

@@ -1,4 +1,4 @@
-//! Keeps the lanes of a machine of several rails connected: moves them when a rail dies, and back when it returns.
+//! Failover between the rails of a machine that has several: lanes move when a rail dies, and back when it returns.
 //!
 //! ```text
 //!              told by the lane's receiver                  a connection over any rail
@@ -12,15 +12,13 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
-
-use super::doors::{Doors, Lanes, Ready};
+use super::connecting::{Connecting, Connection, Lanes};
 use super::lane::Lane;
+use super::mailbox::Mailbox;
 use crate::{FabricError, LaneId, NodeId};
 
 /// How long a lane may be down before the peer is lost.
@@ -29,46 +27,8 @@ const RESUME: Duration = Duration::from_secs(3);
 /// How often a lane that is not on its own rail tries to get back to it.
 const RETURN: Duration = Duration::from_secs(1);
 
-/// What the lanes tell the keeper.
-pub(super) struct Mailbox {
-    broken: Mutex<Vec<(NodeId, LaneId)>>,
-    wake: EventFd,
-    stop: AtomicBool,
-}
-
-impl Mailbox {
-    pub(super) fn new() -> Result<Mailbox, FabricError> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
-            .map_err(|error| FabricError::Io { what: "creating an eventfd", source: error.into() })?;
-        Ok(Mailbox { broken: Mutex::default(), wake, stop: AtomicBool::new(false) })
-    }
-
-    /// The connection of a lane is over.
-    pub(super) fn broken(&self, peer: NodeId, lane: LaneId) {
-        base::lock(&self.broken).push((peer, lane));
-        self.ring();
-    }
-
-    /// The transport is gone: there is nothing to keep.
-    pub(super) fn stop(&self) {
-        self.stop.store(true, Relaxed);
-        self.ring();
-    }
-
-    fn ring(&self) {
-        // Fails only if it has been rung 2^64 times and not been heard.
-        let _ = self.wake.write(1);
-    }
-
-    fn take(&self) -> Vec<(NodeId, LaneId)> {
-        // Fails only if it was not rung.
-        let _ = self.wake.read();
-        std::mem::take(&mut base::lock(&self.broken))
-    }
-}
-
-/// Where a lane is.
-struct Place {
+/// The rail that a lane is on, and what became of it.
+struct Position {
     rail: usize,
     down: Option<Instant>,
     /// Attempts since then that were refused, one after the other.
@@ -77,66 +37,66 @@ struct Place {
     tried: Instant,
 }
 
-/// The lanes as the doors see them.
-struct Keeper {
+/// The lanes of all peers.
+struct Failover {
     own: NodeId,
     rails: usize,
     plaintext: bool,
     lanes: Vec<Weak<Lane>>,
-    places: HashMap<(NodeId, LaneId), Place>,
+    positions: HashMap<(NodeId, LaneId), Position>,
     /// Lanes that must be connected again.
     dial: Vec<(NodeId, LaneId)>,
 }
 
 /// Starts the thread. `rails` says on which rail each lane to each peer is.
 pub(super) fn start(
-    doors: Doors,
+    connecting: Connecting,
     mailbox: Arc<Mailbox>,
     lanes: &[Arc<Lane>],
-    places: Vec<(NodeId, LaneId, usize)>,
+    rails: Vec<(NodeId, LaneId, usize)>,
     plaintext: bool,
 ) -> Result<(), FabricError> {
     let tried = Instant::now();
-    let place = |(peer, lane, rail)| ((peer, lane), Place { rail, down: None, refused: 0, tried });
-    let keeper = Keeper {
-        own: doors.own.identity.node,
-        rails: doors.rails(),
+    let position = |(peer, lane, rail)| ((peer, lane), Position { rail, down: None, refused: 0, tried });
+    let failover = Failover {
+        own: connecting.own.identity.node,
+        rails: connecting.rails(),
         plaintext,
         lanes: lanes.iter().map(Arc::downgrade).collect(),
-        places: places.into_iter().map(place).collect(),
+        positions: rails.into_iter().map(position).collect(),
         dial: Vec::new(),
     };
     let run = move || {
         // Lanes that are down stop the guest.
         base::thread::make_urgent();
-        run(keeper, doors, &mailbox);
+        run(failover, connecting, &mailbox);
     };
     let started = thread::Builder::new().name("rails".into()).spawn(run);
     started.map(drop).map_err(|source| FabricError::Io { what: "starting the rails' thread", source })
 }
 
-fn run(mut keeper: Keeper, mut doors: Doors, mailbox: &Mailbox) {
-    doors.patient = false;
-    while !mailbox.stop.load(Relaxed) {
+fn run(mut failover: Failover, mut connecting: Connecting, mailbox: &Mailbox) {
+    connecting.patient = false;
+    while !mailbox.is_stopped() {
         let now = Instant::now();
         for (peer, lane) in mailbox.take() {
-            keeper.broken(peer, lane, now);
+            failover.broken(peer, lane, now);
         }
-        let next = keeper.look(now, &mut doors);
-        for (peer, lane) in std::mem::take(&mut keeper.dial) {
-            if !doors.is_dialling(peer, lane) {
-                let rail = keeper.places.get(&(peer, lane)).map_or(0, |place| place.rail + 1);
-                doors.dial(peer, lane, rail, false);
+        let next = failover.check_times(now, &mut connecting);
+        for (peer, lane) in std::mem::take(&mut failover.dial) {
+            if !connecting.is_dialling(peer, lane) {
+                let rail = failover.positions.get(&(peer, lane)).map_or(0, |position| position.rail + 1);
+                connecting.dial(peer, lane, rail, false);
             }
         }
-        if let Err(error) = doors.turn(next, Some(mailbox.wake.as_fd()), &mut keeper) {
+        if let Err(error) = connecting.turn(next, Some(mailbox.as_fd()), &mut failover) {
             tracing::warn!(%error, "lanes cannot move to another rail for now");
             thread::sleep(Duration::from_millis(100));
         }
     }
 }
 
-impl Keeper {
+impl Failover {
     fn lane(&self, lane: LaneId) -> Option<Arc<Lane>> {
         self.lanes.get(usize::from(lane))?.upgrade()
     }
@@ -149,88 +109,92 @@ impl Keeper {
     }
 
     fn down(&mut self, peer: NodeId, lane: LaneId, now: Instant) {
-        let Some(place) = self.places.get_mut(&(peer, lane)) else { return };
-        if place.down.is_none() {
-            tracing::warn!("lane {lane} to {peer} lost rail {} and moves to another", place.rail);
-            (place.down, place.refused) = (Some(now), 0);
+        let Some(position) = self.positions.get_mut(&(peer, lane)) else { return };
+        if position.down.is_none() {
+            tracing::warn!("lane {lane} to {peer} lost rail {} and moves to another", position.rail);
+            (position.down, position.refused) = (Some(now), 0);
         }
         if peer < self.own {
             self.dial.push((peer, lane));
         }
     }
 
-    /// Gives up peers whose time is over, and has lanes try their own rails; when to look again.
-    fn look(&mut self, now: Instant, doors: &mut Doors) -> Instant {
+    /// Gives up peers whose time is over, and has lanes try their own rails; when to do so again.
+    fn check_times(&mut self, now: Instant, connecting: &mut Connecting) -> Instant {
         let mut next = now + Duration::from_secs(60);
         let (mut over, mut back) = (Vec::new(), Vec::new());
-        for (&(peer, lane), place) in &mut self.places {
+        for (&(peer, lane), position) in &mut self.positions {
             let own_rail = usize::from(lane) % self.rails;
-            if let Some(since) = place.down {
-                if now >= since + RESUME || place.refused >= 2 * self.rails {
+            if let Some(since) = position.down {
+                if now >= since + RESUME || position.refused >= 2 * self.rails {
                     over.push((peer, lane));
                 }
                 next = next.min(since + RESUME);
-            } else if peer < self.own && place.rail != own_rail {
-                if now >= place.tried + RETURN {
-                    place.tried = now;
+            } else if peer < self.own && position.rail != own_rail {
+                if now >= position.tried + RETURN {
+                    position.tried = now;
                     back.push((peer, lane, own_rail));
                 }
-                next = next.min(place.tried + RETURN);
+                next = next.min(position.tried + RETURN);
             }
         }
         for (peer, lane) in over {
-            self.places.remove(&(peer, lane));
-            doors.hang_up(peer, lane);
+            self.positions.remove(&(peer, lane));
+            connecting.hang_up(peer, lane);
             if let Some(lane) = self.lane(lane) {
                 lane.give_up(peer, "no rail to it is left");
             }
         }
         for (peer, lane, rail) in back {
-            if !doors.is_dialling(peer, lane) {
-                doors.dial(peer, lane, rail, true);
+            if !connecting.is_dialling(peer, lane) {
+                connecting.dial(peer, lane, rail, true);
             }
         }
         next
     }
 }
 
-impl Lanes for Keeper {
+impl Lanes for Failover {
     fn received(&mut self, peer: NodeId, lane: LaneId) -> Result<u64, String> {
-        if !self.places.contains_key(&(peer, lane)) {
+        if !self.positions.contains_key(&(peer, lane)) {
             return Err(format!("{peer} was lost before"));
         }
         let count = self.lane(lane).ok_or("this node has ended")?.suspend(peer)?;
-        if let Some(place) = self.places.get_mut(&(peer, lane)) {
-            place.down.get_or_insert_with(Instant::now);
+        if let Some(position) = self.positions.get_mut(&(peer, lane)) {
+            position.down.get_or_insert_with(Instant::now);
         }
         Ok(count)
     }
 
-    fn up(&mut self, Ready { met, socket, rail }: Ready) {
-        let (peer, lane) = (met.peer, met.lane);
+    fn up(&mut self, connection: Connection) {
+        let (peer, lane, rail) = (connection.met.peer, connection.met.lane, connection.rail);
         let Some(link) = self.lane(lane) else { return };
-        match link.resume(peer, socket, met, self.plaintext) {
+        match link.resume(connection, self.plaintext) {
             Ok(()) => {
-                if let Some(place) = self.places.get_mut(&(peer, lane)) {
-                    tracing::info!("lane {lane} to {peer} is on rail {rail}, and was on rail {}", place.rail);
-                    *place = Place { rail, down: None, refused: 0, tried: Instant::now() };
+                if let Some(position) = self.positions.get_mut(&(peer, lane)) {
+                    tracing::info!(
+                        "lane {lane} to {peer} is on rail {rail}, and was on rail {}",
+                        position.rail
+                    );
+                    *position = Position { rail, down: None, refused: 0, tried: Instant::now() };
                 }
             }
             Err(error) => {
-                self.places.remove(&(peer, lane));
+                self.positions.remove(&(peer, lane));
                 tracing::warn!("lane {lane} could not move: {error}");
             }
         }
     }
 
     fn failed(&mut self, peer: NodeId, lane: Option<LaneId>, _: &str, refused: bool) {
-        let Some((lane, place)) = lane.and_then(|lane| Some((lane, self.places.get_mut(&(peer, lane))?)))
+        let Some((lane, position)) =
+            lane.and_then(|lane| Some((lane, self.positions.get_mut(&(peer, lane))?)))
         else {
             return;
         };
-        place.refused = if refused { place.refused + 1 } else { 0 };
+        position.refused = if refused { position.refused + 1 } else { 0 };
         // An attempt to return that broke off in its middle leaves the lane without any connection.
-        if place.down.is_some() && peer < self.own {
+        if position.down.is_some() && peer < self.own {
             self.dial.push((peer, lane));
         }
     }

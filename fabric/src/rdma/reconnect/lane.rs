@@ -1,4 +1,4 @@
-//! A lane's lost peers, which are connected again: carries out what [`super::protocol`] decides.
+//! The lost peers of a lane, which are connected again as [`super::protocol`] decides.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,4 @@
-//! Connecting lost peers again, where there are several rails.
+//! Reconnecting to lost peers, where there are several rails.
 //!
 //! ```text
 //! receiver ── lost, notes ──> LaneReconnect ── make, connect ──> ReconnectThread

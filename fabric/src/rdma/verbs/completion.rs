@@ -1,4 +1,4 @@
-//! Completion queues, and the channel that wakes who sleeps.
+//! Completion queues, and the channel whose descriptor says that they have something.
 
 use std::ffi::{c_int, c_void};
 use std::io;
