@@ -20,7 +20,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use fabric::secure::{Handshake, Opener, Pattern, Sealer, SecureError, TAG};
+use fabric::secure::{Handshake, Opener, Pattern, Sealer, SecureChannel, SecureError, TAG};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::control::Machine;
@@ -222,7 +222,7 @@ pub struct Session {
 }
 
 impl Session {
-    fn new((sealer, opener): (Sealer, Opener)) -> Session {
+    fn new(SecureChannel { sealer, opener }: SecureChannel) -> Session {
         Session { sender: Sender(sealer), receiver: Receiver(opener) }
     }
 }

@@ -115,7 +115,7 @@ impl Node {
     ) -> anyhow::Result<Node> {
         let machine = &assignment.machine;
         let node = NodeId(assignment.node);
-        let layout = Layout::new(&machine.spec)?;
+        let layout = Layout::new(&machine.spec, acpi::size_bound(&machine.spec))?;
         let Host { kvm, cpu, listener, key } = host;
         let keys = MeshKeys { own: key, nodes: start.fabric_keys() };
         let transport = mesh(listener, assignment, start.addresses(), keys)?;

@@ -34,7 +34,7 @@ impl Nodes {
     fn start() -> Nodes {
         let node = |name: &str| NodeSpec { name: name.into(), cpus: 1, memory: 128 << 20 };
         let spec = MachineSpec { nodes: vec![node("n0"), node("n1")], distances: vec![], pci: true };
-        let layout = Layout::new(&spec).unwrap();
+        let layout = Layout::new(&spec, firmware::acpi::size_bound(&spec)).unwrap();
         let homes = Homes::new(layout.home_ranges().iter().map(|range| range.end - range.start));
         let ending = Arc::new(AtomicBool::new(false));
         let (mut views, mut engines) = (Vec::new(), Vec::new());
