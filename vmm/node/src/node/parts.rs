@@ -24,6 +24,7 @@ use super::peripherals::Peripherals;
 use super::{Event, StateText, VCPUS, counters, live};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
+use crate::disk_search;
 use crate::kvm::{HostCpu, Vm, caps, msr};
 use crate::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use crate::router::peers::{Peers, spawn_heartbeat};
@@ -376,7 +377,7 @@ fn load_kernel(
 ) -> anyhow::Result<boot::BspRegisters> {
     let machine = &assignment.machine;
     let acpi = acpi::build(layout, &machine.spec)?;
-    let files = BootPaths::of(machine)?;
+    let files = BootPaths::of(machine, disk_search::find)?;
     let source = files.source();
     Ok(boot::load(ram.map(), layout, &acpi, &source, tsc_khz)?)
 }
