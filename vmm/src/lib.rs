@@ -18,6 +18,7 @@
 //! | [`doctor`] | whether a node can run on this host |
 //! | [`kvm`] | KVM behind safe types |
 //! | [`vcpu`] | one thread a vCPU |
+//! | [`instruction`] | what one instruction does, so that it can be carried out on another node |
 //! | [`irq`] | local APIC and I/O APIC, pure state machines |
 //! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
 //! | [`devices`] | node 0's devices |
@@ -34,6 +35,7 @@ pub mod config;
 pub mod coordinator;
 pub mod devices;
 pub mod doctor;
+pub mod instruction;
 pub mod irq;
 pub mod keys;
 pub mod kvm;
