@@ -23,7 +23,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`cpu`] | the state of a stopped CPU |
-//! | [`decode`] | the table of what can be shipped, and addresses |
+//! | [`mod@decode`] | the table of what can be shipped, and addresses |
 //! | [`completion`] | what an instruction does to the CPU |
 //! | [`walk`] | page tables and their rights |
 //! | [`refusal`] | why an instruction is not shipped |
