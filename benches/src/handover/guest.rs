@@ -138,9 +138,7 @@ impl Drop for Guest {
 /// Waits for wake-ups for a moment.
 fn listen(receiver: &mut dyn Receiver, bell: &Bell) -> Result<()> {
     if !receiver.arm()? {
-        // SAFETY: the receiver keeps its descriptor open, and outlives the call.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(receiver.fd()) };
-        poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(100u8))
+        poll(&mut [PollFd::new(receiver.fd(), PollFlags::POLLIN)], PollTimeout::from(100u8))
             .or_else(|error| if error == nix::errno::Errno::EINTR { Ok(0) } else { Err(error) })?;
     }
     receiver.poll(&mut |_, _| bell.ring())?;

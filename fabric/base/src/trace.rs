@@ -1,4 +1,4 @@
-//! The trace: what the node did last, in a bounded ring in memory.
+//! The trace: the last events of the node, in a bounded ring in memory.
 //!
 //! Every thread writes fixed-size events into one ring of the process; writing is a counter increment and
 //! a few stores, never a lock, an allocation or a system call. When the node fails, [`dump`] prints the

@@ -66,9 +66,7 @@ fn wait(uffd: &Uffd, deadline: Instant) -> Result<coherence::uffd::Fault, String
         if left.is_zero() {
             return Err("an expected fault did not come".into());
         }
-        // SAFETY: the descriptor is open for the whole of the call.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) };
-        let mut ready = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        let mut ready = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(left.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
         // An interrupted poll is looked at again above.
         let _ = poll(&mut ready, timeout);
