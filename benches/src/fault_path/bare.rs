@@ -163,7 +163,7 @@ impl Bare {
         let mut wire = self.wire.take().context("only node 0 asks")?;
         let busy = self.setup.polling == Polling::Busy;
         let thread = std::thread::Builder::new().name("round trips".into()).spawn(move || {
-            fabric::urgent();
+            base::thread::make_urgent();
             let mut times = Vec::new();
             for i in 0..count {
                 let begin = Instant::now();

@@ -166,6 +166,9 @@ fn run_command(args: &Run) -> Result<ExitCode> {
     result
 }
 
+/// Runs `$0` in bash, or in sh on a host that has no bash.
+const SHELL: &str = "if command -v bash >/dev/null; then exec bash -c \"$0\"; else exec sh -c \"$0\"; fi";
+
 fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
     let host = &rig.hosts()[0];
     let on_terminal = args.terminal || io::stdin().is_terminal() && io::stdout().is_terminal();
@@ -173,7 +176,7 @@ fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
     let stage = host.dir().display().to_string();
     let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let job = host.spawn(Spawn {
-        argv: vec!["/bin/bash".into(), "-c".into(), args.command.join(" ")],
+        argv: ["/bin/sh", "-c", SHELL, &args.command.join(" ")].map(String::from).into(),
         env: vec![("PATH".into(), format!("{}:{path}", host.bin().display())), ("G".into(), stage)],
         terminal,
     })?;

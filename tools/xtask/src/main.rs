@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `quickstart` | [`quickstart`] | one guest over several nodes, with what it says of itself |
 //! | `quickstart --disk` | [`disk`] | a Debian that boots from its own disk, and the disks of all nodes |
+//! | `quickstart --emulate intel` | [`intel`] | what else there is to know of a host in Bochs |
 //! | `image` | [`image`] | disks to boot |
 //! | `test` | [`test`] | checks of the sources, unit tests, integration tests, guest boots |
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
@@ -22,6 +23,7 @@ mod devices;
 mod disk;
 mod fuzz;
 mod image;
+mod intel;
 mod layers;
 mod options;
 mod over_rdma;

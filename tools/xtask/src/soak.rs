@@ -80,6 +80,7 @@ impl Soak {
     /// # Errors
     /// A boot fails.
     pub fn run(&self) -> Result<()> {
+        self.options.refuse_bochs()?;
         let machine = self.options.machine()?;
         report::forget("soak")?;
         let seed = self.seed.unwrap_or_else(nanos);
