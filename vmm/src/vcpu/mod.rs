@@ -18,6 +18,11 @@
 //! The way of one interrupt: `post` sets a bit in the mailbox -> the thread drains the mailbox into its local
 //! APIC -> [`crate::irq::lapic::Lapic::acknowledge`] picks the vector -> KVM_INTERRUPT -> the guest's handler.
 //!
+//! A wait for a page is not a trap: the kick ends it like any stay in the guest, with nothing done of the instruction
+//! that needs the page. The thread then does what it was called for, and enters again; the guest takes its interrupt,
+//! or touches the page again, which the engine knows as the same wait. An interrupt that cannot be taken yet calls out
+//! once. (Accesses of KVM's own emulator wait to their end.)
+//!
 //! | file | concept |
 //! |---|---|
 //! | [`mailbox`] | what others leave for a vCPU, and the kick |
@@ -29,6 +34,7 @@
 //! | `timer` | the local APIC timer's alarm |
 //! | `pace` | how soon the next timer interrupt may come |
 //! | [`signal`] | blocking, sending and awaiting the kick signal |
+//! | [`user_mode`] | a vCPU that begins at CPL 3, for probes and tests |
 //! | [`report`] | what is said of a vCPU that cannot go on |
 //! | [`control`] | starting, pausing, stopping and dumping all of them |
 
@@ -43,6 +49,7 @@ pub mod run;
 pub mod signal;
 pub mod table;
 mod timer;
+pub mod user_mode;
 
 pub use control::{Vcpus, VcpusError};
 pub use mailbox::Mailbox;

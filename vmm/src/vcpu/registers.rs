@@ -65,31 +65,39 @@ impl PowerOn {
 
     /// The kernel's entry.
     pub(super) fn boot(&self, vcpu: &Vcpu, boot: &BspRegisters) -> Result<(), KvmError> {
-        let data = segment(&boot.data);
-        vcpu.set_sregs(&kvm_sregs {
-            cs: segment(&boot.cs),
-            ds: data,
-            es: data,
-            fs: data,
-            gs: data,
-            ss: data,
-            tr: segment(&boot.tr),
-            gdt: kvm_dtable { base: boot.gdt.base, limit: boot.gdt.limit, ..Default::default() },
-            idt: kvm_dtable { base: boot.idt.base, limit: boot.idt.limit, ..Default::default() },
-            cr0: boot.cr0,
-            cr3: boot.cr3,
-            cr4: boot.cr4,
-            efer: boot.efer,
-            ..self.sregs
-        })?;
-        vcpu.set_regs(&kvm_regs {
-            rip: boot.rip,
-            rsp: boot.rsp,
-            rsi: boot.rsi,
-            rflags: boot.rflags,
-            ..Default::default()
-        })
+        begin(vcpu, boot, &self.sregs)
     }
+}
+
+/// Sets the state that `boot` describes, and of `rest` what it says nothing of.
+///
+/// # Errors
+/// What KVM answers.
+pub fn begin(vcpu: &Vcpu, boot: &BspRegisters, rest: &kvm_sregs) -> Result<(), KvmError> {
+    let data = segment(&boot.data);
+    vcpu.set_sregs(&kvm_sregs {
+        cs: segment(&boot.cs),
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        tr: segment(&boot.tr),
+        gdt: kvm_dtable { base: boot.gdt.base, limit: boot.gdt.limit, ..Default::default() },
+        idt: kvm_dtable { base: boot.idt.base, limit: boot.idt.limit, ..Default::default() },
+        cr0: boot.cr0,
+        cr3: boot.cr3,
+        cr4: boot.cr4,
+        efer: boot.efer,
+        ..*rest
+    })?;
+    vcpu.set_regs(&kvm_regs {
+        rip: boot.rip,
+        rsp: boot.rsp,
+        rsi: boot.rsi,
+        rflags: boot.rflags,
+        ..Default::default()
+    })
 }
 
 fn segment(from: &Segment) -> kvm_segment {

@@ -25,8 +25,8 @@ use crate::kvm::{Exit, KvmError, Vcpu};
 /// Longest uninterrupted sleep. Wake-ups are not lost; this only bounds what a mistake would cost.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// How long a vCPU waits for the others to leave the guest before it takes on a stepped clock. A thread that
-/// has been kicked and has not left by then is not running guest code: it is waiting for a page or for a host
-/// CPU, and KVM sees the pending kick before it goes on.
+/// has been kicked and has not left by then is not running guest code: it is waiting for a host CPU, or for a page
+/// that KVM's emulator needs, and KVM sees the pending kick before it goes on.
 const STEP_WAIT_NS: u64 = 200_000;
 /// Exits that completing one instruction may make: string I/O in pieces, an access split over two pages.
 const MAX_COMPLETIONS: usize = 4096;
