@@ -31,7 +31,7 @@ use crate::router::devices::{AllDevices, DeviceServer, LocalDevices};
 use crate::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use crate::router::peers::{Peers, spawn_heartbeat};
 use crate::router::{CONTROL_LANE, Router};
-use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus};
+use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus, waiting};
 use crate::virtio::GuestRam;
 
 /// How long the mesh may take once everybody has joined.
@@ -62,6 +62,9 @@ impl Host {
     pub fn open(assignment: &Assignment) -> anyhow::Result<Host> {
         let kvm = caps::open()?;
         let cpu = HostCpu::probe(&kvm)?;
+        if let Err(why) = waiting::can_be_called_out(&kvm, &cpu) {
+            tracing::warn!("vCPUs take no interrupts while they wait for a page: {why}");
+        }
         let listener = Listener::bind(&assignment.fabric_listen)?;
         Ok(Host { kvm, cpu, listener, key: PrivateKey::generate()? })
     }

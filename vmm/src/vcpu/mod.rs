@@ -21,7 +21,7 @@
 //! A wait for a page is not a trap: the kick ends it like any stay in the guest, with nothing done of the instruction
 //! that needs the page. The thread then does what it was called for, and enters again; the guest takes its interrupt,
 //! or touches the page again, which the engine knows as the same wait. An interrupt that cannot be taken yet calls out
-//! once. (Accesses of KVM's own emulator wait to their end.)
+//! once. ([`waiting`] tells on which hosts; accesses of KVM's own emulator wait to their end everywhere.)
 //!
 //! | file | concept |
 //! |---|---|
@@ -34,6 +34,7 @@
 //! | `timer` | the local APIC timer's alarm |
 //! | `pace` | how soon the next timer interrupt may come |
 //! | [`signal`] | blocking, sending and awaiting the kick signal |
+//! | [`waiting`] | whether a vCPU that waits for a page can be called out, tried |
 //! | [`user_mode`] | a vCPU that begins at CPL 3, for probes and tests |
 //! | [`report`] | what is said of a vCPU that cannot go on |
 //! | [`control`] | starting, pausing, stopping and dumping all of them |
@@ -50,6 +51,7 @@ pub mod signal;
 pub mod table;
 mod timer;
 pub mod user_mode;
+pub mod waiting;
 
 pub use control::{Vcpus, VcpusError};
 pub use mailbox::Mailbox;
