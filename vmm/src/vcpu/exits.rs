@@ -8,7 +8,7 @@ use super::report;
 use super::run::{Cpu, End};
 use super::table::{State, count};
 use crate::irq::Effect;
-use crate::irq::lapic::{self, Lapic};
+use crate::irq::lapic::Lapic;
 use crate::kvm::Exit;
 
 /// Refused MSR accesses that are logged, for each vCPU.
@@ -94,9 +94,6 @@ impl Cpu {
 
     fn write_msr(&mut self, index: u32, value: u64) {
         if Lapic::handles(index) {
-            if index == lapic::msr::EOI {
-                self.pace.finished(self.now());
-            }
             match self.lapic.write_msr(index, value, self.now()) {
                 Ok(effect) => self.apply(effect),
                 Err(_) => self.refuse(index, Some(value)),

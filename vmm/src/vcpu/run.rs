@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use fabric::trace;
 
-use super::pace::Pace;
 use super::registers::{PowerOn, Start};
 use super::report::{self, LastExits, VcpuFailure};
 use super::table::{Slot, State, Table, Wish, count};
@@ -77,7 +76,6 @@ pub(super) struct Cpu {
     offset: u64,
     /// The guest TSC that the timer is armed for.
     armed: Option<u64>,
-    pub(super) pace: Pace,
 }
 
 impl Cpu {
@@ -122,7 +120,6 @@ impl Cpu {
             nmi: false,
             offset,
             armed: None,
-            pace: Pace::default(),
         })
     }
 
@@ -148,11 +145,6 @@ impl Cpu {
     /// What the guest's TSC reads now.
     pub(super) fn now(&self) -> u64 {
         self.env.clock.host().wrapping_add(self.offset)
-    }
-
-    /// When the local APIC's timer interrupt is to come.
-    fn timer_due(&self) -> Option<u64> {
-        self.lapic.timer_deadline().map(|deadline| self.pace.due(deadline))
     }
 
     fn prepare(&mut self) -> Result<Timer, End> {
@@ -292,8 +284,8 @@ impl Cpu {
             }
         }
         let now = self.now();
-        if self.timer_due().is_some_and(|due| due <= now) && self.lapic.expire_timer(now) {
-            self.pace.interrupted(now);
+        if self.lapic.timer_deadline().is_some_and(|deadline| deadline <= now) && self.lapic.expire_timer(now)
+        {
             count(&self.slot().counters.timer_interrupts, 1);
         }
         if self.state == State::Halted && (self.nmi || self.halted_enabled && self.lapic.pending().is_some())
@@ -310,7 +302,7 @@ impl Cpu {
 
     /// Halted, or waiting for start-up: sleeps until a kick or the timer's time.
     fn sleep(&mut self) -> Signalled {
-        let deadline = self.timer_due().filter(|_| self.state == State::Halted);
+        let deadline = self.lapic.timer_deadline().filter(|_| self.state == State::Halted);
         let timeout = deadline.map_or(LONGEST_SLEEP, |deadline| {
             let ticks = deadline.saturating_sub(self.now());
             Duration::from_nanos(self.env.clock.nanoseconds(ticks)).min(LONGEST_SLEEP)
@@ -411,7 +403,7 @@ impl Cpu {
 
     /// Arms the timer for the local APIC's next interrupt, unless it is.
     fn arm(&mut self, timer: &Timer) -> Result<(), End> {
-        let deadline = self.timer_due();
+        let deadline = self.lapic.timer_deadline();
         if let Some(at) = deadline
             && self.armed != deadline
         {
