@@ -218,6 +218,7 @@ impl Node {
                 interrupts: router.clone(),
                 clock: clock.clone(),
                 on_idle: Arc::new(move |thread| idle.idle(thread)),
+                shipper: None,
                 on_failure: Arc::new(move |failure| drop(vcpu_events.send(failure.into()))),
             };
             Vcpus::create(&vm, table, &configs, &env)?

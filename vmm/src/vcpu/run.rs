@@ -1,10 +1,10 @@
 //! The loop of one vCPU's thread.
 //!
 //! ```text
-//!   attend ─> follow clock ─> drain mailbox ─> expire timer ─> asleep? wait
-//!     ^                                                          │ no
-//!     │                                          inject ─> arm timer ─> KVM_RUN ─> handle exit
-//!     └────────────────────────────────────────────────────────────────────────────────┘
+//!   attend ─> follow clock ─> ship ─> drain mailbox ─> expire timer ─> asleep? wait
+//!     ^                                                                  │ no
+//!     │                                                  inject ─> arm timer ─> KVM_RUN ─> handle exit
+//!     └────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::irq::lapic::Lapic;
 use crate::kvm::{Exit, KvmError, Vcpu};
 
 /// Longest uninterrupted sleep. Wake-ups are not lost; this only bounds what a mistake would cost.
-const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+pub(super) const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// How long a vCPU waits for the others to leave the guest before it takes on a stepped clock. A thread that
 /// has been kicked and has not left by then is not running guest code: it is waiting for a host CPU, or for a page
 /// that KVM's emulator needs, and KVM sees the pending kick before it goes on.
@@ -75,25 +75,25 @@ pub(super) struct Cpu {
     /// The TSC offset that KVM has been given.
     offset: u64,
     /// The guest TSC that the timer is armed for.
-    armed: Option<u64>,
+    pub(super) armed: Option<u64>,
 }
 
 impl Cpu {
     /// Prepares the vCPU; its thread is to call [`Cpu::thread`].
     pub(super) fn new(
         local: u32,
-        kvm: Vcpu,
+        mut kvm: Vcpu,
         config: &VcpuConfig,
         table: Arc<Table>,
         env: Environment,
     ) -> Result<Cpu, KvmError> {
         let lapic = Lapic::new(config.apic_id, matches!(config.start, Start::Boot(_)));
         kvm.set_cpuid(&config.cpuid)?;
-        let power_on = PowerOn::new(&kvm, lapic.apic_base(), &config.msrs)?;
+        let power_on = PowerOn::new(&mut kvm, lapic.apic_base(), &config.msrs)?;
         let state = match &config.start {
             Start::WaitForSipi => State::WaitForSipi,
             Start::Boot(registers) => {
-                power_on.boot(&kvm, registers)?;
+                power_on.boot(&mut kvm, registers)?;
                 State::Running
             }
         };
@@ -163,6 +163,7 @@ impl Cpu {
         loop {
             self.attend()?;
             self.follow_clock()?;
+            self.ship_if_asked()?;
             // Order: from here on posters kick; then take what they left until now.
             self.slot().mailbox.doze();
             self.drain()?;
@@ -209,13 +210,10 @@ impl Cpu {
         idle.parked += 1;
         table.changed.notify_all();
         loop {
-            if self.slot().dump_wanted.swap(false, Ordering::SeqCst) {
+            if self.table_wants_dump() {
                 drop(idle);
-                let text = self.dump();
-                let slot = self.slot();
-                *slot.dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(text);
+                self.answer_dump();
                 idle = table.idle();
-                table.changed.notify_all();
             }
             if enough(table.wish()) {
                 break;
@@ -225,6 +223,19 @@ impl Cpu {
             idle = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
         }
         idle.parked -= 1;
+    }
+
+    /// Shows the registers to who wants them.
+    pub(super) fn answer_dump(&mut self) {
+        if !self.slot().dump_wanted.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let text = self.dump();
+        *self.slot().dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(text);
+        let table = self.table.clone();
+        // Under the lock, so that who is about to wait sees the text or the notice.
+        drop(table.idle());
+        table.changed.notify_all();
     }
 
     /// Takes on the node's clock if it was stepped.
@@ -257,7 +268,7 @@ impl Cpu {
         if startup.init {
             trace::event(trace::Event::Post, self.vcpu.into(), 0x200);
             self.finish_instruction()?;
-            self.power_on.init(&self.kvm)?;
+            self.power_on.init(&mut self.kvm)?;
             self.lapic.init_reset();
             self.nmi = false;
             self.set_state(State::WaitForSipi);
@@ -279,7 +290,7 @@ impl Cpu {
         if let Some(vector) = startup.sipi {
             trace::event(trace::Event::Post, self.vcpu.into(), 0x300 | u64::from(vector));
             if self.state == State::WaitForSipi {
-                self.power_on.sipi(&self.kvm, vector)?;
+                self.power_on.sipi(&mut self.kvm, vector)?;
                 self.set_state(State::Running);
             }
         }

@@ -16,7 +16,7 @@ use vmm::node_msg::Signal;
 use vmm::router::peers::Peers;
 use vmm::router::{LinkFailure, Router};
 use vmm::vcpu::table::State;
-use vmm::vcpu::{Devices, Environment, Space, Start, Table, VcpuConfig, VcpuFailure, Vcpus};
+use vmm::vcpu::{Devices, Environment, Shipper, Space, Start, Table, VcpuConfig, VcpuFailure, Vcpus};
 
 /// Long enough for a slow, busy host; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -95,6 +95,8 @@ pub struct Parts {
     on_failure: mpsc::Sender<VcpuFailure>,
     places: Vec<CpuPlace>,
     memory: Arc<DualMemory>,
+    /// Who carries instructions out elsewhere, if a test has one.
+    pub shipper: Option<Arc<dyn Shipper>>,
     /// How the boot processor begins: in real mode at [`CODE`], unless a test says otherwise.
     pub start: BspRegisters,
     khz: u32,
@@ -151,6 +153,7 @@ impl Parts {
             on_failure,
             places: here,
             memory,
+            shipper: None,
             start: real_mode(),
             khz: host.tsc_khz,
             cpuid,
@@ -209,6 +212,7 @@ impl Parts {
             interrupts: self.router.clone(),
             clock: self.clock.clone(),
             on_idle: Arc::new(|_| {}),
+            shipper: self.shipper.clone(),
             on_failure: Arc::new(move |failure| drop(on_failure.lock().unwrap().send(failure))),
         };
         let vcpus = Vcpus::create(&vm, self.table.clone(), &configs, &env).unwrap();
@@ -238,7 +242,12 @@ pub struct Withheld {
 impl Withheld {
     /// Waits until a vCPU waits for the page.
     pub fn fault(&self) -> Fault {
-        *self.uffd.wait(PATIENCE).unwrap().first().expect("no vCPU touched the page in time")
+        self.fault_within(PATIENCE).expect("no vCPU touched the page in time")
+    }
+
+    /// Waits for so long at most until a vCPU waits for the page.
+    pub fn fault_within(&self, time: Duration) -> Option<Fault> {
+        self.uffd.wait(time).unwrap().first().copied()
     }
 
     /// Whether no vCPU begins to wait for the page for so long.

@@ -9,6 +9,7 @@ mod clock;
 mod harness;
 mod interrupts;
 mod nodes;
+mod shipping;
 mod startup;
 mod user;
 mod vcpu;

@@ -23,7 +23,7 @@ const HELD: Duration = Duration::from_millis(100);
 const WHILE: Duration = Duration::from_millis(50);
 
 /// This host, if a test can withhold pages from a guest.
-fn able() -> Option<&'static HostCpu> {
+pub fn able() -> Option<&'static HostCpu> {
     if let Err(why) = Uffd::open() {
         eprintln!("skipped: {why}");
         return None;
