@@ -33,4 +33,5 @@ pub mod page;
 pub mod protocol;
 pub mod simulator;
 pub mod stats;
+mod trace;
 pub mod uffd;

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -77,7 +77,7 @@ impl Inbox {
 
     fn lock(&self) -> MutexGuard<'_, InboxState> {
         // A sink that panics does so outside the lock; the state behind a poisoned one is whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.state)
     }
 
     fn push(&self, state: &mut InboxState, from: NodeId, arrival: Arrival) -> Result<(), FabricError> {

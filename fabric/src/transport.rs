@@ -1,8 +1,8 @@
 //! What every transport offers: frames to a peer on a lane, in order.
 
 use std::os::fd::RawFd;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
 
 use crate::FabricError;
 
@@ -124,7 +124,7 @@ pub(crate) struct Receivers<R>(Mutex<Vec<Option<R>>>);
 
 impl<R: Receiver + 'static> Receivers<R> {
     pub(crate) fn take(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
-        let mut receivers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut receivers = base::lock(&self.0);
         let receiver = receivers.get_mut(usize::from(lane))?.take()?;
         Some(Box::new(receiver))
     }

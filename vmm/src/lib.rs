@@ -49,5 +49,6 @@ pub mod rdma;
 pub mod router;
 pub mod seed;
 pub mod terminal;
+mod trace;
 pub mod vcpu;
 pub mod virtio;

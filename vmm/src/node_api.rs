@@ -400,7 +400,7 @@ impl Control {
     }
 
     fn lost(&self) -> ControlError {
-        let why = self.lost.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+        let why = base::lock(&self.lost).clone();
         ControlError::Lost(why.unwrap_or_else(|| "its connection was closed".into()))
     }
 }

@@ -25,7 +25,7 @@ static RAW: AtomicBool = AtomicBool::new(false);
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 
 fn saved() -> MutexGuard<'static, Option<Termios>> {
-    SAVED.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    base::lock(&SAVED)
 }
 
 /// Switches standard input to raw mode if it is a terminal; says whether it did.

@@ -88,7 +88,7 @@ impl Bare {
         } else {
             let (nodes, busy) = (setup.pages.len() as u16, setup.polling == Polling::Busy);
             bare.thread = Some(std::thread::Builder::new().name("server".into()).spawn(move || {
-                fabric::urgent();
+                base::thread::make_urgent();
                 serve(&mut *wire, &memory, nodes, busy)?;
                 Ok(wire)
             })?);
@@ -121,7 +121,7 @@ impl Bare {
         };
         let (orders, polling) = (self.orders.clone(), self.setup.polling);
         self.thread = Some(std::thread::Builder::new().name("handler".into()).spawn(move || {
-            fabric::urgent();
+            base::thread::make_urgent();
             handler.run(&orders, polling)?;
             Ok(handler.wire)
         })?);

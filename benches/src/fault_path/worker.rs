@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use base::trace;
 use coherence::memory::DualMemory;
 use coherence::page::PAGE_SIZE;
 use fabric::secure::PrivateKey;
 use fabric::sim::SimTransport;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys};
-use fabric::{NodeId, Transport, trace};
+use fabric::{NodeId, Transport};
 
 use super::bare::Bare;
 use super::command::{Command, Op, Pages, Polling, Reply, Setup, Side, Times};

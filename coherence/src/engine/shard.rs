@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver as Inbox, Sender};
-use fabric::trace::{self, Event};
 use fabric::{LaneId, NodeId, Receiver, Transport};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
@@ -30,6 +29,7 @@ use crate::memory::DualMemory;
 use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
 use crate::protocol::{Body, Effect, Eviction, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
+use crate::trace::{self, Event};
 use crate::uffd::{Fault, Mode, Uffd};
 
 /// What other threads may ask of a shard.
@@ -193,8 +193,8 @@ impl Shard {
         bell: &EventFd,
         stop: &AtomicBool,
     ) -> Result<(), EngineError> {
-        trace::event(Event::Thread, 1, u64::from(self.core.lane));
-        if !fabric::urgent() {
+        trace::event(Event::ShardThread, self.core.lane.into(), 0);
+        if !base::thread::make_urgent() {
             tracing::debug!("no right to a real-time priority: page faults may wait for a time slice");
         }
         let mut idle_since: Option<Instant> = None;

@@ -14,7 +14,7 @@ mod share;
 mod tests;
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
@@ -148,7 +148,7 @@ impl Lane {
 
     fn link(&self, peer: NodeId) -> MutexGuard<'_, Link> {
         // No code under the lock can panic half-way through a change.
-        self.links[peer.index()].lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.links[peer.index()])
     }
 }
 

@@ -1,6 +1,6 @@
 //! What senders and the receiver of a lane share.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::mender::{Done, Mender};
@@ -50,7 +50,7 @@ pub(super) struct Lane {
 impl Lane {
     pub(super) fn lock(&self) -> MutexGuard<'_, Sender> {
         // A panic under the lock is an assertion that failed; what is behind it is as sound as it was.
-        self.sender.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.sender)
     }
 
     /// The place of a peer among all peers.
@@ -66,13 +66,13 @@ impl Lane {
 
     /// Takes what the mender did.
     pub(super) fn done(&self, done: Done) {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).push(done);
+        base::lock(&self.done).push(done);
         self.bell.ring();
     }
 
     /// What the mender did since the last time.
     pub(super) fn take_done(&self) -> Vec<Done> {
-        std::mem::take(&mut *self.done.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *base::lock(&self.done))
     }
 
     /// Sends a frame of `len` bytes, checked by the caller.
@@ -100,7 +100,7 @@ impl Drop for Lane {
     fn drop(&mut self) {
         let mut sender = self.lock();
         sender.farewell();
-        let mut left = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = base::lock(&self.last_words);
         let begin = Instant::now();
         while !sender.is_drained() && begin.elapsed() < *left {
             std::thread::sleep(LAST_WORDS_PAUSE);

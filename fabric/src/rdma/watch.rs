@@ -1,7 +1,7 @@
 //! What the device says of itself: a port that went down, a device that is gone.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -52,12 +52,12 @@ impl Watch {
     }
 
     fn note(&self, trouble: Option<String>) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+        *base::lock(&self.trouble) = trouble;
     }
 
     /// Adds to a loss what is wrong with this side.
     pub(super) fn explain(&self, error: FabricError) -> FabricError {
-        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let trouble = base::lock(&self.trouble);
         match (error, &*trouble) {
             (FabricError::PeerLost { peer, why }, Some(trouble)) if !why.contains(trouble.as_str()) => {
                 FabricError::PeerLost { peer, why: format!("{why}; {trouble}") }

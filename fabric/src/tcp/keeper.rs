@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,7 @@ impl Mailbox {
 
     /// The connection of a lane is over.
     pub(super) fn broken(&self, peer: NodeId, lane: LaneId) {
-        self.broken.lock().unwrap_or_else(PoisonError::into_inner).push((peer, lane));
+        base::lock(&self.broken).push((peer, lane));
         self.ring();
     }
 
@@ -63,7 +63,7 @@ impl Mailbox {
     fn take(&self) -> Vec<(NodeId, LaneId)> {
         // Fails only if it was not rung.
         let _ = self.wake.read();
-        std::mem::take(&mut self.broken.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut base::lock(&self.broken))
     }
 }
 
@@ -108,7 +108,7 @@ pub(super) fn start(
     };
     let run = move || {
         // Lanes that are down stop the guest.
-        crate::urgent();
+        base::thread::make_urgent();
         run(keeper, doors, &mailbox);
     };
     let started = thread::Builder::new().name("rails".into()).spawn(run);

@@ -11,7 +11,7 @@ use std::io::{ErrorKind, IoSlice};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
@@ -335,12 +335,12 @@ impl Link {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Outgoing> {
         // No code under the lock can panic half-way through a change, so a poisoned lock is a sound one.
-        self.out.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.out)
     }
 
     pub(super) fn lock_incoming(&self) -> MutexGuard<'_, Incoming> {
         // A sink may panic under the lock; the frame that it got is counted by then.
-        self.inn.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.inn)
     }
 
     /// The sending side has no backlog any more, as its connection is gone.

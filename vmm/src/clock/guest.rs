@@ -3,10 +3,9 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-use fabric::trace;
-
 use super::Scale;
 use super::align::is_forward;
+use crate::trace;
 
 /// Counters of a node's clock.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]

@@ -3,11 +3,12 @@
 use std::cell::Cell;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use base::lock;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::wire::{self, Answer, Assigned, HEARTBEAT, Hello, MAX_FRAME, Session, WireError};
@@ -255,8 +256,4 @@ fn write(
         }
     }
     let _ = stream.shutdown(Shutdown::Both);
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -122,7 +122,7 @@ struct HostProcess {
 
 impl HostProcess {
     fn child(&self) -> MutexGuard<'_, Child> {
-        self.child.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        base::lock(&self.child)
     }
 }
 

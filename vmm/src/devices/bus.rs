@@ -2,7 +2,9 @@
 
 use super::Device;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use base::lock;
 
 /// A device, shared between its bus and whoever feeds it from outside; it has its own lock.
 pub type Shared<D> = Arc<Mutex<D>>;
@@ -10,11 +12,6 @@ pub type Shared<D> = Arc<Mutex<D>>;
 /// Wraps a device for [`Bus::insert`].
 pub fn share<D: Device>(device: D) -> Shared<D> {
     Arc::new(Mutex::new(device))
-}
-
-/// Locks a device. A thread that panicked inside it leaves it as it was; the guest sees at worst an odd register.
-pub fn lock<D: ?Sized>(device: &Mutex<D>) -> MutexGuard<'_, D> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What is wrong with a range for a device.

@@ -57,8 +57,9 @@ impl Device for IoApicDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::bus::{Bus, lock, share};
+    use crate::devices::bus::{Bus, share};
     use crate::irq::{Destination, Mode};
+    use base::lock;
     use std::sync::mpsc;
 
     #[test]

@@ -47,12 +47,12 @@ impl HostCpu {
         // SAFETY: `page` was mapped before `vm` and is dropped after it and its vCPU; nothing refers to it.
         unsafe { vm.add_memory(0, 0, page.as_ptr(), 4096)? };
         let mut vcpu = vm.create_vcpu(0)?;
-        let before = fabric::trace::now();
+        let before = base::trace::now();
         if vcpu.has_tsc_offset() {
             vcpu.set_tsc_offset(0u64.wrapping_sub(before))?;
         }
         let Tried { deadline_exits, tsc } = try_out(&page, &mut vcpu)?;
-        let elapsed = fabric::trace::now() - before;
+        let elapsed = base::trace::now() - before;
         for leaf in cpuid.iter_mut().filter(|leaf| leaf.leaf == 1) {
             leaf.ecx &= !cpuid::TSC_DEADLINE_BIT;
             leaf.ecx |= if deadline_exits { cpuid::TSC_DEADLINE_BIT } else { 0 };

@@ -1,8 +1,10 @@
 //! Threads that wait until their device's limits let them go on.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use base::lock;
 
 use super::Limits;
 use super::bucket::Bucket;
@@ -133,11 +135,6 @@ fn change(bucket: &mut Option<Bucket>, rate: Option<u64>, now: Duration) {
         (Some(bucket), Some(rate)) => bucket.set_rate(rate, now),
         (_, rate) => *bucket = rate.map(Bucket::new),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What a thread that panicked left behind is a number.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

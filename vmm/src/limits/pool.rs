@@ -1,6 +1,6 @@
 //! What the disks of a node, or its network cards in one direction, may do all together.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::Limits;
@@ -46,7 +46,7 @@ impl Pool {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // What a thread that panicked left behind is a number.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.state)
     }
 }
 

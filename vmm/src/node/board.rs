@@ -2,12 +2,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use base::lock;
 use crossbeam::channel::Sender;
 use firmware::layout;
 
 use super::console::{ConsoleOut, Input};
 use crate::devices::Device;
-use crate::devices::bus::{Bus, BusError, Shared, lock, share};
+use crate::devices::bus::{Bus, BusError, Shared, share};
 use crate::devices::hotplug::{self, HotPlug, SlotId};
 use crate::devices::ioapic::IoApicDevice;
 use crate::devices::power::{self, Power, PowerEvent};

@@ -4,10 +4,11 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use base::lock;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
 use super::peripherals::Peripherals;
-use crate::devices::bus::{Shared, lock};
+use crate::devices::bus::Shared;
 use crate::devices::hotplug::HotPlug;
 use crate::node_api::{Control, DeviceOrder, ToCoordinator};
 use crate::virtio::balloon::GivenUp;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use base::lock;
 use coherence::engine::{Engine, EngineConfig, OnFailure};
 use coherence::memory::DualMemory;
 use coherence::page::Homes;
@@ -12,7 +13,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use fabric::rdma::RdmaTransport;
 use fabric::secure::PrivateKey;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys};
-use fabric::{NodeId, Transport, trace};
+use fabric::{NodeId, Transport};
 use firmware::{Layout, acpi, boot, cpuid};
 use kvm_ioctls::Kvm;
 
@@ -23,7 +24,7 @@ use super::peripherals::{EngineLink, Peripherals};
 use super::{Event, StateText, VCPUS, counters, live};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
-use crate::devices::bus::{Shared, lock};
+use crate::devices::bus::Shared;
 use crate::devices::hotplug::HotPlug;
 use crate::kvm::{HostCpu, Vm, caps, msr};
 use crate::node_api::{Assignment, Control, DeviceOrder, Joined, NodeReport, Start, ToCoordinator};
@@ -31,6 +32,7 @@ use crate::router::devices::{AllDevices, DeviceServer, LocalDevices};
 use crate::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use crate::router::peers::{Peers, spawn_heartbeat};
 use crate::router::{CONTROL_LANE, Router};
+use crate::trace;
 use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus, waiting};
 use crate::virtio::GuestRam;
 

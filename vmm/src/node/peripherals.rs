@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -59,7 +59,7 @@ impl EngineLink {
     /// The calling thread is about to sleep.
     fn idle(&self) {
         if let Some(engine) = self.engine() {
-            engine.idle(nix::unistd::gettid().as_raw() as u32);
+            engine.idle(base::thread::id() as u32);
         }
     }
 }
@@ -214,7 +214,7 @@ impl Peripherals {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u8, Present>> {
-        self.present.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.present)
     }
 }
 

@@ -5,7 +5,7 @@
 //!                       └─ yes ─> pending bit ── unmasked later ──> message
 //! ```
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::{MSIX_PENDING, MSIX_TABLE};
 use crate::irq::{Message, msi};
@@ -166,7 +166,7 @@ impl Interrupts {
     /// Looks at the table.
     pub fn lock(&self) -> MutexGuard<'_, Msix> {
         // What a thread that panicked left behind is at worst an odd table.
-        self.msix.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.msix)
     }
 }
 

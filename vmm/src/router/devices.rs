@@ -168,7 +168,7 @@ struct Pending {
 
 impl Slot {
     fn lock(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.pending)
     }
 }
 

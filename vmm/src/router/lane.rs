@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam::channel::Sender;
-use fabric::{FabricError, NodeId, Receiver, trace};
+use fabric::{FabricError, NodeId, Receiver};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -19,6 +19,7 @@ use crate::clock::align::is_forward;
 use crate::clock::estimator::Round;
 use crate::clock::thread::Pong;
 use crate::node_msg::NodeMsg;
+use crate::trace;
 
 /// Longest sleep of the lane thread, in milliseconds.
 const SLEEP_MS: u16 = 500;
@@ -85,8 +86,8 @@ struct Lane {
 
 impl Lane {
     fn run(&mut self, stop: &AtomicBool) {
-        trace::event(trace::Event::Thread, 2, 0);
-        fabric::urgent();
+        trace::event(trace::Event::ControlThread, 0, 0);
+        base::thread::make_urgent();
         let spin = self.config.clock.ticks(self.config.spin.as_nanos() as u64);
         let mut busy_until = 0;
         while !stop.load(Ordering::SeqCst) {

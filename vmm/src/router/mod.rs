@@ -24,14 +24,15 @@ pub mod place;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use fabric::{FabricError, NodeId, Transport, trace};
+use base::lock;
+use fabric::{FabricError, NodeId, Transport};
 use firmware::layout::CpuPlace;
 
 use crate::clock::thread::ClockLink;
-use crate::devices::bus::lock;
 use crate::devices::ioapic::IoApicDevice;
 use crate::irq::{Destination, Ipi, Message, Mode, route};
 use crate::node_msg::{NodeMsg, Signal};
+use crate::trace;
 use crate::vcpu::{Interrupts, Table};
 use peers::Peers;
 

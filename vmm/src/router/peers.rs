@@ -132,7 +132,7 @@ impl Peers {
 pub fn spawn_heartbeat(router: Arc<Router>, stop: Receiver<()>) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
         let peers = router.peers().clone();
-        fabric::urgent();
+        base::thread::make_urgent();
         peers.hear_all();
         let mut last = Instant::now();
         loop {

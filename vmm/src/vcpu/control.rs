@@ -146,12 +146,11 @@ impl Table {
     pub fn dump(&self, timeout: Duration) -> String {
         let slots = self.slots();
         for slot in slots {
-            *slot.dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
+            *base::lock(&slot.dump) = None;
             slot.dump_wanted.store(true, Ordering::SeqCst);
             slot.mailbox.kick();
         }
-        let take =
-            |index: usize| slots[index].dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let take = |index: usize| base::lock(&slots[index].dump).take();
         let mut texts: Vec<Option<String>> = vec![None; slots.len()];
         let deadline = Instant::now() + timeout;
         let mut idle = self.idle();

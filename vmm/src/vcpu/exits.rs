@@ -1,7 +1,5 @@
 //! What is done about each reason to leave the guest.
 
-use fabric::trace;
-
 use super::Space;
 use super::msr::{self, Answer};
 use super::report;
@@ -10,6 +8,7 @@ use super::table::{State, count};
 use crate::irq::Effect;
 use crate::irq::lapic::Lapic;
 use crate::kvm::Exit;
+use crate::trace;
 
 /// Refused MSR accesses that are logged, for each vCPU.
 const LOGGED_MSRS: u32 = 32;

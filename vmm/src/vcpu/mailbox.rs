@@ -78,7 +78,7 @@ impl Mailbox {
 
     /// The calling thread is the vCPU's from now on.
     pub fn adopt(&self) {
-        self.thread.store(signal::thread_id(), Ordering::SeqCst);
+        self.thread.store(base::thread::id(), Ordering::SeqCst);
     }
 
     /// Whether `thread` is the vCPU's.

@@ -11,8 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use fabric::trace;
-
 use super::registers::{PowerOn, Start};
 use super::report::{self, LastExits, VcpuFailure};
 use super::table::{Slot, State, Table, Wish, count};
@@ -20,6 +18,7 @@ use super::timer::Timer;
 use super::{Environment, VcpuConfig, signal};
 use crate::irq::lapic::Lapic;
 use crate::kvm::{Exit, KvmError, Vcpu};
+use crate::trace;
 
 /// Longest uninterrupted sleep. Wake-ups are not lost; this only bounds what a mistake would cost.
 pub(super) const LONGEST_SLEEP: Duration = Duration::from_secs(1);
@@ -125,7 +124,7 @@ impl Cpu {
 
     /// The whole life of the vCPU's thread.
     pub(super) fn thread(mut self) {
-        trace::event(trace::Event::Thread, 1, self.vcpu.into());
+        trace::event(trace::Event::VcpuThread, self.vcpu.into(), 0);
         self.slot().set_state(self.state);
         let why = match self.prepare().and_then(|timer| self.run(&timer)) {
             Ok(never) => match never {},
@@ -231,7 +230,7 @@ impl Cpu {
             return;
         }
         let text = self.dump();
-        *self.slot().dump.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(text);
+        *base::lock(&self.slot().dump) = Some(text);
         let table = self.table.clone();
         // Under the lock, so that who is about to wait sees the text or the notice.
         drop(table.idle());
@@ -319,7 +318,7 @@ impl Cpu {
             Duration::from_nanos(self.env.clock.nanoseconds(ticks)).min(LONGEST_SLEEP)
         });
         if !timeout.is_zero() {
-            (self.env.on_idle)(signal::thread_id() as u32);
+            (self.env.on_idle)(base::thread::id() as u32);
         }
         let start = Instant::now();
         if signal::wait(timeout) == signal::Woken::Timer {

@@ -65,12 +65,6 @@ pub fn block_all() -> io::Result<u64> {
     Ok(!open)
 }
 
-/// This thread's id, for [`send`].
-pub fn thread_id() -> i32 {
-    // SAFETY: gettid has no preconditions.
-    unsafe { libc::gettid() }
-}
-
 /// Kicks a thread of this process. A thread that has ended is left alone.
 pub fn send(thread: i32) {
     // SAFETY: tgkill touches no memory. The thread, should its id have been reused, is one of this process,
@@ -119,7 +113,7 @@ mod tests {
         install_handler().unwrap();
         std::thread::spawn(|| {
             block_all().unwrap();
-            send(thread_id());
+            send(base::thread::id());
             let start = Instant::now();
             assert_eq!(wait(Duration::from_secs(60)), Woken::Kick);
             assert!(start.elapsed() < Duration::from_secs(30));
@@ -135,7 +129,7 @@ mod tests {
         let (tell, id) = mpsc::channel();
         let waiter = std::thread::spawn(move || {
             block_all().unwrap();
-            tell.send(thread_id()).unwrap();
+            tell.send(base::thread::id()).unwrap();
             wait(Duration::from_secs(60))
         });
         send(id.recv().unwrap());

@@ -1,7 +1,7 @@
 //! The shared side of all vCPUs of a node.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 
 use coherence::page::Page;
 
@@ -254,6 +254,6 @@ impl Table {
     }
 
     pub(super) fn idle(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.idle)
     }
 }

@@ -19,7 +19,7 @@ impl Timer {
             let mut event: libc::sigevent = MaybeUninit::zeroed().assume_init();
             event.sigev_notify = libc::SIGEV_THREAD_ID;
             event.sigev_signo = signal::KICK;
-            event.sigev_notify_thread_id = signal::thread_id();
+            event.sigev_notify_thread_id = base::thread::id();
             libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, id.as_mut_ptr())
         };
         if result != 0 {

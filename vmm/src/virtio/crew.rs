@@ -8,7 +8,9 @@
 //! the standard allows (2.7.8).
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
+
+use base::lock;
 
 use super::chain::Chain;
 use super::memory::GuestRam;
@@ -89,9 +91,4 @@ impl Crew {
     pub fn memory(&self) -> &GuestRam {
         &self.memory
     }
-}
-
-/// A thread that panicked is a mistake that was reported; the others go on.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,7 +6,7 @@
 //! ```
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -144,7 +144,7 @@ impl Transport {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // What a thread that panicked left behind is at worst an odd register.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.state)
     }
 
     /// An access through configuration space (4.1.4.9), if [`offset`, `offset + len`) is its data register: where in

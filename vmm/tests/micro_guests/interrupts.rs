@@ -353,7 +353,8 @@ fn a_vcpu_halted_with_interrupts_off_wakes_for_an_nmi_only() {
 
 #[test]
 fn a_level_triggered_interrupt_is_finished_at_the_ioapic() {
-    use vmm::devices::bus::{lock, share};
+    use base::lock;
+    use vmm::devices::bus::share;
     use vmm::devices::ioapic::IoApicDevice;
     let Some(host) = host() else { return };
     let code = code16!(enable_apic!(), "20:", "sti", "hlt", "jmp 20b");

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use base::lock;
 use crossbeam::channel;
 use fabric::{Transport, sim};
 use vmm::clock::thread::Aligner;
 use vmm::devices::Device;
-use vmm::devices::bus::{lock, share};
+use vmm::devices::bus::share;
 use vmm::devices::ioapic::IoApicDevice;
 use vmm::router::LinkFailure;
 use vmm::router::devices::{AllDevices, DeviceServer};

@@ -1,8 +1,8 @@
 //! What the protocol asks for, carried out: the page tables of the guest view, the frames, and what leaves for
 //! other nodes.
 
+use crate::trace::{self, Event};
 use fabric::NodeId;
-use fabric::trace::{self, Event};
 
 use super::super::EngineError;
 use super::super::chains::Chain;
