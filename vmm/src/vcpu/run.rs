@@ -75,6 +75,8 @@ pub(super) struct Cpu {
     offset: u64,
     /// The guest TSC that the timer is armed for.
     pub(super) armed: Option<u64>,
+    /// How many shipped instructions in a row were not done.
+    pub(super) in_vain: u32,
 }
 
 impl Cpu {
@@ -119,6 +121,7 @@ impl Cpu {
             nmi: false,
             offset,
             armed: None,
+            in_vain: 0,
         })
     }
 
@@ -162,9 +165,9 @@ impl Cpu {
         loop {
             self.attend()?;
             self.follow_clock()?;
-            self.ship_if_asked()?;
             // Order: from here on posters kick; then take what they left until now.
             self.slot().mailbox.doze();
+            self.ship_if_asked()?;
             self.drain()?;
             let signalled = if self.table.wish() != Wish::Run || self.table_wants_dump() {
                 Signalled::Unknown

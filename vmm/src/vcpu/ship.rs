@@ -11,6 +11,8 @@
 //! and ends if it must; a pause waits for the answer, so that nobody sees the instruction done in memory and not in the
 //! registers. Interrupts are taken at the next entry, before the instruction or after it, as they come.
 
+use std::sync::atomic::Ordering;
+
 use coherence::page::Page;
 use kvm_bindings::{KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs, kvm_vcpu_events};
 
@@ -18,6 +20,10 @@ use super::run::{Cpu, End, LONGEST_SLEEP};
 use super::signal;
 use super::table::{State, Wish, count};
 use crate::kvm::KvmError;
+
+/// So many instructions in a row that were not done elsewhere, since their pages were just moving, and the next has its
+/// page.
+const TRIES: u32 = 4;
 
 /// A vCPU outside the guest, between two instructions as far as the guest can tell.
 #[derive(Clone, Debug)]
@@ -66,6 +72,7 @@ impl Cpu {
         let stopped = self.stopped()?;
         let Some(shipment) = shipper.begin(self.local, &stopped, page) else {
             count(&self.slot().counters.not_shipped, 1);
+            self.want(page);
             return Ok(());
         };
         match self.await_answer(shipment)? {
@@ -79,10 +86,23 @@ impl Cpu {
                     self.kvm.set_events(&events)?;
                 }
                 count(&self.slot().counters.shipped, 1);
+                self.in_vain = 0;
             }
-            Shipped::NotDone => count(&self.slot().counters.not_shipped, 1),
+            Shipped::NotDone => {
+                count(&self.slot().counters.not_shipped, 1);
+                self.in_vain += 1;
+                if self.in_vain >= TRIES {
+                    self.want(page);
+                }
+            }
         }
         Ok(())
+    }
+
+    /// The page must come the next time that the vCPU touches it.
+    fn want(&mut self, page: Page) {
+        self.slot().wants.store(page.0 + 1, Ordering::SeqCst);
+        self.in_vain = 0;
     }
 
     fn stopped(&mut self) -> Result<Stopped, KvmError> {

@@ -114,6 +114,8 @@ pub struct Slot {
     pub(super) offset: AtomicU64,
     /// One more than the page whose accessing instruction is to be shipped; 0: none.
     ship: AtomicU64,
+    /// One more than the page that must come the next time that it is touched; 0: none.
+    pub(super) wants: AtomicU64,
     pub(super) dump_wanted: AtomicBool,
     pub(super) dump: Mutex<Option<String>>,
     state: AtomicU8,
@@ -127,6 +129,7 @@ impl Slot {
             in_guest: AtomicBool::new(false),
             offset: AtomicU64::new(0),
             ship: AtomicU64::new(0),
+            wants: AtomicU64::new(0),
             dump_wanted: AtomicBool::new(false),
             dump: Mutex::new(None),
             state: AtomicU8::new(State::WaitForSipi as u8),
@@ -223,14 +226,31 @@ impl Table {
         }
     }
 
+    /// Whether a fault of `thread` on `page` may be answered by [`Table::ship`]: it is a vCPU's, inside the guest, where a
+    /// kick ends a wait, and has not said that it needs the page itself.
+    pub fn may_ship(&self, thread: u32, page: Page) -> bool {
+        let Some(slot) = self.slot_of(thread) else { return false };
+        let is = |word: &AtomicU64| {
+            word.compare_exchange(page.0 + 1, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
+        // One that was called out and comes again without having looked cannot leave: KVM's emulator waits.
+        let called = is(&slot.ship);
+        slot.in_guest.load(Ordering::SeqCst) && !is(&slot.wants) && !called
+    }
+
     /// Has the vCPU whose thread is `thread` called out of its wait for `page`, to have the instruction that accesses it
-    /// shipped. `false` if no vCPU has such a thread.
+    /// shipped. `false` if there is no such vCPU in the guest: then the page must come.
     pub fn ship(&self, thread: u32, page: Page) -> bool {
-        let Some(slot) = self.slots.iter().find(|slot| slot.mailbox.is_of(thread)) else { return false };
+        let slot = self.slot_of(thread).filter(|slot| slot.in_guest.load(Ordering::SeqCst));
+        let Some(slot) = slot else { return false };
         // Order: who is called out finds the page.
         slot.ship.store(page.0 + 1, Ordering::SeqCst);
         slot.mailbox.kick();
         true
+    }
+
+    fn slot_of(&self, thread: u32) -> Option<&Slot> {
+        self.slots.iter().find(|slot| slot.mailbox.is_of(thread))
     }
 
     pub(super) fn wish(&self) -> Wish {
