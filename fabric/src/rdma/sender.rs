@@ -21,6 +21,7 @@ use super::verbs::receive::ReceiveQueue;
 use super::verbs::send::{SendQueue, SendSlot, Sent};
 use super::window::{BESIDE, INLINE, Immediate, SIGNAL_EVERY, SLOT, Window};
 use crate::bell::Bell;
+use crate::transport::too_far_behind;
 use crate::{FabricError, LaneId, MAX_BACKLOG, NodeId, Transport};
 
 /// A backlog that grew past this gives its memory back when it has been sent.
@@ -212,8 +213,7 @@ impl Sender {
     ) -> Result<(), FabricError> {
         let link = self.link(to)?;
         if link.backlog.len() + total > MAX_BACKLOG {
-            let why = format!("it is more than {} MiB behind with what was sent to it", MAX_BACKLOG >> 20);
-            return Err(self.lose(to, &why));
+            return Err(self.lose(to, &too_far_behind()));
         }
         let first = link.backlog.is_empty();
         fill(&mut |bytes| link.backlog.extend(bytes));
