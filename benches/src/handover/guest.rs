@@ -122,6 +122,7 @@ impl Guest {
             }
             Ok(true)
         })
+        .map(drop)
     }
 }
 

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use testbed::cache::Cache;
 use testbed::host::Event;
+use testbed::keeper::Keeper;
 use testbed::kernels::Kernel;
 use testbed::options::Emulate;
 use testbed::proto::Spawn;
@@ -125,6 +126,8 @@ fn serve(serial: Option<&Path>) -> Result<()> {
     for port in ports.flatten() {
         let name = std::fs::read_to_string(port.path().join("name")).unwrap_or_default();
         if name.trim() == qemu::AGENT_PORT {
+            // Without KVM there is nothing to keep, and `gestalt doctor` says what is wrong.
+            let _keeper = Keeper::open();
             let path = PathBuf::from("/dev").join(port.file_name());
             let file = File::options().read(true).write(true).open(&path)?;
             return Ok(agent::serve(file.try_clone()?, file)?);
