@@ -294,7 +294,10 @@ impl Plan {
         let len = |file: &(usize, String)| self.volumes[file.0].system.len_of(&file.1).unwrap_or(0);
         let together = self.initrds.iter().map(len).fold(0, u64::saturating_add);
         if together > LARGEST_INITRDS {
-            return Err(format!("the initrds of {} have more than {LARGEST_INITRDS} bytes together", self.from));
+            return Err(format!(
+                "the initrds of {} have more than {LARGEST_INITRDS} bytes together",
+                self.from
+            ));
         }
         let mut initrd = Vec::new();
         for file in &self.initrds {
