@@ -89,7 +89,7 @@ impl Machine {
             let thread = std::thread::Builder::new().name(format!("litmus{thread}")).spawn(move || {
                 let ready = signal::block_all().map_err(anyhow::Error::from);
                 let ready = ready.and_then(|mask| Ok(vcpu.set_signal_mask(mask)?));
-                if introduce.send(ready.map(|()| signal::thread_id())).is_err() {
+                if introduce.send(ready.map(|()| base::thread::id())).is_err() {
                     return;
                 }
                 for regs in registers {
