@@ -55,7 +55,7 @@ pub fn check(cpus: u32, patches: u32, limit: Duration) -> Result<Count> {
     std::fs::write(&source, PROGRAM)?;
     exec::run(Command::new("gcc").args(COMPILE).arg("-o").arg(&program).arg(&source), None)?;
     let said = run(&program, cpus, patches, limit)?;
-    said.lines().filter_map(parse).last().with_context(|| {
+    said.lines().rev().find_map(parse).with_context(|| {
         format!("the emulator came to nothing within {limit:?}: it said {said:?}; let it run for longer")
     })
 }

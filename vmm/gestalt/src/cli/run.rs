@@ -58,6 +58,8 @@ impl From<FabricArg> for FabricKind {
 
 /// Flags of `gestalt run`. What is given here goes before what the machine file says.
 #[derive(Debug, Args)]
+// What may be left out stands in brackets, as in a manual; no link.
+#[allow(rustdoc::broken_intra_doc_links)]
 pub struct RunArgs {
     /// A machine file (TOML)
     machine: Option<PathBuf>,

@@ -8,7 +8,7 @@
 //! | file | concept |
 //! |---|---|
 //! | this one | the structure that files and flags fill |
-//! | [`file`] | machine files |
+//! | [`mod@file`] | machine files |
 //! | [`units`] | sizes, durations and names |
 //! | [`check`] | the checks that need no host, and the machine that has passed them |
 //! | [`devices`] | disks, network cards and the like: asked for, and placed |
