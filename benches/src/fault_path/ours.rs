@@ -1,6 +1,6 @@
 //! The node as it is in production: the coherence engine over the fabric.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -42,7 +42,7 @@ impl Ours {
         let failure = Arc::new(Mutex::new(None));
         let tell = failure.clone();
         let on_failure = Arc::new(move |error: EngineError| {
-            *tell.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            *base::lock(&tell) = Some(error.to_string());
         });
         let engine = Engine::start(config, memory.clone(), transport.clone(), on_failure)?;
         Ok(Ours { memory, engine, transport, failure })
@@ -77,7 +77,7 @@ impl Ours {
     /// # Errors
     /// Why it does not.
     pub fn check(&self) -> Result<()> {
-        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &*base::lock(&self.failure) {
             Some(why) => bail!("the engine failed: {why}"),
             None => Ok(()),
         }

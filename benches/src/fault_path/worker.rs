@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use base::trace;
 use coherence::memory::DualMemory;
 use coherence::page::PAGE_SIZE;
 use fabric::secure::PrivateKey;
 use fabric::sim::SimTransport;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys};
-use fabric::{NodeId, Transport, trace};
+use fabric::{NodeId, Transport};
 
 use super::bare::Bare;
 use super::command::{Command, Op, Pages, Polling, Reply, Setup, Side, Times};
@@ -110,7 +111,7 @@ impl Worker {
             Command::Code(program) => {
                 let memory = self.memory()?;
                 let write = |at: usize, word| address(memory, at).store(word, Ordering::SeqCst);
-                tests::cpl3::tables().for_each(|(at, word)| write(at, word));
+                ::tests::cpl3::tables().for_each(|(at, word)| write(at, word));
                 for (i, bytes) in program.code().chunks(8).enumerate() {
                     let mut word = [0; 8];
                     word[..bytes.len()].copy_from_slice(bytes);

@@ -16,6 +16,9 @@ use crate::code64;
 /// The port to which a thread writes when it has done its iterations.
 pub const DONE: u16 = 0x80;
 
+/// A port to which a thread writes to leave the guest and come back.
+pub const AWAY: u16 = 0x81;
+
 /// Draws a random delay of 64 - cl bits into r10.
 fn draw() -> &'static [u8] {
     code64!(

@@ -11,27 +11,39 @@ use anyhow::{Context, Result, bail};
 use coherence::page::PAGE_SIZE;
 use kvm_bindings::kvm_regs;
 use vmm::kvm::{HostCpu, Vm, caps};
+use vmm::vcpu::signal;
 
-use super::code::DONE;
+use super::code::{AWAY, DONE};
 use crate::cpl3;
 use crate::engines::Engines;
 
 /// Pages of each node.
 pub const NODE_PAGES: u64 = 512;
 /// Bytes for each thread's code.
-pub const CODE_SIZE: usize = 512;
+pub const CODE_SIZE: usize = 1024;
 const CODE: u64 = cpl3::BEHIND_TABLES;
+
+/// How often a thread left the guest before it was done.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exits {
+    /// By writing to [`AWAY`].
+    pub ports: u64,
+    /// By a kick.
+    pub kicks: u64,
+}
 
 /// What the vCPUs are told: registers to run with, until they are done.
 struct Task {
     cpu: mpsc::Sender<kvm_regs>,
     thread: Option<JoinHandle<()>>,
+    /// The thread's id, for kicks.
+    id: i32,
 }
 
 /// A machine of one or more nodes with a vCPU for each thread.
 pub struct Machine {
     tasks: Vec<Task>,
-    done: mpsc::Receiver<Result<(), String>>,
+    done: mpsc::Receiver<Result<Exits, String>>,
     /// By thread.
     nodes: Vec<usize>,
     /// After the vCPUs, which use them.
@@ -64,6 +76,7 @@ impl Machine {
             unsafe { vm.add_memory(0, 0, memory.guest_view(), memory.len() as u64)? };
             vms.push(vm);
         }
+        signal::install_handler()?;
         let (tell, done) = mpsc::channel();
         let mut tasks = Vec::new();
         for (thread, &node) in nodes.iter().enumerate() {
@@ -72,16 +85,28 @@ impl Machine {
             cpl3::prepare(host, &mut vcpu)?;
             let (cpu, registers) = mpsc::channel::<kvm_regs>();
             let tell = tell.clone();
+            let (introduce, ids) = mpsc::channel();
             let thread = std::thread::Builder::new().name(format!("litmus{thread}")).spawn(move || {
+                let ready = signal::block_all().map_err(anyhow::Error::from);
+                let ready = ready.and_then(|mask| Ok(vcpu.set_signal_mask(mask)?));
+                if introduce.send(ready.map(|()| base::thread::id())).is_err() {
+                    return;
+                }
                 for regs in registers {
-                    let result = cpl3::run(&mut vcpu, &regs, |port| Ok(port != DONE))
-                        .map_err(|error| format!("{error:#}"));
+                    let mut ports = 0;
+                    let result = cpl3::run(&mut vcpu, &regs, |port| {
+                        ports += u64::from(port == AWAY);
+                        Ok(port != DONE)
+                    });
+                    let result = result.map(|kicks| Exits { ports, kicks });
+                    let result = result.map_err(|error| format!("{error:#}"));
                     if tell.send(result).is_err() {
                         break;
                     }
                 }
             })?;
-            tasks.push(Task { cpu, thread: Some(thread) });
+            let id = ids.recv().context("a vCPU's thread is gone")??;
+            tasks.push(Task { cpu, thread: Some(thread), id });
         }
         let machine = Machine { tasks, done, nodes: nodes.to_vec(), _vms: vms, engines };
         cpl3::tables().for_each(|(at, word)| machine.store(at, word));
@@ -91,6 +116,11 @@ impl Machine {
     /// The nodes' memory.
     pub fn engines(&self) -> &Engines {
         &self.engines
+    }
+
+    /// The vCPUs' threads, for [`signal::send`], which kicks them out of the guest.
+    pub fn thread_ids(&self) -> Vec<i32> {
+        self.tasks.iter().map(|task| task.id).collect()
     }
 
     /// Where a thread's results are, in bytes.
@@ -109,22 +139,28 @@ impl Machine {
         }
     }
 
-    /// Runs every thread with its registers from its code's beginning, until all are done.
+    /// Runs every thread with its registers from its code's beginning, until all are done; how often they left the guest
+    /// before, together.
     ///
     /// # Errors
     /// A vCPU left the guest for another reason, or not at all.
-    pub fn run(&self, registers: &[kvm_regs]) -> Result<()> {
+    pub fn run(&self, registers: &[kvm_regs]) -> Result<Exits> {
         for (thread, (task, regs)) in self.tasks.iter().zip(registers).enumerate() {
             let rip = CODE + (thread * CODE_SIZE) as u64;
             task.cpu.send(kvm_regs { rip, ..*regs }).context("a vCPU's thread is gone")?;
         }
+        let mut all = Exits::default();
         for _ in registers {
             match self.done.recv_timeout(PATIENCE) {
-                Ok(result) => result.map_err(anyhow::Error::msg)?,
+                Ok(result) => {
+                    let exits = result.map_err(anyhow::Error::msg)?;
+                    (all.ports, all.kicks) = (all.ports + exits.ports, all.kicks + exits.kicks);
+                }
                 Err(_) => bail!("a vCPU is not done after {PATIENCE:?}: {}", self.engines.describe()),
             }
         }
-        self.engines.check()
+        self.engines.check()?;
+        Ok(all)
     }
 
     fn store(&self, offset: usize, value: u64) {
