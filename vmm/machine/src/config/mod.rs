@@ -58,18 +58,18 @@ pub const DEFAULT_JOIN_REMOTE: Duration = Duration::from_secs(600);
 /// The guest's command line if none is given: Linux then speaks on the terminal.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
-/// What is wrong with a machine's description, in a sentence that says what to do.
+/// A mistake in a machine's description, in a sentence that says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
 
-/// Who starts a node's process.
+/// The host of a node, which says who starts its process.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Default)]
-pub enum Place {
-    /// `gestalt run` does, on its own host.
+pub enum NodeHost {
+    /// The host of `gestalt run`, which starts it.
     #[default]
     Local,
-    /// Somebody runs `gestalt node` on another host.
+    /// Another, where somebody runs `gestalt node`.
     Remote,
 }
 
@@ -83,8 +83,8 @@ pub struct NodeConfig {
     pub budget: Option<u64>,
     /// What its devices may do all together.
     pub capacity: Capacity,
-    /// Who starts it.
-    pub place: Place,
+    /// Where it runs.
+    pub host: NodeHost,
     /// Where its fabric listens, an address for each rail. Without any it is the one that its control connection
     /// comes from, which is loopback as long as everything is on one host.
     pub fabric_listen: Vec<SocketAddr>,
@@ -97,7 +97,7 @@ impl NodeConfig {
             spec: NodeSpec { name: name.into(), cpus, memory },
             budget: None,
             capacity: Capacity::default(),
-            place: Place::Local,
+            host: NodeHost::Local,
             fabric_listen: Vec::new(),
         }
     }
@@ -136,7 +136,7 @@ pub struct MachineConfig {
     pub plaintext_fabric: bool,
     /// How long the nodes may take to join; `None` for [`DEFAULT_JOIN_LOCAL`] or [`DEFAULT_JOIN_REMOTE`].
     pub join_timeout: Option<Duration>,
-    /// What carries the fabric's frames.
+    /// The carrier of the fabric's frames.
     pub fabric: FabricKind,
     /// Which RDMA ports, if RDMA does.
     pub rdma: RdmaConfig,
@@ -205,7 +205,7 @@ impl MachineConfig {
 
     /// Whether somebody has to start nodes elsewhere.
     pub fn has_remote_nodes(&self) -> bool {
-        self.nodes.iter().any(|node| node.place == Place::Remote)
+        self.nodes.iter().any(|node| node.host == NodeHost::Remote)
     }
 
     /// Where to listen.
