@@ -9,7 +9,7 @@
 //! listen = "192.0.2.1:7700"           # default: loopback, any port
 //! silence = "3s"                      # a node that says nothing for so long is lost
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
-//! hold = "100us"                      # how long a node keeps a page it just won
+//! hold = "0us"                        # how long a node keeps a page it just won at least; 0: as long as is right
 //! join_timeout = "10min"
 //! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
 //! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own

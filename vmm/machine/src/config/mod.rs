@@ -39,8 +39,9 @@ use self::rdma::{FabricKind, RdmaConfig};
 pub const DEFAULT_SILENCE: Duration = Duration::from_secs(3);
 /// The shortest silence that can be told from a busy host: several heartbeats (every 0.5 s) must fit.
 pub const MIN_SILENCE: Duration = Duration::from_secs(1);
-/// How long a node keeps a page that it just won, unless the machine file says otherwise.
-pub const DEFAULT_HOLD: Duration = Duration::from_micros(100);
+/// How long a node keeps a page that it just won at least, unless the machine file says otherwise: as long as the engine
+/// finds right.
+pub const DEFAULT_HOLD: Duration = Duration::ZERO;
 /// The longest hold: every other node's access to the page waits for it.
 pub const MAX_HOLD: Duration = Duration::from_millis(100);
 /// CPUs of the largest node for each coherence shard, unless the machine file says how many shards there are: one
