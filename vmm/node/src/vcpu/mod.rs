@@ -34,6 +34,7 @@
 //! | [`ship`] | an instruction that is carried out elsewhere |
 //! | [`registers`] | power-on, INIT, SIPI and boot states |
 //! | `timer` | the local APIC timer's alarm |
+//! | `pace` | how soon the next timer interrupt may come |
 //! | [`signal`] | blocking, sending and awaiting the kick signal |
 //! | [`waiting`] | whether a vCPU that waits for a page can be called out, tried |
 //! | [`user_mode`] | a vCPU that begins at CPL 3, for probes and tests |
@@ -44,6 +45,7 @@ pub mod control;
 mod exits;
 pub mod mailbox;
 pub mod msr;
+mod pace;
 pub mod registers;
 pub mod report;
 pub mod run;
