@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use coherence::memory::DualMemory;
@@ -28,7 +29,12 @@ const UPGRADE: u8 = 3;
 const FORWARD: u8 = 4;
 /// Pour that many pages.
 const POUR: u8 = 5;
-const ANSWER: u8 = 6;
+/// Answer with as many bytes as were sent.
+const ECHO: u8 = 6;
+const ANSWER: u8 = 7;
+
+/// What makes a message of 64 bytes.
+const SMALL: [u8; 48] = [0x55; 48];
 
 /// Pages poured with one call.
 const GULP: usize = 64;
@@ -148,6 +154,33 @@ impl Bare {
         Ok(())
     }
 
+    /// Sends 64 bytes to node 1 and back, `count` times; how long each took, in nanoseconds.
+    ///
+    /// # Errors
+    /// The handler failed, or the home is gone.
+    pub fn round_trips(&mut self, count: u64) -> Result<Vec<u64>> {
+        self.halt()?;
+        let mut wire = self.wire.take().context("only node 0 asks")?;
+        let busy = self.setup.polling == Polling::Busy;
+        let thread = std::thread::Builder::new().name("round trips".into()).spawn(move || {
+            fabric::urgent();
+            let mut times = Vec::new();
+            for i in 0..count {
+                let begin = Instant::now();
+                wire.send(1, &head(ECHO, i), &SMALL)?;
+                let mut answered = false;
+                while !answered {
+                    wire.receive(!busy, &mut |_, head, _| answered |= page(head) == i)?;
+                }
+                times.push(begin.elapsed().as_nanos() as u64);
+            }
+            anyhow::Ok((wire, times))
+        })?;
+        let (wire, times) = thread.join().map_err(|_| anyhow::anyhow!("the round trips panicked"))??;
+        self.wire = Some(wire);
+        Ok(times)
+    }
+
     /// Ends node 0's handler and gets the wire back.
     ///
     /// # Errors
@@ -189,6 +222,7 @@ fn serve(wire: &mut dyn Wire, memory: &DualMemory, nodes: u16, busy: bool) -> Re
             match kind {
                 GET => wire.send(0, &head(ANSWER, page), frame(page))?,
                 ACK => wire.send(0, &head(ANSWER, page), &[])?,
+                ECHO => wire.send(0, &head(ANSWER, page), &SMALL)?,
                 UPGRADE => {
                     for sharer in 2..nodes {
                         wire.send(sharer, &head(ACK, page), &[])?;

@@ -15,6 +15,7 @@ use super::command::{Polling, Setup};
 pub struct Ours {
     memory: Arc<DualMemory>,
     engine: Engine,
+    transport: Arc<dyn Transport>,
     failure: Arc<Mutex<Option<String>>>,
 }
 
@@ -43,13 +44,23 @@ impl Ours {
         let on_failure = Arc::new(move |error: EngineError| {
             *base::lock(&tell) = Some(error.to_string());
         });
-        let engine = Engine::start(config, memory.clone(), transport, on_failure)?;
-        Ok(Ours { memory, engine, failure })
+        let engine = Engine::start(config, memory.clone(), transport.clone(), on_failure)?;
+        Ok(Ours { memory, engine, transport, failure })
     }
 
     /// The node's memory.
     pub fn memory(&self) -> &Arc<DualMemory> {
         &self.memory
+    }
+
+    /// What the engine's messages travel over.
+    pub fn transport(&self) -> &Arc<dyn Transport> {
+        &self.transport
+    }
+
+    /// The calling thread's vCPU has nothing to do.
+    pub fn idle(&self) {
+        self.engine.idle(nix::unistd::gettid().as_raw() as u32);
     }
 
     /// The engine's counters.

@@ -8,8 +8,23 @@ use super::model::{RUNS, Small, one_home, property};
 use crate::protocol::{Eviction, Mistake, RunPolicy};
 use crate::simulator::{self, Config};
 
-/// The first property that the model checker finds broken, after how many states, and in how many steps.
-fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
+/// Whether a mistake needs operations to show.
+fn is_in_shipping(mistake: Mistake) -> bool {
+    matches!(
+        mistake,
+        Mistake::OperateTwice
+            | Mistake::OperateOnPageThatLeft
+            | Mistake::OperateAtHome
+            | Mistake::OperateOnShared
+            | Mistake::OperateAndRefuse
+            | Mistake::ForgetRefusal
+            | Mistake::DoNotWait
+            | Mistake::ForgetToMove
+    )
+}
+
+/// A small cluster in which a mistake shows.
+fn small(mistake: Mistake) -> Small {
     let cluster = match mistake {
         Mistake::RunIntoGivenPages | Mistake::ForgetRestOfRun => one_home(3, 2, RUNS),
         Mistake::IgnoreBudget | Mistake::ForgetParked => {
@@ -17,16 +32,24 @@ fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
         }
         _ => Cluster::new(3, 1),
     };
-    let cluster = cluster.with_mistake(mistake);
-    let discards = match mistake {
-        Mistake::PunchSharedPage | Mistake::PunchWantedPage | Mistake::ForgetDiscarded => 1,
-        _ => 0,
-    };
-    let directs = match mistake {
-        Mistake::LoadFromTheHome | Mistake::AnswerStoreAtOnce | Mistake::ForgetStored => 1,
-        _ => 0,
-    };
-    let small = Small { evictions: true, discards, directs, ..Small::plain(cluster) };
+    let plain = |cluster| Small { evictions: true, ..Small::plain(cluster) };
+    match mistake {
+        Mistake::PunchSharedPage | Mistake::PunchWantedPage | Mistake::ForgetDiscarded => {
+            Small { discards: 1, ..plain(cluster) }
+        }
+        Mistake::LoadFromTheHome | Mistake::AnswerStoreAtOnce | Mistake::ForgetStored => {
+            Small { directs: 1, ..plain(cluster) }
+        }
+        Mistake::ForgetToMove => Small { cpus: 2, ..Small::shipping(Cluster::new(2, 1)) },
+        _ if is_in_shipping(mistake) => Small { evictions: true, reads: true, ..Small::shipping(cluster) },
+        _ => plain(cluster),
+    }
+}
+
+/// The first property that the model checker finds broken, after how many states, and in how many steps.
+fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
+    let mut small = small(mistake);
+    small.cluster = small.cluster.with_mistake(mistake);
     let checker = small.checker().finish_when(HasDiscoveries::Any).spawn_bfs().join();
     let (name, path) =
         checker.discoveries().into_iter().min_by_key(|(_, path)| path.clone().into_actions().len())?;
@@ -35,7 +58,11 @@ fn model_check(mistake: Mistake) -> Option<(&'static str, usize, usize)> {
 
 /// The property that the simulator finds broken, and after how many steps.
 fn simulate(mistake: Mistake) -> Option<(&'static str, u64)> {
-    let failure = simulator::run_with(&Config::new(8, 50_000, 1), mistake).err()?;
+    let mut config = Config::new(8, 50_000, 1);
+    if is_in_shipping(mistake) {
+        (config.operations, config.classes) = (500, 100);
+    }
+    let failure = simulator::run_with(&config, mistake).err()?;
     Some((property(&failure.broken), failure.step))
 }
 

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use fabric::NodeId;
 
+use super::under_way::Want;
 use super::{Busy, Effect, Entry, Kind, Local, Mistake, Outcome, Protocol, Request, Rights, Wrong};
 use crate::node_set::NodeSet;
 use crate::page::{BLOCK, Page};
@@ -49,22 +50,26 @@ impl Protocol {
         &mut self,
         page: Page,
         from: NodeId,
-        want: Rights,
+        want: Want,
         out: &mut Vec<Effect>,
     ) -> Outcome {
         let ignores = self.makes(Mistake::GrantWhileBusy);
         if let Some(busy) = self.busy.get_mut(page).filter(|_| !ignores) {
             // Who is about to read may ask to write already.
-            let reads = busy.requester == from && want == Rights::Shared;
+            let reads = busy.requester == from && want.rights == Rights::Shared;
             if reads || busy.queue.iter().any(|(node, request)| *node == from && *request != Request::Put) {
                 return Err("it asked twice for one page".into());
             }
             busy.queue.push_back((from, Request::Get(want)));
             return Ok(());
         }
-        match (self.directory.get(page), want) {
+        self.note_get(page, from, want);
+        match (self.directory.get(page), want.rights) {
             (Entry::Exclusive(owner), _) if owner == from => {
                 return Err("it asked for a page that it owns".into());
+            }
+            (Entry::Exclusive(_), _) if want.may_ship && self.is_delegated(page) => {
+                self.send(from, page, Kind::Ship, out);
             }
             (Entry::Exclusive(owner), Rights::Exclusive) => {
                 self.directory.set(page, Entry::Exclusive(from));

@@ -4,6 +4,7 @@ use fabric::NodeId;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};
 
 use super::Rights;
+use super::operation::{Action, Operation, Width};
 use crate::page::{BLOCK, PAGE_SIZE, Page};
 
 /// The longest run of untouched pages that goes with a page.
@@ -16,12 +17,16 @@ pub enum Kind {
     GetShared {
         /// `0..=63`.
         run: u8,
+        /// Whether [`Kind::Ship`] is an answer too.
+        may_ship: bool,
     },
     /// Requester to home: I want to write, and would take up to `run` untouched pages that follow. The home
     /// knows whether the requester holds a copy.
     GetExclusive {
         /// `0..=63`.
         run: u8,
+        /// Whether [`Kind::Ship`] is an answer too.
+        may_ship: bool,
     },
     /// Home or owner to requester: the page is yours with these rights, once `acks` sharers have answered.
     Data {
@@ -93,6 +98,53 @@ pub enum Kind {
         /// Whether it was done; else something is under way on the page.
         done: bool,
     },
+    /// Home to requester, instead of the page: it stays where it is, send what you want to do.
+    Ship,
+    /// Anyone to home: a CPU does this with the page; let it be done where the page is.
+    Operate {
+        /// Tells the requester's operations on the page apart.
+        token: u32,
+        /// What is to be done.
+        operation: Operation,
+    },
+    /// Home to owner: do this with your page, and tell the requester.
+    OperateAt {
+        /// Whose CPU waits.
+        requester: NodeId,
+        /// The requester's.
+        token: u32,
+        /// What is to be done.
+        operation: Operation,
+    },
+    /// Home or owner to requester: it was done, once, or it was not done and will not be.
+    Operated {
+        /// The requester's.
+        token: u32,
+        /// The bytes before, if it was done.
+        old: Option<Bits>,
+    },
+}
+
+/// A value of up to 128 bits, as on the wire, and so that it aligns to nothing.
+#[derive(Copy, Clone, Eq, PartialEq, Hash)]
+pub struct Bits([u8; 16]);
+
+impl From<u128> for Bits {
+    fn from(value: u128) -> Bits {
+        Bits(value.to_le_bytes())
+    }
+}
+
+impl From<Bits> for u128 {
+    fn from(bits: Bits) -> u128 {
+        u128::from_le_bytes(bits.0)
+    }
+}
+
+impl std::fmt::Debug for Bits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}", u128::from(*self))
+    }
 }
 
 impl Kind {
@@ -109,7 +161,7 @@ impl Kind {
     }
 
     /// One more than the highest [`Kind::code`].
-    pub const CODES: usize = 20;
+    pub const CODES: usize = 24;
 
     /// The name of the kind with that [`Kind::code`].
     pub fn name_of(code: u8) -> &'static str {
@@ -134,6 +186,10 @@ impl Kind {
             "Loaded",
             "Store",
             "Stored",
+            "Ship",
+            "Operate",
+            "OperateAt",
+            "Operated",
         ];
         NAMES.get(usize::from(code)).copied().unwrap_or("unknown")
     }
@@ -160,6 +216,10 @@ impl Kind {
             Kind::Loaded { .. } => 17,
             Kind::Store => 18,
             Kind::Stored { .. } => 19,
+            Kind::Ship => 20,
+            Kind::Operate { .. } => 21,
+            Kind::OperateAt { .. } => 22,
+            Kind::Operated { .. } => 23,
         }
     }
 }
@@ -184,42 +244,135 @@ pub enum Body<'a> {
     Bytes(&'a [u8; PAGE_SIZE]),
 }
 
-/// The head of every frame on a coherence lane; the page's bytes follow if `body` is 2.
+/// The first bytes of every frame on a coherence lane.
 #[derive(Copy, Clone, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct Head {
+struct Fixed {
     code: u8,
     /// 0 none, 1 a page of zeroes, 2 bytes follow.
     body: u8,
-    /// Rights of `Data` (1 shared, 2 exclusive), else 0.
+    /// Rights of `Data` (1 shared, 2 exclusive), 1 of a Get that may be answered by `Ship`, else 0.
     rights: u8,
     /// Pages that follow, of the Gets and `Data`, else 0.
     run: u8,
-    /// Acks of `Data`, requester of `Invalidate`, the forwards and `LoadAt`, pages that follow of `Discard` and
-    /// `Discarded`, 1 of a `Stored` that is done, else 0.
+    /// Acks of `Data`, requester of `Invalidate`, the forwards, `LoadAt` and `OperateAt`, pages that follow of
+    /// `Discard` and `Discarded`, 1 of a `Stored` or `Operated` that is done, else 0.
     word: le::U16,
     zero2: le::U16,
     page: le::U64,
 }
 
-const HEAD: usize = size_of::<Head>();
-const _: () = assert!(HEAD == 16);
+/// What follows in `Operate` and `OperateAt`.
+#[derive(Copy, Clone, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Asked {
+    operand: [u8; 16],
+    expected: [u8; 16],
+    token: le::U32,
+    offset: le::U16,
+    action: u8,
+    width: u8,
+}
+
+/// What follows in `Operated`.
+#[derive(Copy, Clone, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Answered {
+    /// 0 if it was not done.
+    old: [u8; 16],
+    token: le::U32,
+}
+
+const FIXED: usize = size_of::<Fixed>();
+const ASKED: usize = size_of::<Asked>();
+const ANSWERED: usize = size_of::<Answered>();
+/// The longest head. An operation and its answer are one line of a cache each.
+const LONGEST: usize = FIXED + ASKED;
+const _: () = assert!(FIXED == 16 && ASKED == 40 && ANSWERED == 20 && LONGEST <= 64);
+
+/// The head of a frame on a coherence lane: all of it but the page's bytes, which follow if the message has any and
+/// they are not all zero.
+#[derive(Copy, Clone)]
+pub struct Head {
+    bytes: [u8; LONGEST],
+    len: u8,
+}
+
+impl Default for Head {
+    fn default() -> Head {
+        Head { bytes: [0; LONGEST], len: 0 }
+    }
+}
+
+impl Head {
+    /// What is sent.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+
+    fn append(&mut self, part: &[u8]) {
+        let at = usize::from(self.len);
+        self.bytes[at..at + part.len()].copy_from_slice(part);
+        self.len += part.len() as u8;
+    }
+}
+
+impl Operation {
+    fn asked(&self, token: u32) -> Asked {
+        Asked {
+            operand: self.operand().to_le_bytes(),
+            expected: self.expected().to_le_bytes(),
+            token: token.into(),
+            offset: self.offset().into(),
+            action: self.action() as u8,
+            width: self.width() as u8,
+        }
+    }
+}
+
+impl Asked {
+    /// The requester's token, and what is to be done.
+    fn read(bytes: &[u8]) -> Result<(u32, Operation), &'static str> {
+        let asked =
+            Asked::ref_from_bytes(bytes).map_err(|_| "sent an operation that is not as long as one")?;
+        let sound = || {
+            let action = Action::ALL.get(usize::from(asked.action).checked_sub(1)?)?;
+            let width = Width::of(asked.width.into())?;
+            let (operand, expected) =
+                (u128::from_le_bytes(asked.operand), u128::from_le_bytes(asked.expected));
+            Operation::new(*action, width, asked.offset.get(), operand, expected)
+        };
+        Ok((asked.token.get(), sound().ok_or("sent an operation that no instruction does")?))
+    }
+}
+
+impl Answered {
+    /// The requester's token, and the old bytes if it was `done`.
+    fn read(bytes: &[u8], done: bool) -> Result<(u32, Option<Bits>), &'static str> {
+        let answered = Answered::ref_from_bytes(bytes)
+            .map_err(|_| "sent an operation's answer that is not as long as one")?;
+        Ok((answered.token.get(), done.then_some(Bits(answered.old))))
+    }
+}
 
 impl Message {
     /// The head of the frame; `zero` tells that the body is all zeroes and is left out.
     pub fn head(&self, zero: bool) -> Head {
         let run = match self.kind {
-            Kind::GetShared { run } | Kind::GetExclusive { run } | Kind::Data { run, .. } => run,
+            Kind::GetShared { run, .. } | Kind::GetExclusive { run, .. } | Kind::Data { run, .. } => run,
             _ => 0,
         };
         let (rights, word) = match self.kind {
+            Kind::GetShared { may_ship, .. } | Kind::GetExclusive { may_ship, .. } => (may_ship.into(), 0),
             Kind::Data { rights, acks, .. } => (rights as u8, acks),
             Kind::Invalidate { requester }
             | Kind::ForwardShared { requester }
             | Kind::ForwardExclusive { requester }
-            | Kind::LoadAt { requester } => (0, requester.0),
+            | Kind::LoadAt { requester }
+            | Kind::OperateAt { requester, .. } => (0, requester.0),
             Kind::Discard { run } | Kind::Discarded { run } => (0, run),
             Kind::Stored { done } => (0, done.into()),
+            Kind::Operated { old, .. } => (0, old.is_some().into()),
             _ => (0, 0),
         };
         let body = match (self.kind.has_body(), zero) {
@@ -227,7 +380,7 @@ impl Message {
             (true, true) => 1,
             (true, false) => 2,
         };
-        Head {
+        let fixed = Fixed {
             code: self.kind.code(),
             body,
             rights,
@@ -235,7 +388,20 @@ impl Message {
             word: word.into(),
             zero2: 0.into(),
             page: self.page.0.into(),
+        };
+        let mut head = Head::default();
+        head.append(fixed.as_bytes());
+        match self.kind {
+            Kind::Operate { token, operation } | Kind::OperateAt { token, operation, .. } => {
+                head.append(operation.asked(token).as_bytes());
+            }
+            Kind::Operated { token, old } => {
+                let old = old.map_or([0; 16], |bits| bits.0);
+                head.append(Answered { old, token: token.into() }.as_bytes());
+            }
+            _ => {}
         }
+        head
     }
 
     /// Reads a frame. Every field is checked against its form; what the message means is the protocol's to
@@ -245,7 +411,12 @@ impl Message {
     /// The end of a sentence that begins with the peer's name.
     pub fn parse(frame: &[u8], nodes: usize, pages: u64) -> Result<(Message, Body<'_>), &'static str> {
         let (head, rest) =
-            Head::ref_from_prefix(frame).map_err(|_| "sent a coherence frame that is too short")?;
+            Fixed::ref_from_prefix(frame).map_err(|_| "sent a coherence frame that is too short")?;
+        let (more, rest) = rest.split_at(match head.code {
+            21 | 22 => rest.len().min(ASKED),
+            23 => rest.len().min(ANSWERED),
+            _ => 0,
+        });
         let body = match (head.body, rest.len()) {
             (0, 0) => Body::Absent,
             (1, 0) => Body::Zero,
@@ -268,9 +439,10 @@ impl Message {
             true => Ok(NodeId(word)),
             false => Err("named a node that does not exist"),
         };
+        let may_ship = head.rights == 1;
         let kind = match head.code {
-            1 => Kind::GetShared { run },
-            2 => Kind::GetExclusive { run },
+            1 => Kind::GetShared { run, may_ship },
+            2 => Kind::GetExclusive { run, may_ship },
             3 => Kind::Data {
                 rights: match head.rights {
                     1 => Rights::Shared,
@@ -297,6 +469,19 @@ impl Message {
             17 => Kind::Loaded { body: has_body },
             18 => Kind::Store,
             19 => Kind::Stored { done: word == 1 },
+            20 => Kind::Ship,
+            21 => {
+                let (token, operation) = Asked::read(more)?;
+                Kind::Operate { token, operation }
+            }
+            22 => {
+                let (token, operation) = Asked::read(more)?;
+                Kind::OperateAt { requester: requester()?, token, operation }
+            }
+            23 => {
+                let (token, old) = Answered::read(more, word == 1)?;
+                Kind::Operated { token, old }
+            }
             _ => return Err("sent a coherence message of an unknown kind"),
         };
         if kind.has_body() != has_body {
@@ -304,7 +489,7 @@ impl Message {
         }
         let message = Message { page: Page(head.page.get()), kind };
         // One message has one form: what is not used is zero.
-        if message.head(body == Body::Zero).as_bytes() != head.as_bytes() {
+        if message.head(body == Body::Zero).as_bytes() != &frame[..FIXED + more.len()] {
             return Err("sent a coherence frame with reserved bits set");
         }
         Ok((message, body))
@@ -315,14 +500,15 @@ impl Message {
 pub(super) mod tests {
     use proptest::prelude::*;
 
+    use super::super::operation::tests::operations;
     use super::*;
 
     /// Any message to a machine of so many nodes.
     pub fn kinds(nodes: u16) -> impl Strategy<Value = Kind> {
         let node = (0..nodes).prop_map(NodeId);
         prop_oneof![
-            (0..=MAX_RUN).prop_map(|run| Kind::GetShared { run }),
-            (0..=MAX_RUN).prop_map(|run| Kind::GetExclusive { run }),
+            (0..=MAX_RUN, any::<bool>()).prop_map(|(run, may_ship)| Kind::GetShared { run, may_ship }),
+            (0..=MAX_RUN, any::<bool>()).prop_map(|(run, may_ship)| Kind::GetExclusive { run, may_ship }),
             (any::<bool>(), 0u16..600, any::<bool>(), 0..=MAX_RUN).prop_map(|(x, acks, body, run)| {
                 Kind::Data { rights: if x { Rights::Exclusive } else { Rights::Shared }, acks, body, run }
             }),
@@ -338,10 +524,19 @@ pub(super) mod tests {
             Just(Kind::Reclaim),
             (0..100u16).prop_map(|run| Kind::Discarded { run }),
             Just(Kind::Load),
-            node.prop_map(|requester| Kind::LoadAt { requester }),
+            node.clone().prop_map(|requester| Kind::LoadAt { requester }),
             any::<bool>().prop_map(|body| Kind::Loaded { body }),
             Just(Kind::Store),
             any::<bool>().prop_map(|done| Kind::Stored { done }),
+            Just(Kind::Ship),
+            (0u32..3, operations()).prop_map(|(token, operation)| Kind::Operate { token, operation }),
+            (node, 0u32..3, operations()).prop_map(|(requester, token, operation)| Kind::OperateAt {
+                requester,
+                token,
+                operation
+            }),
+            (0u32..3, any::<Option<u128>>())
+                .prop_map(|(token, old)| Kind::Operated { token, old: old.map(Bits::from) }),
         ]
     }
 
@@ -366,30 +561,47 @@ pub(super) mod tests {
 
         #[test]
         fn a_damaged_frame_is_refused_or_means_what_it_now_says(
-            kind in kinds(9), page in 0u64..900, zero: bool, at in 0usize..16, value: u8
+            kind in kinds(9), page in 0u64..900, zero: bool, at in 0usize..LONGEST, value: u8
         ) {
             let mut frame = Message { page: Page(page), kind }.head(zero).as_bytes().to_vec();
+            let at = at % frame.len();
             if kind.has_body() && !zero {
                 frame.extend([7; PAGE_SIZE]);
             }
             frame[at] = value;
             if let Ok((message, body)) = Message::parse(&frame, 9, 1000) {
                 let again = message.head(body == Body::Zero);
-                prop_assert_eq!(again.as_bytes(), &frame[..HEAD]);
+                let len = again.as_bytes().len();
+                prop_assert_eq!(again.as_bytes(), &frame[..len]);
                 prop_assert!(message.page.0 < 1000);
-                prop_assert_eq!(matches!(body, Body::Bytes(_)), frame.len() > HEAD);
+                prop_assert_eq!(matches!(body, Body::Bytes(_)), frame.len() > len);
             }
         }
 
         #[test]
-        fn a_frame_cut_short_or_too_long_is_refused(kind in kinds(9), cut in 1usize..16) {
+        fn a_frame_cut_short_or_too_long_is_refused(kind in kinds(9), cut in 1usize..LONGEST) {
             let message = Message { page: Page(1), kind };
             let mut frame = message.head(true).as_bytes().to_vec();
-            frame.truncate(16 - cut);
+            frame.truncate(frame.len() - cut.min(frame.len()));
             prop_assert!(Message::parse(&frame, 9, 1000).is_err());
             let mut frame = message.head(true).as_bytes().to_vec();
             frame.push(0);
             prop_assert!(Message::parse(&frame, 9, 1000).is_err());
+        }
+
+        #[test]
+        fn an_operation_and_its_answer_fit_in_64_bytes(token: u32, operation in operations(), old: u128) {
+            for kind in [
+                Kind::Operate { token, operation },
+                Kind::OperateAt { requester: NodeId(8), token, operation },
+                Kind::Operated { token, old: Some(old.into()) },
+                Kind::Operated { token, old: None },
+            ] {
+                let message = Message { page: Page(999), kind };
+                let head = message.head(false);
+                prop_assert!(head.as_bytes().len() <= 64);
+                prop_assert_eq!(Message::parse(head.as_bytes(), 9, 1000).unwrap(), (message, Body::Absent));
+            }
         }
     }
 }

@@ -61,12 +61,28 @@ pub enum Mistake {
     AnswerStoreAtOnce,
     /// The home does not say that a page was overwritten.
     ForgetStored,
+    /// An owner carries an operation out twice.
+    OperateTwice,
+    /// An owner carries an operation out on the frame of a page that has left.
+    OperateOnPageThatLeft,
+    /// The home carries an operation out on its frame of a page that another node owns.
+    OperateAtHome,
+    /// The home carries an operation out on a page that others read.
+    OperateOnShared,
+    /// An operation is refused and carried out.
+    OperateAndRefuse,
+    /// Who cannot carry an operation out does not say so.
+    ForgetRefusal,
+    /// A CPU goes on when its operation was sent, so that the next may overtake it.
+    DoNotWait,
+    /// A fault that cannot be shipped, and waits with one that can, is forgotten when that is.
+    ForgetToMove,
 }
 
 impl Mistake {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Mistake; 28] = [
+    pub const ALL: [Mistake; 36] = [
         Mistake::DropAck,
         Mistake::AckBeforeUnmap,
         Mistake::AckTheHome,
@@ -95,6 +111,14 @@ impl Mistake {
         Mistake::LoadFromTheHome,
         Mistake::AnswerStoreAtOnce,
         Mistake::ForgetStored,
+        Mistake::OperateTwice,
+        Mistake::OperateOnPageThatLeft,
+        Mistake::OperateAtHome,
+        Mistake::OperateOnShared,
+        Mistake::OperateAndRefuse,
+        Mistake::ForgetRefusal,
+        Mistake::DoNotWait,
+        Mistake::ForgetToMove,
     ];
 }
 

@@ -3,14 +3,14 @@
 #![no_main]
 use std::time::Instant;
 
-use vmm::coordinator::live::{Live, Step};
-use vmm::machine_file;
-use vmm::operator::{Answer, Request, encode, read};
+use gestalt::coordinator::live::{Live, Step};
+use machine::config::file;
+use gestalt::operator::{Answer, Request, encode, read};
 
 const MACHINE: &str = "kernel = 'k'\n[[node]]\nname = 'n0'\ncpus = 1\nmemory = '128M'\n[entropy]\n[balloon]\n";
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let mut live = Live::new(&machine_file::parse(MACHINE).expect("it is a machine"));
+    let mut live = Live::new(&file::parse(MACHINE).expect("it is a machine"));
     let mut stream = data;
     for asker in 0.. {
         let Ok(request) = read::<Request>(&mut stream) else { return };

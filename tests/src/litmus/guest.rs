@@ -1,8 +1,7 @@
 //! A virtual machine for each node, and vCPUs that begin at CPL 3 in 64-bit mode.
 //!
 //! Guest memory, by page number: 1 to 3 page tables, 4 the code, from 16 the variables; each thread's results
-//! are in memory of its own node. The tables map the first GiB one to one, with their accessed and dirty bits set:
-//! no CPU writes them, so that they do not pass from node to node.
+//! are in memory of its own node.
 
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -10,19 +9,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use coherence::page::PAGE_SIZE;
-use coherence::uffd::Uffd;
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
-use vmm::kvm::{Exit, HostCpu, Vcpu, Vm, caps};
+use kvm_bindings::kvm_regs;
+use vmm::kvm::{HostCpu, Vm, caps};
 
 use super::code::DONE;
+use crate::cpl3;
 use crate::engines::Engines;
 
 /// Pages of each node.
 pub const NODE_PAGES: u64 = 512;
 /// Bytes for each thread's code.
 pub const CODE_SIZE: usize = 512;
-const TABLES: u64 = 0x1000;
-const CODE: u64 = 0x4000;
+const CODE: u64 = cpl3::BEHIND_TABLES;
 
 /// What the vCPUs are told: registers to run with, until they are done.
 struct Task {
@@ -43,13 +41,7 @@ pub struct Machine {
 
 /// This host, if guests and engines can run on it; says why not.
 pub fn host() -> Option<HostCpu> {
-    let probe = || {
-        Uffd::open()?;
-        let kvm = caps::open().map_err(|error| error.to_string())?;
-        caps::check(&kvm).map_err(|error| error.to_string())?;
-        HostCpu::probe(&kvm).map_err(|error| error.to_string())
-    };
-    probe().inspect_err(|why: &String| println!("skipped: {why}")).ok()
+    cpl3::host().inspect_err(|why| println!("skipped: {why}")).ok()
 }
 
 /// Longer than any batch takes; a machine that needs longer has failed.
@@ -77,12 +69,13 @@ impl Machine {
         for (thread, &node) in nodes.iter().enumerate() {
             let index = nodes[..thread].iter().filter(|&&other| other == node).count();
             let mut vcpu = vms[node].create_vcpu(index as u32)?;
-            prepare(host, &mut vcpu)?;
+            cpl3::prepare(host, &mut vcpu)?;
             let (cpu, registers) = mpsc::channel::<kvm_regs>();
             let tell = tell.clone();
             let thread = std::thread::Builder::new().name(format!("litmus{thread}")).spawn(move || {
                 for regs in registers {
-                    let result = run(&mut vcpu, &regs).map_err(|error| format!("{error:#}"));
+                    let result = cpl3::run(&mut vcpu, &regs, |port| Ok(port != DONE))
+                        .map_err(|error| format!("{error:#}"));
                     if tell.send(result).is_err() {
                         break;
                     }
@@ -91,7 +84,7 @@ impl Machine {
             tasks.push(Task { cpu, thread: Some(thread) });
         }
         let machine = Machine { tasks, done, nodes: nodes.to_vec(), _vms: vms, engines };
-        machine.write_tables();
+        cpl3::tables().for_each(|(at, word)| machine.store(at, word));
         Ok(machine)
     }
 
@@ -123,8 +116,7 @@ impl Machine {
     pub fn run(&self, registers: &[kvm_regs]) -> Result<()> {
         for (thread, (task, regs)) in self.tasks.iter().zip(registers).enumerate() {
             let rip = CODE + (thread * CODE_SIZE) as u64;
-            // Reserved bit, and IOPL 3 for the last `out`.
-            task.cpu.send(kvm_regs { rip, rflags: 0x3002, ..*regs }).context("a vCPU's thread is gone")?;
+            task.cpu.send(kvm_regs { rip, ..*regs }).context("a vCPU's thread is gone")?;
         }
         for _ in registers {
             match self.done.recv_timeout(PATIENCE) {
@@ -138,17 +130,6 @@ impl Machine {
     fn store(&self, offset: usize, value: u64) {
         self.engines.word(0, offset).store(value, std::sync::atomic::Ordering::Relaxed);
     }
-
-    fn write_tables(&self) {
-        // Present, writable, user, accessed, dirty.
-        const FLAGS: u64 = 0x67;
-        const LARGE: u64 = 0x80;
-        self.store(TABLES as usize, (TABLES + 0x1000) | FLAGS);
-        self.store(TABLES as usize + 0x1000, (TABLES + 0x2000) | FLAGS);
-        for i in 0..512u64 {
-            self.store(TABLES as usize + 0x2000 + i as usize * 8, i << 21 | FLAGS | LARGE);
-        }
-    }
 }
 
 impl Drop for Machine {
@@ -161,44 +142,4 @@ impl Drop for Machine {
             }
         }
     }
-}
-
-fn run(vcpu: &mut Vcpu, regs: &kvm_regs) -> Result<()> {
-    vcpu.set_regs(regs)?;
-    loop {
-        match vcpu.run()? {
-            Exit::Pio { port: DONE, write: true, .. } => break,
-            Exit::Interrupted => {}
-            other => bail!("left the guest by {other:?} at {:#x}", vcpu.regs()?.rip),
-        }
-    }
-    // The registers may be set only at an instruction's end.
-    vcpu.complete()?;
-    Ok(())
-}
-
-/// 64-bit mode at CPL 3, with the page tables of this module.
-fn prepare(host: &HostCpu, vcpu: &mut Vcpu) -> Result<()> {
-    vcpu.set_cpuid(&host.cpuid)?;
-    let mut sregs = vcpu.sregs()?;
-    let data = kvm_segment {
-        base: 0,
-        limit: u32::MAX,
-        selector: 0x2b,
-        type_: 3,
-        present: 1,
-        dpl: 3,
-        db: 1,
-        s: 1,
-        l: 0,
-        g: 1,
-        ..Default::default()
-    };
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.cs = kvm_segment { selector: 0x33, type_: 0xb, db: 0, l: 1, ..data };
-    sregs.tr = kvm_segment { selector: 0x40, limit: 0x67, type_: 0xb, dpl: 0, db: 0, s: 0, g: 0, ..data };
-    (sregs.gdt, sregs.idt) = (kvm_dtable::default(), kvm_dtable::default());
-    // Protection, numeric errors, write protection, paging; PAE and SSE; long mode, active.
-    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8001_0033, TABLES, 0x220, 0x500);
-    Ok(vcpu.set_sregs(&sregs)?)
 }

@@ -29,7 +29,7 @@ pub fn build() -> Result<PathBuf> {
             "--quiet",
             "--release",
             "--package",
-            "vmm",
+            "gestalt",
             "--package",
             "testbed",
             "--bins",

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use clap::{Args, Parser, Subcommand};
 use testbed::cache::Cache;
 use testbed::host::Event;
 use testbed::kernels::Kernel;
+use testbed::options::Emulate;
 use testbed::proto::Spawn;
 use testbed::rig::{Rig, RigConfig};
 use testbed::terminal::RawTerminal;
@@ -35,7 +36,11 @@ enum Task {
     Images,
     /// Serve jobs inside a host (started by the host itself)
     #[command(hide = true)]
-    Agent,
+    Agent {
+        /// The serial line to the testbed; a virtio port if there is none
+        #[arg(long)]
+        serial: Option<PathBuf>,
+    },
 }
 
 #[derive(Args)]
@@ -67,9 +72,12 @@ struct Run {
     /// Run the command on a terminal of its own (the default when this is run on one)
     #[arg(long)]
     terminal: bool,
-    /// Emulate even if this machine has VMX or SVM
-    #[arg(long)]
-    emulate: bool,
+    /// Emulate even if this machine has VMX or SVM: with QEMU, which has AMD's SVM, or an Intel host with Bochs
+    #[arg(long, num_args = 0..=1, default_missing_value = "amd", value_name = "PROCESSOR")]
+    emulate: Option<Emulate>,
+    /// On an Intel host in Bochs, let EPT keep accessed and dirty bits (kvm_intel eptad=1)
+    #[arg(long, requires = "emulate")]
+    eptad: bool,
     /// Give each emulated host an RDMA device (soft-RoCE)
     #[arg(long)]
     rdma: bool,
@@ -88,7 +96,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Run(run) => run_command(&run),
         Task::Images => images().map(|()| ExitCode::SUCCESS),
-        Task::Agent => serve().map(|()| ExitCode::SUCCESS),
+        Task::Agent { serial } => serve(serial.as_deref()).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         eprintln!("testbed: {error:#}");
@@ -108,7 +116,11 @@ fn images() -> Result<()> {
 }
 
 /// Finds the agent's port and serves it until the testbed is done with this host.
-fn serve() -> Result<()> {
+fn serve(serial: Option<&Path>) -> Result<()> {
+    if let Some(path) = serial {
+        let line = terminal::open_serial(path)?;
+        return Ok(agent::serve(line.try_clone()?, line)?);
+    }
     let ports = std::fs::read_dir("/sys/class/virtio-ports").context("this is not an emulated host")?;
     for port in ports.flatten() {
         let name = std::fs::read_to_string(port.path().join("name")).unwrap_or_default();
@@ -125,7 +137,7 @@ fn run_command(args: &Run) -> Result<ExitCode> {
     let binaries = args.bin_dir.clone().map_or_else(artifacts::build, Ok)?;
     let mut config = RigConfig {
         hosts: args.hosts,
-        emulate: args.emulate,
+        emulate: args.emulate.map(|emulate| emulate.emulator(args.eptad)),
         kernels: args.kernel.clone(),
         programs: args.with.clone(),
         ..RigConfig::default()

@@ -57,7 +57,14 @@ impl Rack {
             agents.push(agent);
         }
         for (index, agent) in agents.into_iter().enumerate() {
-            rack.hosts.push(Host::attach(format!("h{index}"), IN_HOST.into(), PROGRAMS.into(), agent)?);
+            let shared = Some(rack.dir.clone());
+            rack.hosts.push(Host::attach(
+                format!("h{index}"),
+                IN_HOST.into(),
+                PROGRAMS.into(),
+                shared,
+                agent,
+            )?);
         }
         for (host, machine) in rack.hosts.iter().zip(&rack.machines) {
             host.wait_ready(BOOT_LIMIT)

@@ -1,5 +1,5 @@
 //! `cargo xtask ci-checks`, and the first part of `cargo xtask test`: formatting, lints, documentation, licences, one
-//! version of every rust-vmm crate.
+//! version of every rust-vmm crate, the walls between our own.
 //!
 //! Advisories are not among them: their database is a git repository that a build machine may not reach. Where it can be
 //! reached, `cargo deny --config tools/deny.toml check advisories` reads it.
@@ -15,6 +15,7 @@ use testbed::cache::Cache;
 use testbed::exec;
 use testbed::progress::Step;
 
+use crate::layers;
 use crate::tally::Tally;
 
 /// Crates of the rust-vmm project. Two versions of one in the same program do not understand each other's types.
@@ -51,6 +52,7 @@ pub fn run(tally: &mut Tally) -> Result<()> {
     let lock = workspace().join("Cargo.lock");
     tally.check("one version of every rust-vmm crate", || one_version(&lock));
     tally.check("every crate builds with the stated minimum of Rust, by its own word", minimum_rust);
+    tally.check("no dependency of our own crates runs up", layers::check);
     tally.check("cargo fmt", || cargo(&["fmt", "--all", "--check"], &[]));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
     tally.check("cargo clippy", || cargo(&clippy, &[]));

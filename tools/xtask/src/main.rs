@@ -9,7 +9,7 @@
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
-//! | `ci-checks` | [`checks`] | what `test` checks of the sources, and nothing else |
+//! | `ci-checks` | [`checks`], [`layers`] | what `test` checks of the sources, and nothing else |
 //!
 //! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
 //! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`cargo_tests`] those of `cargo test`, [`tally`] what
@@ -22,6 +22,7 @@ mod devices;
 mod disk;
 mod fuzz;
 mod image;
+mod layers;
 mod options;
 mod over_rdma;
 mod quickstart;

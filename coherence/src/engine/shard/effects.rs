@@ -168,6 +168,8 @@ impl Core {
                     if mapped { std::mem::replace(&mut self.winner, Chain::NONE) } else { Chain::NONE };
                 self.hold(page, chain);
             }
+            // Nothing is shipped yet: no fault says that it may be, and no home has a class.
+            Effect::Ship(_) | Effect::Operate { .. } | Effect::Operated { .. } => {}
             Effect::Deferred(page) => {
                 trace::event(Event::Defer, page.0, 0);
                 ShardStats::count(&self.stats.deferred);
