@@ -12,6 +12,7 @@
 //! | [`node`] | one node, from its assignment to the machine's end: start reading here |
 //! | [`kvm`] | KVM behind safe types |
 //! | [`vcpu`] | one thread a vCPU |
+//! | [`instruction`] | what one instruction does, so that it can be carried out on another node |
 //! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
 //! | [`clock`] | one time stamp counter for all nodes |
 //!
@@ -19,6 +20,7 @@
 //! `docs/architecture.md` follows one interrupt and one port access through these modules.
 
 pub mod clock;
+pub mod instruction;
 pub mod kvm;
 pub mod node;
 pub mod node_msg;
