@@ -24,10 +24,13 @@ use super::direct::{Job, Jobs};
 use super::discard::Discards;
 use super::outbox::Outbox;
 use super::recall::Recall;
+use super::ship::{Asked, Called, PATIENCE, Vcpus};
 use super::{EngineConfig, EngineError, recall};
 use crate::memory::DualMemory;
 use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
-use crate::protocol::{Body, Effect, Eviction, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
+use crate::protocol::{
+    Body, Class, Effect, Eviction, Kind, Message, Operation, PageMap, Protocol, Rights, RunPolicy, Shipping,
+};
 use crate::stats::ShardStats;
 use crate::trace::{self, Event};
 use crate::uffd::{Fault, Mode, Uffd};
@@ -40,6 +43,12 @@ pub enum Request {
     Discard(Range<u64>, Sender<()>),
     /// A device reads or overwrites pages of this shard.
     Direct(Box<Job>),
+    /// Faults of these vCPUs may be answered by shipping.
+    Ship(Arc<dyn Vcpus>, Shipping),
+    /// A vCPU does this with a page.
+    Operate { page: Page, token: u32, operation: Operation },
+    /// A page of this home is of this class.
+    SetClass(Page, Class),
 }
 
 /// Frames whose pages went away, kept this many at most before they are given back to the host; fewer where the
@@ -75,6 +84,14 @@ struct Core {
     misses: Vec<MissClock>,
     /// Threads that wait for a page.
     waiters: Vec<Waiter>,
+    /// Those that can do without, if anything is shipped.
+    vcpus: Option<Arc<dyn Vcpus>>,
+    /// Which of them were called out.
+    called: Vec<Called>,
+    /// Operations of vCPUs that are under way.
+    asked: Vec<Asked>,
+    /// Pages that must come though they were to stay where they are, and whether they are written.
+    unshippable: Vec<(Page, bool)>,
     /// The chain for which the last page was mapped.
     winner: Chain,
     recall: Recall,
@@ -107,6 +124,7 @@ struct Waiter {
     page: Page,
     thread: u32,
     chain: Chain,
+    write: bool,
 }
 
 /// When a fault that needs another node began.
@@ -165,6 +183,10 @@ impl Shard {
             deferred: 0,
             misses: Vec::with_capacity(64),
             waiters: Vec::with_capacity(64),
+            vcpus: None,
+            called: Vec::new(),
+            asked: Vec::new(),
+            unshippable: Vec::new(),
             winner: Chain::NONE,
             recall: Recall::new(),
             read_ahead: ReadAhead::new(config.homes.clone()),
@@ -240,6 +262,7 @@ impl Shard {
         core.settle()?;
         let frames = frames?;
         let faults = core.take_faults()?;
+        core.fetch_unshippable()?;
         Ok(frames + faults + released > 0)
     }
 
@@ -249,7 +272,8 @@ impl Shard {
         let next = if self.core.deferred > 0 { self.core.holds.peek() } else { None };
         let now = self.core.chains.now();
         let next = next.map(|Reverse(held)| held.look_at.saturating_sub(now));
-        let timeout = next.map_or(TICK, Duration::from_nanos).min(TICK);
+        let tick = if self.core.called.is_empty() { TICK } else { PATIENCE };
+        let timeout = next.map_or(tick, Duration::from_nanos).min(tick);
         // SAFETY: the receiver lives as long as this call and keeps its descriptor open.
         let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
         // SAFETY: likewise the userfaultfd.
@@ -279,6 +303,75 @@ impl Core {
                 self.apply_together()?;
             }
             Request::Direct(job) => self.direct(job)?,
+            Request::Ship(vcpus, shipping) => {
+                self.protocol.set_shipping(shipping);
+                self.vcpus = Some(vcpus);
+            }
+            Request::Operate { page, token, operation } => {
+                ShardStats::count(&self.stats.operations);
+                self.asked.push(Asked { page, token, since: Instant::now() });
+                if self.protocol.operate(page, token, operation, &mut self.effects) {
+                    self.apply(Body::Absent)?;
+                } else {
+                    self.operated(page, token, None);
+                }
+            }
+            Request::SetClass(page, class) => self.protocol.set_class(page, class),
+        }
+        Ok(())
+    }
+
+    /// A vCPU's operation was done, or was not.
+    fn operated(&mut self, page: Page, token: u32, old: Option<u128>) {
+        self.asked.retain(|asked| (asked.page, asked.token) != (page, token));
+        ShardStats::count(if old.is_some() {
+            &self.stats.operations_done
+        } else {
+            &self.stats.operations_refused
+        });
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.answered(token, old);
+        }
+    }
+
+    /// The page stays where it is: those who wait for it and can do without are called out, and if one cannot it comes.
+    fn ship(&mut self, page: Page) {
+        self.misses.retain(|miss| miss.page != page);
+        let (mut must_come, mut write) = (false, false);
+        for waiter in self.waiters.extract_if(.., |waiter| waiter.page == page) {
+            let thread = waiter.thread;
+            if self.vcpus.as_ref().is_some_and(|vcpus| vcpus.call_out(thread, page)) {
+                self.called.push(Called { page, thread, write: waiter.write, since: Instant::now() });
+            } else {
+                (must_come, write) = (true, write || waiter.write);
+            }
+            self.chains.answered(waiter.chain, self.chains.now());
+        }
+        if must_come {
+            self.unshippable.push((page, write));
+        }
+    }
+
+    /// Lets the pages come that cannot be done without after all, among them those of vCPUs that were called out and do not
+    /// look.
+    fn fetch_unshippable(&mut self) -> Result<(), EngineError> {
+        if let Some(vcpus) = self.vcpus.as_ref().filter(|_| !self.called.is_empty()) {
+            let unshippable = &mut self.unshippable;
+            self.called.retain(|called| {
+                let waits = vcpus.is_called(called.thread, called.page);
+                let stuck = waits && called.since.elapsed() > PATIENCE;
+                if stuck {
+                    unshippable.push((called.page, called.write));
+                }
+                waits && !stuck
+            });
+        }
+        while let Some((page, write)) = self.unshippable.pop() {
+            self.protocol.fault(page, write, &mut self.effects);
+            self.apply(Body::Absent)?;
+            if self.protocol.is_missing(page) && !self.misses.iter().any(|miss| miss.page == page) {
+                self.misses.push(MissClock { page, since: Instant::now() });
+            }
         }
         Ok(())
     }
@@ -333,7 +426,7 @@ impl Core {
             }
             None => {
                 let chain = self.chains.fault(fault.thread, self.chains.now());
-                self.waiters.push(Waiter { page, thread: fault.thread, chain });
+                self.waiters.push(Waiter { page, thread: fault.thread, chain, write: fault.write });
                 chain
             }
         };
@@ -352,7 +445,12 @@ impl Core {
         let window = if fault.write { None } else { self.read_ahead.touched(page) };
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
-        self.protocol.fault(page, fault.write, &mut self.effects);
+        if self.vcpus.as_ref().is_some_and(|vcpus| vcpus.may_ship(fault.thread, page)) {
+            self.protocol.set_time(self.chains.now() / 1000);
+            self.protocol.fault_may_ship(page, fault.write, &mut self.effects);
+        } else {
+            self.protocol.fault(page, fault.write, &mut self.effects);
+        }
         self.apply(Body::Absent)?;
         match (was_missing, self.protocol.is_missing(page)) {
             (false, false) => ShardStats::count(&self.stats.local_faults),
@@ -432,6 +530,7 @@ impl Core {
             u64::from(message.kind.code()) << 16 | u64::from(from.0),
         );
         let zeroes = self.surrender(&message)?;
+        self.protocol.set_time(self.chains.now() / 1000);
         self.protocol.message(from, message, zeroes, &mut self.effects)?;
         self.apply(body)?;
         if let Kind::Data { .. } = message.kind {
@@ -516,6 +615,7 @@ impl Core {
         }
         let pages = || (first.0..first.0 + absent).map(Page);
         pages().for_each(|page| self.memory.ensure_frame(page));
+        self.stats.count_withdrawal();
         self.memory.unmap(first, absent).map_err(|source| EngineError::Page {
             what: "unmapping",
             page: first.0,
@@ -529,6 +629,12 @@ impl Core {
     fn check_stuck(&self, now: Instant, limit: Duration) -> Result<(), EngineError> {
         if self.jobs.oldest().is_some_and(|since| now.saturating_duration_since(since) > limit) {
             let state = format!("a device waits for its pages; {}", self.protocol.describe().join("; "));
+            return Err(EngineError::Stuck { seconds: limit.as_secs(), state });
+        }
+        if let Some(asked) =
+            self.asked.iter().find(|asked| now.saturating_duration_since(asked.since) > limit)
+        {
+            let state = format!("a vCPU waits for what it does with page {:#x} elsewhere", asked.page.0);
             return Err(EngineError::Stuck { seconds: limit.as_secs(), state });
         }
         match self.misses.iter().find(|m| now.saturating_duration_since(m.since) > limit) {

@@ -10,6 +10,7 @@
 //! silence = "3s"                      # a node that says nothing for so long is lost
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
+//! ship = "off"                        # or "auto", "always": instructions go to pages, not pages to instructions
 //! join_timeout = "10min"
 //! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
 //! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own
@@ -78,7 +79,7 @@ use serde::Deserialize;
 use crate::config::devices::{Kind, PeripheralConfig, parse_mac};
 use crate::config::limits::{Capacity, Limits};
 use crate::config::rdma::{FabricKind, RdmaForm};
-use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, parse_duration, parse_size};
+use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, ShipMode, parse_duration, parse_size};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -91,6 +92,8 @@ struct FileForm {
     silence: Option<String>,
     shards: Option<u16>,
     hold: Option<String>,
+    #[serde(default)]
+    ship: ShipMode,
     join_timeout: Option<String>,
     key: Option<PathBuf>,
     #[serde(default)]
@@ -283,6 +286,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         key: form.key,
         plaintext_fabric: form.plaintext_fabric,
         hold: duration("hold", form.hold, default.hold)?,
+        ship: form.ship,
         join_timeout: match form.join_timeout {
             None => None,
             given => Some(duration("join_timeout", given, Duration::ZERO)?),

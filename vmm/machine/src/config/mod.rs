@@ -18,6 +18,7 @@ use coherence::page::{Homes, PAGE_SIZE};
 use fabric::NodeId;
 use fabric::tcp::MAX_RAILS;
 use firmware::{MachineSpec, NodeSpec};
+use serde::{Deserialize, Serialize};
 
 use crate::config::devices::{Kind, PeripheralConfig};
 use crate::config::limits::Capacity;
@@ -50,6 +51,19 @@ pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
+
+/// Whether an instruction on a page that stays at another node is carried out there.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShipMode {
+    /// Never: all pages move to who uses them.
+    #[default]
+    Off,
+    /// Where the page's home sees that it saves time.
+    Auto,
+    /// Wherever it is possible: for tests.
+    Always,
+}
 
 /// Who starts a node's process.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Default)]
@@ -117,6 +131,8 @@ pub struct MachineConfig {
     pub shards: Option<u16>,
     /// How long a node keeps a page that it just won.
     pub hold: Duration,
+    /// Whether instructions may be carried out where their operand is, instead of moving its page.
+    pub ship: ShipMode,
     /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can give to
     /// nodes on its own host only.
     pub key: Option<PathBuf>,
@@ -145,6 +161,7 @@ impl Default for MachineConfig {
             silence: DEFAULT_SILENCE,
             shards: None,
             hold: DEFAULT_HOLD,
+            ship: ShipMode::default(),
             join_timeout: None,
             fabric: FabricKind::default(),
             rdma: RdmaConfig::default(),
@@ -296,6 +313,7 @@ impl MachineConfig {
             // Checked before a machine is started.
             devices: devices::place(self).unwrap_or_default(),
             hold: self.hold,
+            ship: self.ship,
             silence: self.silence,
             rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),
             plaintext_fabric: self.plaintext_fabric,

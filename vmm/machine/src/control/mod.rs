@@ -38,6 +38,7 @@ use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
+use crate::config::ShipMode;
 use crate::config::devices::Peripheral;
 use crate::config::limits::{Capacity, Limits};
 use crate::config::rdma::RdmaConfig;
@@ -67,6 +68,8 @@ pub struct Machine {
     pub shards: u16,
     /// How long a node keeps a page that it just won before it gives it up.
     pub hold: Duration,
+    /// Whether instructions may be carried out where their operand is.
+    pub ship: ShipMode,
     /// How long a peer may say nothing before it counts as lost.
     pub silence: Duration,
     /// Which RDMA ports carry the fabric's frames; `None` if TCP does.

@@ -11,6 +11,7 @@
 //! | [`board`] | node 0's devices |
 //! | [`boot_disk`] | the kernel, named or out of a disk |
 //! | [`peripherals`] | this node's disks and network cards |
+//! | [`shipping`] | instructions that are carried out where their operand is |
 //! | [`live`] | devices that come, go or change while the machine runs |
 //! | [`console`] | COM1 and the coordinator's terminal |
 //! | [`counters`] | the report |
@@ -22,6 +23,7 @@ pub mod counters;
 pub mod live;
 pub mod parts;
 pub mod peripherals;
+pub mod shipping;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -149,7 +149,7 @@ impl Guest {
         let sregs = vcpu.sregs().map_err(error)?;
         let start = user_mode::registers(TABLES, CODE.offset() as u64);
         registers::begin(vcpu, &start, &sregs).map_err(error)?;
-        let _ = tell.send(News::Starts(signal::thread_id()));
+        let _ = tell.send(News::Starts(base::thread::id()));
         loop {
             let exit = vcpu.run().map_err(error)?;
             let at = Instant::now();
