@@ -7,7 +7,7 @@
 //!   Nothing is promised between lanes, or between peers.
 //! - [`Receiver`]: the receiving side of one lane from all peers, owned by the one thread that works on
 //!   that lane. It polls without blocking, and offers a file descriptor to sleep on.
-//! - [`secure`]: how peers prove who they are, and what only the two of them read; sessions of other crates use it too.
+//! - [`secure`]: how peers prove their identity, and channels that only the two of them read; other crates use it too.
 //!
 //! # The way of one frame (TCP)
 //!
@@ -32,6 +32,7 @@ mod error;
 pub mod fuzzing;
 mod rails;
 pub mod rdma;
+mod resend;
 pub mod secure;
 pub mod sim;
 pub mod tcp;

@@ -5,7 +5,7 @@
 //! were taken from it) is lost to the others, like a node whose process died.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -208,7 +208,7 @@ impl SimReceiver {
 
 impl Receiver for SimReceiver {
     fn poll(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError> {
-        // Not more than what is there now: a sink that provokes new frames must not keep us for ever.
+        // Not more than what is there now: a sink that provokes new frames must not keep this going without end.
         let most = self.inbox().lock().queue.len();
         let mut frames = 0;
         for _ in 0..most {
@@ -225,8 +225,8 @@ impl Receiver for SimReceiver {
         Ok(frames)
     }
 
-    fn fd(&self) -> RawFd {
-        self.inbox().ready.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.inbox().ready.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

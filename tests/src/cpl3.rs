@@ -7,6 +7,9 @@ use anyhow::Result;
 use coherence::uffd::Uffd;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
 use vmm::kvm::{Exit, HostCpu, Vcpu, caps};
+use vmm::vcpu::signal;
+
+use crate::vectors;
 
 /// Guest address of the page tables.
 pub const TABLES: u64 = 0x1000;
@@ -61,7 +64,7 @@ pub fn tables() -> impl Iterator<Item = (usize, u64)> {
     above.into_iter().chain((0..512).map(directory))
 }
 
-/// 64-bit mode at CPL 3, with the page tables of this module.
+/// 64-bit mode at CPL 3, with the page tables of this module and all vector registers there are.
 ///
 /// # Errors
 /// What KVM says.
@@ -87,24 +90,33 @@ pub fn prepare(host: &HostCpu, vcpu: &mut Vcpu) -> Result<()> {
     (sregs.gdt, sregs.idt) = (kvm_dtable::default(), kvm_dtable::default());
     // Protection, numeric errors, write protection, paging; PAE and SSE; long mode, active.
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x8001_0033, TABLES, 0x220, 0x500);
+    if let Some(value) = vectors::xcr0(host) {
+        // OSXSAVE
+        sregs.cr4 |= 1 << 18;
+        vcpu.set_xcr0(value)?;
+    }
     Ok(vcpu.set_sregs(&sregs)?)
 }
 
 /// Runs the guest from `regs` on; `port` does what the guest asks for by writing to a port, and says `false` when that
-/// ends the run.
+/// ends the run. Returns how often the guest was kicked.
 ///
 /// # Errors
 /// The guest left for another reason.
-pub fn run(vcpu: &mut Vcpu, regs: &kvm_regs, mut port: impl FnMut(u16) -> Result<bool>) -> Result<()> {
+pub fn run(vcpu: &mut Vcpu, regs: &kvm_regs, mut port: impl FnMut(u16) -> Result<bool>) -> Result<u64> {
     vcpu.set_regs(&kvm_regs { rflags: RFLAGS, ..*regs })?;
+    let mut kicks = 0;
     loop {
-        match vcpu.run()? {
+        let exit = vcpu.run()?;
+        vectors::spoil();
+        match exit {
             Exit::Pio { port: number, write: true, .. } if !port(number)? => break,
-            Exit::Pio { write: true, .. } | Exit::Interrupted => {}
+            Exit::Pio { write: true, .. } => {}
+            Exit::Interrupted => kicks += u64::from(signal::take_pending()),
             other => anyhow::bail!("left the guest by {other:?} at {:#x}", vcpu.regs()?.rip),
         }
     }
     // The registers may be set only at an instruction's end.
     vcpu.complete()?;
-    Ok(())
+    Ok(kicks)
 }

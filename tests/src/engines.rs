@@ -18,7 +18,7 @@ const STUCK: Duration = Duration::from_secs(30);
 /// The nodes of one machine.
 pub struct Engines {
     memories: Vec<Arc<DualMemory>>,
-    engines: Vec<Arc<Engine>>,
+    engines: Vec<Engine>,
     failures: Arc<Mutex<Vec<String>>>,
     /// Set when the machine ends: each engine's end is then a loss to the others.
     ending: Arc<AtomicBool>,
@@ -54,8 +54,7 @@ impl Engines {
                 eprintln!("an engine failed: {error}");
                 base::lock(&failures).push(error.to_string());
             });
-            let engine = Engine::start(config, memory.clone(), Arc::new(transport), on_failure)?;
-            engines.push(Arc::new(engine));
+            engines.push(Engine::start(config, memory.clone(), Arc::new(transport), on_failure)?);
             memories.push(memory);
         }
         Ok(Engines { memories, engines, failures, ending })
@@ -64,11 +63,6 @@ impl Engines {
     /// A node's memory.
     pub fn memory(&self, node: usize) -> &Arc<DualMemory> {
         &self.memories[node]
-    }
-
-    /// A node's engine.
-    pub fn engine(&self, node: usize) -> &Arc<Engine> {
-        &self.engines[node]
     }
 
     /// A word of guest memory, at a byte offset that is a multiple of 8, as a node's CPUs see it.
@@ -105,7 +99,7 @@ impl Engines {
         loop {
             // Each shard answers between two rounds of work, so that what it had received is counted.
             let under_way: Vec<String> = self.engines.iter().flat_map(|e| e.describe(STUCK)).collect();
-            let totals: Vec<Totals> = self.engines.iter().map(|engine| engine.totals()).collect();
+            let totals: Vec<Totals> = self.engines.iter().map(Engine::totals).collect();
             let sum = |count: fn(&Totals) -> u64| totals.iter().map(count).sum::<u64>();
             let quiet = sum(|t| t.messages_sent) == sum(|t| t.messages_received);
             self.check()?;

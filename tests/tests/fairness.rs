@@ -6,12 +6,12 @@ use std::time::Duration;
 use coherence::page::PAGE_SIZE;
 use kvm_bindings::kvm_regs;
 use tests::litmus::code;
-use tests::litmus::guest::{Machine, Sharing, host};
+use tests::litmus::guest::{Machine, host};
 use vmm::kvm::HostCpu;
 
 /// How often each of two CPUs incremented a counter until it was `total`, and the misses it took.
 fn race(host: &HostCpu, nodes: &[usize], total: u64) -> ([u64; 2], u64) {
-    let machine = Machine::start(host, nodes, Sharing::moving(Duration::from_micros(100))).unwrap();
+    let machine = Machine::start(host, nodes, Duration::from_micros(100)).unwrap();
     machine.load(&[code::counter(), code::counter()]);
     let counter = 16 * PAGE_SIZE;
     let registers = |thread| kvm_regs {

@@ -55,7 +55,7 @@ fn all(host: &HostCpu, iterations: [usize; 2], mut each: impl FnMut(&Row)) -> Ve
         for &variant in test.variants() {
             for placement in Placement::ALL {
                 let most = iterations[usize::from(placement.nodes)];
-                let counts = outcomes(host, test, variant, placement, false, most).unwrap();
+                let counts = outcomes(host, test, variant, placement, most).unwrap();
                 let row = row(test, variant, placement, &counts);
                 each(&row);
                 rows.push(row);
@@ -87,21 +87,6 @@ fn one_forbidden_outcome_among_many_fails() {
 fn what_tso_forbids_is_never_seen() {
     let Some(host) = host() else { return };
     check(&all(&host, [8192, 2048], |_| ()));
-}
-
-/// `x` stays where it is, and what the other nodes do with it is carried out there; `y` moves.
-#[test]
-fn what_tso_forbids_is_never_seen_where_one_variable_is_shipped_and_one_moves() {
-    let Some(host) = host() else { return };
-    let placement = Placement { nodes: true, pages: true };
-    let mut rows = Vec::new();
-    for test in ALL {
-        for &variant in test.variants() {
-            let counts = outcomes(&host, test, variant, placement, true, 2048).unwrap();
-            rows.push(row(test, variant, placement, &counts));
-        }
-    }
-    check(&rows);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! operation needs, once, and make the system calls that land them.
 
 use std::net::TcpListener;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -163,7 +163,7 @@ impl Bare {
         let mut wire = self.wire.take().context("only node 0 asks")?;
         let busy = self.setup.polling == Polling::Busy;
         let thread = std::thread::Builder::new().name("round trips".into()).spawn(move || {
-            fabric::urgent();
+            base::thread::make_urgent();
             let mut times = Vec::new();
             for i in 0..count {
                 let begin = Instant::now();
@@ -263,10 +263,8 @@ impl Handler {
             let (faults, answers) = (self.waiting.len() < self.threads, !self.waiting.is_empty());
             let mut look = faults;
             if polling == Polling::Blocking && faults {
-                // SAFETY: both descriptors are open as long as their owners, which outlive the call.
-                let [uffd, lane] =
-                    [self.uffd.as_raw_fd(), self.wire.fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
-                let mut fds = [uffd, orders.bell.as_fd(), lane].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+                let mut fds = [self.uffd.as_fd(), orders.bell.as_fd(), self.wire.fd()]
+                    .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                 let most = if answers { 3 } else { 2 };
                 match poll(&mut fds[..most], PollTimeout::NONE) {
                     Ok(_) | Err(nix::Error::EINTR) => {}

@@ -111,7 +111,7 @@ impl Worker {
             Command::Code(program) => {
                 let memory = self.memory()?;
                 let write = |at: usize, word| address(memory, at).store(word, Ordering::SeqCst);
-                tests::cpl3::tables().for_each(|(at, word)| write(at, word));
+                ::tests::cpl3::tables().for_each(|(at, word)| write(at, word));
                 for (i, bytes) in program.code().chunks(8).enumerate() {
                     let mut word = [0; 8];
                     word[..bytes.len()].copy_from_slice(bytes);

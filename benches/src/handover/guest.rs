@@ -4,13 +4,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use ::tests::cpl3;
 use anyhow::{Context, Result};
 use coherence::memory::DualMemory;
 use fabric::{NodeId, Receiver, Transport};
 use kvm_bindings::kvm_regs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
-use tests::cpl3;
 use vmm::kvm::{HostCpu, Vcpu, Vm, caps};
 
 use super::code::{DONE, SLEEP, WAKE};
@@ -85,7 +85,7 @@ impl Guest {
         let bell = Arc::new(Bell::default());
         let rung = bell.clone();
         let listener = std::thread::Builder::new().name("wake-ups".into()).spawn(move || {
-            fabric::urgent();
+            base::thread::make_urgent();
             while !rung.stop.load(Ordering::Acquire) && listen(&mut *receiver, &rung).is_ok() {}
         })?;
         Ok(Guest { vcpu, _vm: vm, host, bell, transport, listener: Some(listener) })
@@ -122,6 +122,7 @@ impl Guest {
             }
             Ok(true)
         })
+        .map(drop)
     }
 }
 
@@ -137,9 +138,7 @@ impl Drop for Guest {
 /// Waits for wake-ups for a moment.
 fn listen(receiver: &mut dyn Receiver, bell: &Bell) -> Result<()> {
     if !receiver.arm()? {
-        // SAFETY: the receiver keeps its descriptor open, and outlives the call.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(receiver.fd()) };
-        poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(100u8))
+        poll(&mut [PollFd::new(receiver.fd(), PollFlags::POLLIN)], PollTimeout::from(100u8))
             .or_else(|error| if error == nix::errno::Errno::EINTR { Ok(0) } else { Err(error) })?;
     }
     receiver.poll(&mut |_, _| bell.ring())?;

@@ -31,9 +31,14 @@
 //! | shipping, 2 nodes x 1 page; evictions, devices of both | 7,926 | yes |
 //! | shipping, 2 nodes x 2 pages of one home, runs | 184,164 | yes |
 //! | shipping always, 3 nodes x 1 page | 7,980 | yes |
+//! | pushing, 2 nodes x 1 page; evictions, prefetches | 15,127 | yes |
+//! | pushing, 3 nodes x 1 page | 464,561 | yes |
+//! | pushing, 2 nodes x 1 page; evictions, discards | 42,880 | yes |
+//! | pushing, 2 nodes x 1 page; evictions, devices of both | 25,694 | yes |
+//! | shipping and pushing, 2 nodes x 1 page; evictions | 27,806 | yes |
 //!
 //! "Shipping" is one CPU of each node that adds to the pages, with pages whose classes begin and end at any moment and
-//! CPUs that may want the page instead.
+//! CPUs that may want the page instead; "pushing" is CPUs that read and write, with pages that are pushed at times.
 //!
 //! The larger ones: `cargo test --release -p coherence --lib model -- --ignored --nocapture`, half a minute
 //! to two minutes each.
@@ -61,8 +66,8 @@ pub(super) struct Small {
     pub reads: bool,
     /// Whether other accesses happen, which cannot be shipped, beside those of called-out CPUs.
     pub accesses: bool,
-    /// Whether classes begin and end.
-    pub classes: bool,
+    /// Classes that pages get, and leave for others of these.
+    pub classes: &'static [Class],
 }
 
 impl Small {
@@ -77,14 +82,25 @@ impl Small {
             cpus: 0,
             reads: false,
             accesses: true,
-            classes: false,
+            classes: &[],
         }
+    }
+
+    /// Nodes whose pages are pushed at times.
+    pub fn pushing(cluster: Cluster) -> Small {
+        let cluster = cluster.with_shipping(Shipping::Manual);
+        Small { classes: &[Class::Moving, Class::Pushed], ..Small::plain(cluster) }
     }
 
     /// Nodes with one CPU each that adds to the pages, and nothing else; classes begin and end.
     pub fn shipping(cluster: Cluster) -> Small {
         let cluster = cluster.with_shipping(Shipping::Manual);
-        Small { cpus: 1, accesses: false, classes: true, ..Small::plain(cluster) }
+        Small {
+            cpus: 1,
+            accesses: false,
+            classes: &[Class::Moving, Class::Delegated],
+            ..Small::plain(cluster)
+        }
     }
 }
 
@@ -132,8 +148,8 @@ impl Model for Small {
     fn actions(&self, state: &State, actions: &mut Vec<Step>) {
         let Ok(cluster) = state else { return };
         actions.extend(cluster.pending());
-        for page in (0..cluster.pages()).map(Page).filter(|_| self.classes) {
-            for class in [Class::Moving, Class::Delegated] {
+        for page in (0..cluster.pages()).map(Page) {
+            for &class in self.classes {
                 if cluster.class(page) != class {
                     actions.push(Step::Class { page, class });
                 }
@@ -347,10 +363,53 @@ fn two_nodes_and_two_pages_that_are_delegated_at_times_with_memory_for_one_copy(
 }
 
 /// Nothing but operations, all shipped that can be.
+#[test]
+fn two_nodes_and_one_page_that_is_pushed_at_times() {
+    let small = Small::pushing(Cluster::new(2, 1));
+    exhaust(Small { evictions: true, prefetches: true, ..small }, 15_127);
+}
+
+#[test]
+fn three_nodes_and_one_page_that_is_pushed_at_times() {
+    exhaust(Small::pushing(Cluster::new(3, 1)), 464_561);
+}
+
+#[test]
+#[ignore = "minutes"]
+fn three_nodes_and_one_page_that_is_pushed_at_times_with_evictions() {
+    exhaust(Small { evictions: true, ..Small::pushing(Cluster::new(3, 1)) }, 0);
+}
+
+/// With discards and devices, of the home and of the other node.
+#[test]
+fn two_nodes_and_one_page_that_is_pushed_at_times_and_discarded() {
+    exhaust(Small { evictions: true, discards: 2, ..Small::pushing(Cluster::new(2, 1)) }, 42_880);
+}
+
+#[test]
+fn two_nodes_and_one_page_that_is_pushed_at_times_and_used_by_devices() {
+    exhaust(Small { evictions: true, directs: 2, ..Small::pushing(Cluster::new(2, 1)) }, 25_694);
+}
+
+/// Any class may follow any other.
+#[test]
+fn two_nodes_and_one_page_of_all_classes() {
+    let classes = &[Class::Moving, Class::Delegated, Class::Pushed];
+    let small = Small::shipping(Cluster::new(2, 1));
+    exhaust(Small { evictions: true, reads: true, classes, ..small }, 27_806);
+}
+
+#[test]
+#[ignore = "minutes"]
+fn three_nodes_and_one_page_of_all_classes() {
+    let classes = &[Class::Moving, Class::Delegated, Class::Pushed];
+    exhaust(Small { reads: true, classes, ..Small::shipping(Cluster::new(3, 1)) }, 0);
+}
+
 fn always_delegated(nodes: usize, cpus: u32, states: usize) {
     let small = Small::shipping(Cluster::new(nodes, 1));
     let cluster = small.cluster.clone().with_shipping(Shipping::Always);
-    exhaust(Small { cluster, cpus, classes: false, ..small }, states);
+    exhaust(Small { cluster, cpus, classes: &[], ..small }, states);
 }
 
 #[test]
@@ -402,8 +461,9 @@ fn what_is_under_way_comes_to_an_end_from_every_state() {
             }
             cluster.check_rest().expect("all is answered");
         };
-        small.checker().visitor(visitor).spawn_dfs().join().assert_properties();
+        small.checker().visitor(visitor).spawn_bfs().join().assert_properties();
     };
     drains(Small { evictions: true, prefetches: true, ..Small::plain(Cluster::new(2, 1)) });
-    drains(Small { evictions: true, ..Small::shipping(Cluster::new(2, 1)) });
+    let classes = &[Class::Moving, Class::Delegated, Class::Pushed];
+    drains(Small { evictions: true, reads: true, classes, ..Small::shipping(Cluster::new(2, 1)) });
 }

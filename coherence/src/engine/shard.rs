@@ -5,7 +5,7 @@ mod effects;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -274,11 +274,8 @@ impl Shard {
         let next = next.map(|Reverse(held)| held.look_at.saturating_sub(now));
         let tick = if self.core.called.is_empty() { TICK } else { PATIENCE };
         let timeout = next.map_or(tick, Duration::from_nanos).min(tick);
-        // SAFETY: the receiver lives as long as this call and keeps its descriptor open.
-        let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
-        // SAFETY: likewise the userfaultfd.
-        let uffd = unsafe { BorrowedFd::borrow_raw(self.core.uffd.as_raw_fd()) };
-        let mut fds = [lane, uffd, bell.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut fds = [self.receiver.fd(), self.core.uffd.as_fd(), bell.as_fd()]
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None) {
             Ok(_) => Ok(fds[2].any() == Some(true)),
             Err(nix::Error::EINTR) => Ok(false),

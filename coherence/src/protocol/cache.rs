@@ -4,7 +4,7 @@ use fabric::NodeId;
 
 use super::under_way::{Replacement, Want};
 use super::{
-    Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Mistake, Outcome, Protocol, Rights, Transient,
+    Busy, Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Mistake, Outcome, Protocol, Rights, Transient,
 };
 use crate::page::Page;
 
@@ -77,6 +77,7 @@ impl Protocol {
             may_ship,
             must_move: false,
             keeps_frame: false,
+            pulls: false,
             prefetch,
             replaces: None,
             deferred: None,
@@ -94,6 +95,14 @@ impl Protocol {
             _ => Kind::GetShared { run, may_ship },
         };
         self.send(self.homes.home(page), page, kind, out);
+    }
+
+    /// This home asks for a page that another node writes, to push it.
+    pub(super) fn pull(&mut self, page: Page, out: &mut Vec<Effect>) {
+        self.start_miss(page, Want::page(Rights::Shared), true, out);
+        if let Some(Transient::Miss(miss)) = self.transient.get_mut(page) {
+            miss.pulls = true;
+        }
     }
 
     /// The home says that the page stays where it is: who waits for it may send what it wants to do, unless
@@ -163,7 +172,7 @@ impl Protocol {
             self.land(page, out)?;
         }
         // As home, the owner's bytes are also what a reader's forward was waiting for.
-        if self.busy.get(page).is_some_and(|busy| busy.requester == self.me) {
+        if self.busy.get(page).and_then(Busy::writeback).is_some_and(|(_, requester)| requester == self.me) {
             self.home_writeback_done(page, from, out)?;
         }
         if run > 0 {
@@ -187,14 +196,14 @@ impl Protocol {
         Ok(())
     }
 
-    fn complete_if_answered(&mut self, page: Page, out: &mut Vec<Effect>) {
+    pub(super) fn complete_if_answered(&mut self, page: Page, out: &mut Vec<Effect>) {
         let Some(Transient::Miss(miss)) = self.transient.get(page) else { return };
         if !miss.granted || (miss.acks != 0 && !self.makes(Mistake::WriteBeforeAcks)) {
             return;
         }
         let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
         let (run_faults, run_writes, prefetch) = (miss.run_faults, miss.run_writes, miss.prefetch);
-        let (replaces, may_ship) = (miss.replaces, miss.may_ship && !miss.must_move);
+        let (replaces, may_ship, pulls) = (miss.replaces, miss.may_ship && !miss.must_move, miss.pulls);
         self.transient.remove(page);
         let wanted = !prefetch || deferred.is_some();
         let done = match replaces {
@@ -211,9 +220,12 @@ impl Protocol {
             _ => out.push(Effect::Map(page, want)),
         }
         self.forget_to_ship(page);
-        self.set_local(page, want, true);
+        let held = !pulls || wanted;
+        self.set_local(page, want, held);
         self.set_idle(page, prefetch);
-        out.push(Effect::Hold(page));
+        if held {
+            out.push(Effect::Hold(page));
+        }
         if let Some(demand) = deferred {
             self.deferred.insert(page, demand);
         }
@@ -353,6 +365,7 @@ impl Protocol {
             self.deferred.remove(page);
         }
         self.yield_deferred(page, out);
+        self.home_push_own(page, out);
     }
 
     pub(super) fn cache_evict(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {

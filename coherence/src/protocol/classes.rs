@@ -1,12 +1,13 @@
-//! The classes of pages at their home: most move to who uses them, some are *delegated* and stay where they are while
-//! their users' operations come to them ([`super::ship`]). [`super::classify`] says when.
+//! The classes of pages at their home: most *move* to who uses them, some are *delegated* and stay where they are while
+//! their users' operations come to them ([`super::ship`]), some are *pushed* to their readers whenever they were
+//! written ([`super::push`]). [`super::classify`] says when.
 //!
 //! A class says only how the home answers from now on. It may begin and end at any moment, whatever is under way on
 //! the page: what was asked before is answered by what the page is when its turn comes.
 
 use fabric::NodeId;
 
-use super::classify::{Classifier, Rules};
+use super::classify::{Classifier, Demanded, Rules};
 use super::state::PageMap;
 use super::{Entry, Protocol, Rights, Want};
 use crate::page::Page;
@@ -33,6 +34,8 @@ pub enum Class {
     Moving,
     /// It stays with its owner, as far as others can do without.
     Delegated,
+    /// It goes to who wants it; and when it was written, to those who could read it before, unasked.
+    Pushed,
 }
 
 /// The pages of this home that are not moving ones, and what decides that.
@@ -68,11 +71,12 @@ impl Protocol {
 
     /// Gives a page of this home a class, if there are any.
     pub fn set_class(&mut self, page: Page, class: Class) {
+        if class != Class::Pushed {
+            self.readers.remove(page);
+        }
         match (&mut self.classes, class) {
             (Classes::Off | Classes::Always, _) => {}
-            (Classes::Auto(classifier, now), class) => {
-                classifier.tell(page, class == Class::Delegated, *now);
-            }
+            (Classes::Auto(classifier, now), class) => classifier.tell(page, class, *now),
             (Classes::Manual(pages), Class::Moving) => drop(pages.remove(page)),
             (Classes::Manual(pages), class) => drop(pages.insert(page, class)),
         }
@@ -82,17 +86,16 @@ impl Protocol {
     pub fn class(&self, page: Page) -> Class {
         match &self.classes {
             Classes::Off => Class::Moving,
-            Classes::Auto(classifier, _) if classifier.is_delegated(page) => Class::Delegated,
-            Classes::Auto(..) => Class::Moving,
+            Classes::Auto(classifier, _) => classifier.class(page),
             Classes::Manual(pages) => pages.get(page).copied().unwrap_or_default(),
             Classes::Always => Class::Delegated,
         }
     }
 
-    /// How many pages of this home are delegated because it decided so.
-    pub fn delegated(&self) -> usize {
+    /// How many pages of this home are delegated or pushed because it decided so.
+    pub fn special(&self) -> usize {
         match &self.classes {
-            Classes::Auto(classifier, _) => classifier.delegated(),
+            Classes::Auto(classifier, _) => classifier.special(),
             _ => 0,
         }
     }
@@ -108,18 +111,24 @@ impl Protocol {
 
     /// The home is about to answer a Get.
     pub(super) fn note_get(&mut self, page: Page, from: NodeId, want: Want) {
-        let takes = match self.entry(page) {
-            Entry::Exclusive(owner) => owner != from,
+        let (takes, readers) = match self.entry(page) {
+            Entry::Exclusive(owner) => (owner != from, 0),
             Entry::Shared(mut others) => {
                 others.remove(from);
-                want.rights == Rights::Exclusive && !others.is_empty()
+                (want.rights == Rights::Exclusive && !others.is_empty(), others.len())
             }
         };
         if let Classes::Auto(classifier, now) = &mut self.classes
             && takes
         {
-            classifier.wanted(page, from, want.may_ship, *now);
+            let (may_ship, write) = (want.may_ship, want.rights == Rights::Exclusive);
+            classifier.wanted(page, Demanded { by: from, may_ship, write, readers }, *now);
         }
+    }
+
+    /// Whether those who read a page that is about to be written are to ask themselves this time.
+    pub(super) fn surveys(&self, page: Page) -> bool {
+        matches!(&self.classes, Classes::Auto(classifier, _) if classifier.surveys(page))
     }
 
     /// The home is about to see to an operation.
@@ -135,5 +144,17 @@ impl Protocol {
             Classes::Auto(classifier, _) => classifier.bytes(),
             _ => 0,
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Any class.
+    pub fn classes() -> impl Strategy<Value = Class> {
+        proptest::sample::select(vec![Class::Moving, Class::Delegated, Class::Pushed])
     }
 }

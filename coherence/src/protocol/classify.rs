@@ -1,11 +1,13 @@
-//! The rules by which a home delegates its pages: from what it sees of them, which is who asks for them when, and the
-//! operations that come. Pure; the time comes with each question.
+//! The rules by which a home delegates and pushes its pages: from what it sees of them, which is who asks for them when,
+//! and the operations that come. Pure; the time comes with each question.
 //!
 //! ```text
-//!               `changes` changes of hands, each within `quick`
-//!  moving ───────────────────────────────────────────────────────> delegated
+//!               `changes` changes of hands, each within `quick`:
+//!               one node writes and several read ──────────────────> pushed
+//!               else ──────────────────────────────────────────────> delegated
+//!  moving ──────────────────────────────────────────────────────────────┘
 //!   ▲  ▲                                                            │   │
-//!   │  └─ `cold`, or most of those who come need the page itself ───┘   │ one node makes nine tenths
+//!   │  └─ `cold`, or most of those who come do not fit the class ───┘   │ one node makes nine tenths
 //!   │                                                                   │ of `window` operations
 //!   └─ kept longer than `quick` ── on trial with that node <────────────┘
 //!                                        │ taken away within `quick`: delegated again, `window` doubled
@@ -14,13 +16,17 @@
 //! sends operations may mean that it alone uses the page, or that it shares it with the owner. The page goes to that
 //! node *on trial*, which shows. Since the window doubles with each trial that fails, these cost a part of the
 //! operations that goes to zero, and nothing swings to and fro.
+//!
+//! Nor can a home see whether what it pushes is read. So one write in [`SURVEY`] is not pushed: who then asks is a
+//! reader still.
 
 use fabric::NodeId;
 
+use super::Class;
 use super::state::PageMap;
 use crate::page::Page;
 
-/// When a page is delegated, and when no more. Times are microseconds.
+/// When a page is delegated or pushed, and when no more. Times are microseconds.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Rules {
     /// A page that changes hands again within this is hot.
@@ -29,9 +35,9 @@ pub struct Rules {
     pub changes: u8,
     /// Operations of which one node makes nine tenths before it has the page on trial, at first.
     pub window: u16,
-    /// A delegated page that nobody operates on for so long is moving again.
+    /// A page that nobody operates on, or writes, for so long is moving again.
     pub cold: u64,
-    /// Pages of one shard that are delegated at a time.
+    /// Pages of one shard that are delegated or pushed at a time.
     pub most: usize,
 }
 
@@ -47,11 +53,23 @@ const SLOTS: usize = 256;
 /// The longest window.
 const LONGEST: u16 = 1 << 15;
 
-/// How much more than an operation a demand for the page itself weighs against delegation.
+/// How much more than a demand that fits its class one weighs that does not.
 const MISFIT: u16 = 8;
 
-/// The weight at which delegation ends.
+/// The weight at which a class ends.
 const UNFIT: u16 = 64;
+
+/// Readers who make it worth while to push.
+const READERS: usize = 2;
+
+/// Of so many writes one is not pushed, to see who asks.
+const SURVEY: u32 = 32;
+
+/// Surveys in a row after which hardly anybody asked, before a page is pushed no more.
+const MOST_UNREAD: u8 = 2;
+
+/// Times that a page did not fit its class, after which it is not pushed again.
+const MOST_PUSHED: u8 = 3;
 
 /// The most doublings of the changes that it takes to delegate a page that did not fit.
 const MOST_STRIKES: u8 = 8;
@@ -73,22 +91,50 @@ struct Candidate {
     since: u64,
     /// Quick changes of hands.
     heat: u16,
+    /// Who wrote it last, and how often in a row, each time after several had read it.
+    writer: NodeId,
+    writes: u16,
     /// Who has it, or is to have it, on trial.
     trial: Option<NodeId>,
 }
 
-/// A delegated page.
+/// A page that is not moving.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
-struct Delegated {
+struct Special {
     past: Past,
-    /// When it was last operated on.
+    /// When it was last operated on, or written.
     last: u64,
-    /// Who may be the one that makes most of the operations.
-    by: NodeId,
-    /// Operations since it may be, and those of others.
-    operations: u16,
-    strays: u16,
+    /// Demands that did not fit, against those that did.
     misfits: u16,
+    how: How,
+}
+
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+enum How {
+    Delegated {
+        /// Who may be the one that makes most of the operations.
+        by: NodeId,
+        /// Operations since it may be, and those of others.
+        operations: u16,
+        strays: u16,
+    },
+    Pushed {
+        writer: NodeId,
+        writes: u32,
+        /// Surveys in a row after which hardly anybody asked.
+        unread: u8,
+    },
+}
+
+/// A demand for a page that other nodes have.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(super) struct Demanded {
+    pub(super) by: NodeId,
+    /// Whether who asks can do without the page.
+    pub(super) may_ship: bool,
+    pub(super) write: bool,
+    /// How many others can read the page, none of whom can write it.
+    pub(super) readers: usize,
 }
 
 /// What a home has seen of its pages.
@@ -96,55 +142,87 @@ struct Delegated {
 pub(super) struct Classifier {
     rules: Rules,
     candidates: Vec<Option<Candidate>>,
-    delegated: PageMap<Delegated>,
+    special: PageMap<Special>,
 }
 
 impl Classifier {
     pub(super) fn new(rules: Rules) -> Classifier {
-        Classifier { rules, candidates: vec![None; SLOTS], delegated: PageMap::default() }
+        Classifier { rules, candidates: vec![None; SLOTS], special: PageMap::default() }
     }
 
-    /// Whether the page is delegated.
-    pub(super) fn is_delegated(&self, page: Page) -> bool {
-        self.delegated.get(page).is_some()
+    /// The page's class.
+    pub(super) fn class(&self, page: Page) -> Class {
+        match self.special.get(page).map(|known| known.how) {
+            None => Class::Moving,
+            Some(How::Delegated { .. }) => Class::Delegated,
+            Some(How::Pushed { .. }) => Class::Pushed,
+        }
     }
 
-    /// How many pages are delegated.
-    pub(super) fn delegated(&self) -> usize {
-        self.delegated.len()
+    /// How many pages are not moving.
+    pub(super) fn special(&self) -> usize {
+        self.special.len()
     }
 
     /// Bytes that this takes.
     pub(super) fn bytes(&self) -> usize {
         self.candidates.len() * size_of::<Option<Candidate>>()
-            + self.delegated.len() * size_of::<(Page, Delegated)>()
+            + self.special.len() * size_of::<(Page, Special)>()
     }
 
-    /// Somebody asks for a page that another node has; whether who asks can do without.
-    pub(super) fn wanted(&mut self, page: Page, by: NodeId, may_ship: bool, now: u64) {
-        if let Some(known) = self.delegated.get_mut(page) {
-            if !may_ship {
-                known.misfits += MISFIT;
-                if known.misfits > UNFIT {
-                    let strikes = (known.past.strikes + 1).min(MOST_STRIKES);
-                    let past = Past { strikes, ..known.past };
-                    self.end(page, past, None, now);
-                }
-            } else if now.saturating_sub(known.last) > self.rules.cold {
-                let past = known.past;
-                self.end(page, past, None, now);
+    /// Whether the write that was just asked for is one that is not pushed.
+    pub(super) fn surveys(&self, page: Page) -> bool {
+        let how = self.special.get(page).map(|known| known.how);
+        matches!(how, Some(How::Pushed { writes, .. }) if writes % SURVEY == 0)
+    }
+
+    /// Somebody asks for a page that other nodes have.
+    pub(super) fn wanted(&mut self, page: Page, demanded: Demanded, now: u64) {
+        let Some(known) = self.special.get_mut(page) else {
+            // What moves in any case is not worth watching.
+            if demanded.may_ship
+                && let Some((past, how)) = self.heat_up(page, demanded, now)
+            {
+                self.candidates[slot(page)] = None;
+                self.begin(page, past, how, now);
             }
             return;
-        }
-        // What moves in any case is not worth watching.
-        if may_ship && let Some(past) = self.heat_up(page, by, now) {
-            self.candidates[slot(page)] = None;
-            self.delegate(page, past, now);
+        };
+        let is_cold = now.saturating_sub(known.last) > self.rules.cold;
+        let fits = match &mut known.how {
+            How::Delegated { .. } => (!demanded.may_ship).then_some(false),
+            How::Pushed { writer, writes, unread } if demanded.write => {
+                known.last = now;
+                if *writer == NOBODY {
+                    *writer = demanded.by;
+                }
+                // After a survey, those who asked are all who read.
+                if *writes > 0 && *writes % SURVEY == 0 {
+                    *unread = if demanded.readers < READERS { *unread + 1 } else { 0 };
+                }
+                *writes = writes.wrapping_add(1);
+                if *unread == MOST_UNREAD {
+                    known.misfits = UNFIT;
+                }
+                Some(*unread < MOST_UNREAD && *writer == demanded.by)
+            }
+            How::Pushed { .. } => None,
+        };
+        known.misfits = match fits {
+            Some(true) => known.misfits.saturating_sub(1),
+            Some(false) => known.misfits + MISFIT,
+            None => known.misfits,
+        };
+        if known.misfits > UNFIT || is_cold {
+            let strikes = (known.past.strikes + u8::from(!is_cold)).min(MOST_STRIKES);
+            let past = Past { strikes, ..known.past };
+            self.end(page, past, None, now);
         }
     }
 
-    /// A moving page changes hands; what is known of it if that is once too often.
-    fn heat_up(&mut self, page: Page, by: NodeId, now: u64) -> Option<Past> {
+    /// A moving page changes hands; what is to be done with it if that is once too often.
+    fn heat_up(&mut self, page: Page, demanded: Demanded, now: u64) -> Option<(Past, How)> {
+        let Demanded { by, write, readers, .. } = demanded;
         let Rules { quick, changes, window, .. } = self.rules;
         let slot = &mut self.candidates[slot(page)];
         let known = match slot {
@@ -156,12 +234,18 @@ impl Classifier {
             }
             _ => {
                 let past = Past { window, strikes: 0 };
-                *slot = Some(Candidate { page, past, since: now, heat: 0, trial: None });
+                let (writer, trial) = (NOBODY, None);
+                *slot = Some(Candidate { page, past, since: now, heat: 0, writer, writes: 0, trial });
                 return None;
             }
         };
         let residency = now.saturating_sub(known.since);
         known.since = now;
+        if write {
+            let again = known.writer == by && readers >= READERS;
+            known.writer = by;
+            known.writes = if again { known.writes.saturating_add(1) } else { 0 };
+        }
         if known.trial == Some(by) {
             return None;
         }
@@ -175,58 +259,74 @@ impl Classifier {
         known.heat = known.heat.saturating_add(1);
         let enough =
             known.trial.take().is_some() || u32::from(known.heat) >= u32::from(changes) << known.past.strikes;
-        enough.then_some(known.past)
+        let pushed = known.writes >= 2 && known.past.strikes < MOST_PUSHED;
+        let how = match pushed {
+            true => How::Pushed { writer: known.writer, writes: 0, unread: 0 },
+            false => How::Delegated { by: NOBODY, operations: 0, strays: 0 },
+        };
+        enough.then_some((known.past, how))
     }
 
-    fn delegate(&mut self, page: Page, past: Past, now: u64) {
-        if self.delegated.len() >= self.rules.most {
-            let coldest = self.delegated.iter().min_by_key(|(_, known)| known.last);
+    fn begin(&mut self, page: Page, past: Past, how: How, now: u64) {
+        if self.special.len() >= self.rules.most {
+            let coldest = self.special.iter().min_by_key(|(_, known)| known.last);
             let Some((coldest, known)) = coldest.map(|(page, known)| (page, *known)) else { return };
             if now.saturating_sub(known.last) <= self.rules.cold {
                 return;
             }
             self.end(coldest, known.past, None, now);
         }
-        let by = NodeId(u16::MAX);
-        let known = Delegated { past, last: now, by, operations: 0, strays: 0, misfits: 0 };
-        self.delegated.insert(page, known);
+        self.special.insert(page, Special { past, last: now, misfits: 0, how });
     }
 
-    /// Delegates a page, whatever is known of it.
-    pub(super) fn tell(&mut self, page: Page, delegated: bool, now: u64) {
-        match delegated {
-            true => self.delegate(page, Past { window: self.rules.window, strikes: 0 }, now),
-            false => drop(self.delegated.remove(page)),
+    /// Gives a page a class, whatever is known of it.
+    pub(super) fn tell(&mut self, page: Page, class: Class, now: u64) {
+        self.special.remove(page);
+        let past = Past { window: self.rules.window, strikes: 0 };
+        match class {
+            Class::Moving => {}
+            Class::Delegated => {
+                self.begin(page, past, How::Delegated { by: NOBODY, operations: 0, strays: 0 }, now);
+            }
+            Class::Pushed => {
+                self.begin(page, past, How::Pushed { writer: NOBODY, writes: 0, unread: 0 }, now)
+            }
         }
     }
 
     /// The page is moving again.
     fn end(&mut self, page: Page, past: Past, trial: Option<NodeId>, now: u64) {
-        self.delegated.remove(page);
-        self.candidates[slot(page)] = Some(Candidate { page, past, since: now, heat: 0, trial });
+        self.special.remove(page);
+        let (writer, writes) = (NOBODY, 0);
+        self.candidates[slot(page)] =
+            Some(Candidate { page, past, since: now, heat: 0, writer, writes, trial });
     }
 
     /// Somebody operates on the page; afterwards it may not be delegated any more.
-    pub(super) fn operated(&mut self, page: Page, by: NodeId, now: u64) {
-        let Some(known) = self.delegated.get_mut(page) else { return };
+    pub(super) fn operated(&mut self, page: Page, node: NodeId, now: u64) {
+        let Some(known) = self.special.get_mut(page) else { return };
+        let How::Delegated { by, operations, strays } = &mut known.how else { return };
         if now.saturating_sub(known.last) > self.rules.cold {
             let past = known.past;
             return self.end(page, past, None, now);
         }
         known.last = now;
         known.misfits = known.misfits.saturating_sub(1);
-        known.operations += 1;
-        known.strays += u16::from(known.by != by);
-        if u32::from(known.strays) * 10 > u32::from(known.operations) {
-            (known.by, known.operations, known.strays) = (by, 1, 0);
+        *operations += 1;
+        *strays += u16::from(*by != node);
+        if u32::from(*strays) * 10 > u32::from(*operations) {
+            (*by, *operations, *strays) = (node, 1, 0);
         }
-        if known.operations >= known.past.window && known.by == by {
+        if *operations >= known.past.window && *by == node {
             let window = known.past.window.saturating_mul(2).min(LONGEST);
             let past = Past { window, ..known.past };
-            self.end(page, past, Some(by), now);
+            self.end(page, past, Some(node), now);
         }
     }
 }
+
+/// No node.
+const NOBODY: NodeId = NodeId(u16::MAX);
 
 /// The slot that may watch a page.
 fn slot(page: Page) -> usize {
@@ -243,16 +343,25 @@ mod tests {
     const B: NodeId = NodeId(2);
     const C: NodeId = NodeId(3);
 
+    fn is_delegated(classifier: &Classifier, page: Page) -> bool {
+        classifier.class(page) == Class::Delegated
+    }
+
+    /// Of a page that another node has to write.
+    fn write(by: NodeId) -> Demanded {
+        Demanded { by, may_ship: true, write: true, readers: 0 }
+    }
+
     /// A page that two nodes have taken from each other until it was delegated.
     fn hot() -> (Classifier, u64) {
         let mut classifier = Classifier::new(Rules::default());
         let mut now = 0;
         for turn in 0..=6 {
-            assert!(!classifier.is_delegated(PAGE), "after {turn} turns");
+            assert!(!is_delegated(&classifier, PAGE), "after {turn} turns");
             now += 1_000;
-            classifier.wanted(PAGE, if turn % 2 == 0 { A } else { B }, true, now);
+            classifier.wanted(PAGE, write(if turn % 2 == 0 { A } else { B }), now);
         }
-        assert!(classifier.is_delegated(PAGE));
+        assert!(is_delegated(&classifier, PAGE));
         (classifier, now)
     }
 
@@ -261,26 +370,27 @@ mod tests {
         hot();
         let mut classifier = Classifier::new(Rules::default());
         for turn in 0..1000 {
-            classifier.wanted(PAGE, if turn % 2 == 0 { A } else { B }, true, turn * 9_000);
+            classifier.wanted(PAGE, write(if turn % 2 == 0 { A } else { B }), turn * 9_000);
         }
-        assert!(!classifier.is_delegated(PAGE));
+        assert!(!is_delegated(&classifier, PAGE));
     }
 
     #[test]
     fn a_page_that_must_move_is_not_delegated_and_one_that_mostly_must_is_not_for_long() {
         let mut classifier = Classifier::new(Rules::default());
-        (0..1000).for_each(|now| classifier.wanted(PAGE, A, false, now));
-        assert!(!classifier.is_delegated(PAGE));
+        let must_move = |by| Demanded { may_ship: false, ..write(by) };
+        (0..1000).for_each(|now| classifier.wanted(PAGE, must_move(A), now));
+        assert!(!is_delegated(&classifier, PAGE));
         let (mut classifier, now) = hot();
         for _ in 0..10 {
             classifier.operated(PAGE, A, now);
-            classifier.wanted(PAGE, B, false, now);
+            classifier.wanted(PAGE, must_move(B), now);
         }
-        assert!(!classifier.is_delegated(PAGE));
+        assert!(!is_delegated(&classifier, PAGE));
         // It takes twice as much from now on.
         let turns = (0..100).take_while(|turn| {
-            classifier.wanted(PAGE, if turn % 2 == 0 { A } else { B }, true, now + turn);
-            !classifier.is_delegated(PAGE)
+            classifier.wanted(PAGE, write(if turn % 2 == 0 { A } else { B }), now + turn);
+            !is_delegated(&classifier, PAGE)
         });
         assert_eq!(turns.count(), 11);
     }
@@ -289,7 +399,7 @@ mod tests {
     fn until_trial(classifier: &mut Classifier, by: NodeId, now: u64) -> u64 {
         let count = (1..100_000).take_while(|_| {
             classifier.operated(PAGE, by, now);
-            classifier.is_delegated(PAGE)
+            is_delegated(classifier, PAGE)
         });
         count.count() as u64 + 1
     }
@@ -303,16 +413,16 @@ mod tests {
             assert_eq!(window, 64 << trial);
             operations += window;
             // It gets the page, and the owner, who used it too, wants it back at once.
-            classifier.wanted(PAGE, A, true, now);
-            assert!(!classifier.is_delegated(PAGE));
-            classifier.wanted(PAGE, B, true, now + 100);
-            assert!(classifier.is_delegated(PAGE));
+            classifier.wanted(PAGE, write(A), now);
+            assert!(!is_delegated(&classifier, PAGE));
+            classifier.wanted(PAGE, write(B), now + 100);
+            assert!(is_delegated(&classifier, PAGE));
         }
         assert!(operations > 9 * 1000, "a trial in a thousand operations and less");
         until_trial(&mut classifier, A, now);
-        classifier.wanted(PAGE, A, true, now);
-        classifier.wanted(PAGE, B, true, now + 50_000);
-        assert!(!classifier.is_delegated(PAGE), "it alone used the page");
+        classifier.wanted(PAGE, write(A), now);
+        classifier.wanted(PAGE, write(B), now + 50_000);
+        assert!(!is_delegated(&classifier, PAGE), "it alone used the page");
     }
 
     #[test]
@@ -320,7 +430,7 @@ mod tests {
         let (mut classifier, now) = hot();
         for turn in 0..100_000 {
             classifier.operated(PAGE, if turn % 7 == 0 { C } else { A }, now);
-            assert!(classifier.is_delegated(PAGE));
+            assert!(is_delegated(&classifier, PAGE));
         }
     }
 
@@ -328,16 +438,58 @@ mod tests {
     fn a_page_that_has_gone_cold_moves_again_and_makes_room_for_another() {
         let (mut classifier, now) = hot();
         classifier.operated(PAGE, A, now + 2_000_001);
-        assert!(!classifier.is_delegated(PAGE));
+        assert!(!is_delegated(&classifier, PAGE));
 
         let mut classifier = Classifier::new(Rules { most: 2, ..Rules::default() });
         for page in [1, 2, 3].map(Page) {
-            classifier.tell(page, true, 0);
+            classifier.tell(page, Class::Delegated, 0);
         }
-        assert_eq!((classifier.delegated(), classifier.is_delegated(Page(3))), (2, false));
+        assert_eq!((classifier.special(), is_delegated(&classifier, Page(3))), (2, false));
         classifier.operated(Page(1), A, 1_000_000);
-        classifier.tell(Page(3), true, 2_500_000);
-        assert!(classifier.is_delegated(Page(1)) && classifier.is_delegated(Page(3)));
+        classifier.tell(Page(3), Class::Delegated, 2_500_000);
+        assert!(is_delegated(&classifier, Page(1)) && is_delegated(&classifier, Page(3)));
+    }
+
+    /// One round of a page that A writes and `readers` read.
+    fn round(classifier: &mut Classifier, readers: usize, now: u64) {
+        classifier.wanted(PAGE, Demanded { readers, ..write(A) }, now);
+        let read = Demanded { write: false, ..write(B) };
+        if classifier.class(PAGE) != Class::Pushed || classifier.surveys(PAGE) {
+            classifier.wanted(PAGE, read, now + 100);
+        }
+    }
+
+    #[test]
+    fn a_page_that_one_node_writes_and_several_read_is_pushed_until_nobody_reads_it() {
+        let mut classifier = Classifier::new(Rules::default());
+        let rounds = (0..100).take_while(|now| {
+            round(&mut classifier, 2, now * 1_000);
+            classifier.class(PAGE) == Class::Moving
+        });
+        assert_eq!(rounds.count(), 3);
+        for now in 0..10_000 {
+            round(&mut classifier, 2, now * 1_000);
+            assert_eq!(classifier.class(PAGE), Class::Pushed);
+        }
+        let writes = (0..10_000).take_while(|now| {
+            // Only who asked after a survey has the page when it is written again.
+            let readers = if classifier.surveys(PAGE) { 0 } else { 2 };
+            round(&mut classifier, readers, now * 1_000);
+            classifier.class(PAGE) == Class::Pushed
+        });
+        let writes = writes.count();
+        assert!((30..1000).contains(&writes), "{writes} writes");
+    }
+
+    #[test]
+    fn a_pushed_page_that_several_write_is_pushed_no_more() {
+        let mut classifier = Classifier::new(Rules::default());
+        classifier.tell(PAGE, Class::Pushed, 0);
+        let writes = (1..100).take_while(|turn| {
+            classifier.wanted(PAGE, Demanded { readers: 2, ..write(NodeId(turn % 3)) }, 0);
+            classifier.class(PAGE) == Class::Pushed
+        });
+        assert_eq!(writes.count(), 13);
     }
 
     #[test]
@@ -345,10 +497,10 @@ mod tests {
         let mut classifier = Classifier::new(Rules::default());
         for page in (0..5_000).map(Page) {
             for turn in 0..10 {
-                classifier.wanted(page, if turn % 2 == 0 { A } else { B }, true, turn);
+                classifier.wanted(page, write(if turn % 2 == 0 { A } else { B }), turn);
             }
         }
-        assert_eq!(classifier.delegated(), 256);
+        assert_eq!(classifier.special(), 256);
         assert!(classifier.bytes() < 64 << 10, "{} bytes", classifier.bytes());
     }
 }

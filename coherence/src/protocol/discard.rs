@@ -149,6 +149,7 @@ impl Protocol {
             may_ship: false,
             must_move: false,
             keeps_frame: false,
+            pulls: false,
             prefetch: true,
             replaces: Some(replacement),
             deferred: None,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use fabric::NodeId;
 use proptest::prelude::*;
 
+use super::classes::tests::classes;
 use super::message::tests::kinds;
 use super::operation::tests::operations;
 use super::*;
@@ -46,9 +47,7 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
         2 => (page.clone(), any::<bool>()).prop_map(|(page, write)| Input::FaultMayShip(page, write)),
         2 => (page.clone(), 0u32..3, operations())
             .prop_map(|(page, token, operation)| Input::Operate(page, token, operation)),
-        1 => (0..PAGES, any::<bool>()).prop_map(|(page, delegated)| {
-            Input::Class(PAGES + page, if delegated { Class::Delegated } else { Class::Moving })
-        }),
+        1 => (0..PAGES, classes()).prop_map(|(page, class)| Input::Class(PAGES + page, class)),
         3 => (0u16..2, page, kinds(3)).prop_map(|(from, page, kind)| Input::Message(from * 2, page, kind)),
         5 => Just(Input::Answer),
     ];
@@ -160,6 +159,7 @@ fn answer(kind: Kind) -> Option<Kind> {
         Kind::Discard { run } => Some(Kind::Discarded { run }),
         Kind::Load | Kind::LoadAt { .. } => Some(Kind::Loaded { body: true }),
         Kind::Store => Some(Kind::Stored { done: true }),
+        Kind::Push => Some(Kind::Pushed { taken: true }),
         Kind::Operate { token, .. } | Kind::OperateAt { token, .. } => {
             Some(Kind::Operated { token, old: Some(1.into()) })
         }

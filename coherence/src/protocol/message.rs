@@ -123,6 +123,13 @@ pub enum Kind {
         /// The bytes before, if it was done.
         old: Option<Bits>,
     },
+    /// Home to who could read the page before it was written: read it again, as it is now.
+    Push,
+    /// Reader to home, after [`Kind::Push`].
+    Pushed {
+        /// Whether I have it now.
+        taken: bool,
+    },
 }
 
 /// A value of up to 128 bits, as on the wire, and so that it aligns to nothing.
@@ -157,11 +164,12 @@ impl Kind {
                 | Kind::PutExclusive
                 | Kind::Loaded { body: true }
                 | Kind::Store
+                | Kind::Push
         )
     }
 
     /// One more than the highest [`Kind::code`].
-    pub const CODES: usize = 24;
+    pub const CODES: usize = 26;
 
     /// The name of the kind with that [`Kind::code`].
     pub fn name_of(code: u8) -> &'static str {
@@ -190,6 +198,8 @@ impl Kind {
             "Operate",
             "OperateAt",
             "Operated",
+            "Push",
+            "Pushed",
         ];
         NAMES.get(usize::from(code)).copied().unwrap_or("unknown")
     }
@@ -220,6 +230,8 @@ impl Kind {
             Kind::Operate { .. } => 21,
             Kind::OperateAt { .. } => 22,
             Kind::Operated { .. } => 23,
+            Kind::Push => 24,
+            Kind::Pushed { .. } => 25,
         }
     }
 }
@@ -256,7 +268,7 @@ struct Fixed {
     /// Pages that follow, of the Gets and `Data`, else 0.
     run: u8,
     /// Acks of `Data`, requester of `Invalidate`, the forwards, `LoadAt` and `OperateAt`, pages that follow of
-    /// `Discard` and `Discarded`, 1 of a `Stored` or `Operated` that is done, else 0.
+    /// `Discard` and `Discarded`, 1 of a `Stored` or `Operated` that is done and a `Pushed` that is taken, else 0.
     word: le::U16,
     zero2: le::U16,
     page: le::U64,
@@ -371,7 +383,7 @@ impl Message {
             | Kind::LoadAt { requester }
             | Kind::OperateAt { requester, .. } => (0, requester.0),
             Kind::Discard { run } | Kind::Discarded { run } => (0, run),
-            Kind::Stored { done } => (0, done.into()),
+            Kind::Stored { done } | Kind::Pushed { taken: done } => (0, done.into()),
             Kind::Operated { old, .. } => (0, old.is_some().into()),
             _ => (0, 0),
         };
@@ -482,6 +494,8 @@ impl Message {
                 let (token, old) = Answered::read(more, word == 1)?;
                 Kind::Operated { token, old }
             }
+            24 => Kind::Push,
+            25 => Kind::Pushed { taken: word == 1 },
             _ => return Err("sent a coherence message of an unknown kind"),
         };
         if kind.has_body() != has_body {
@@ -537,6 +551,8 @@ pub(super) mod tests {
             }),
             (0u32..3, any::<Option<u128>>())
                 .prop_map(|(token, old)| Kind::Operated { token, old: old.map(Bits::from) }),
+            Just(Kind::Push),
+            any::<bool>().prop_map(|taken| Kind::Pushed { taken }),
         ]
     }
 

@@ -77,12 +77,22 @@ pub enum Mistake {
     DoNotWait,
     /// A fault that cannot be shipped, and waits with one that can, is forgotten when that is.
     ForgetToMove,
+    /// The home pushes a page when a writer asks for it, before what it has to write.
+    PushTooEarly,
+    /// The home gives a page to a writer while it does not know who has taken a push of it.
+    GrantWhilePushing,
+    /// The home answers a question that has passed the push that was its answer.
+    AnswerPassedGet,
+    /// A reader does not answer a push.
+    ForgetPushed,
+    /// A node takes a push of a page that it is giving back.
+    TakePushWhileLeaving,
 }
 
 impl Mistake {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Mistake; 36] = [
+    pub const ALL: [Mistake; 41] = [
         Mistake::DropAck,
         Mistake::AckBeforeUnmap,
         Mistake::AckTheHome,
@@ -119,6 +129,11 @@ impl Mistake {
         Mistake::ForgetRefusal,
         Mistake::DoNotWait,
         Mistake::ForgetToMove,
+        Mistake::PushTooEarly,
+        Mistake::GrantWhilePushing,
+        Mistake::AnswerPassedGet,
+        Mistake::ForgetPushed,
+        Mistake::TakePushWhileLeaving,
     ];
 }
 

@@ -48,12 +48,13 @@
 //!
 //! # Classes
 //! Most pages *move* to who uses them. A page that several nodes use a little at a time costs less where it stays: its
-//! home may *delegate* it to whoever owns it ([`classes`], by the rules of [`classify`]), and what other nodes' vCPUs
-//! would do with it is sent there ([`ship`]).
+//! home may *delegate* it to whoever owns it, and what other nodes' vCPUs would do with it is sent there ([`ship`]). One
+//! that a node writes and several read may be *pushed*: readers get the new content unasked ([`push`]). Classes are the
+//! home's ([`classes`]), by the rules of [`classify`], and begin and end while requests are under way.
 //!
 //! ```text
 //!   fault_may_ship of a page that is not here
-//!       │ Get, may ship               ┌─ moving: Data, as ever
+//!       │ Get, may ship               ┌─ moving, pushed: Data, as ever
 //!       ├──────────────────────> home ┤
 //!       │                             └─ delegated, with an owner: Ship
 //!       ▼ known to be delegated               │
@@ -68,7 +69,14 @@
 //! |---|---|
 //! | delegated, the home has it to write | done there |
 //! | delegated, another node owns it | passed on; done there if it has the page to write, else refused |
-//! | moving, shared, owned by who asks, or something under way on it | refused |
+//! | not delegated, shared, owned by who asks, or something under way on it | refused |
+//!
+//! | the reader's side of a page, when a push comes | then |
+//! |---|---|
+//! | nothing, and a frame is free | taken: mapped read-only |
+//! | waiting for Shared | taken, as the answer; the home drops the question that has passed it |
+//! | waiting for Exclusive | taken: the page is here as if it had been before the question |
+//! | nothing and no frame, or waiting for PutAck | declined |
 //!
 //! # Memory
 //! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home.
@@ -93,6 +101,7 @@ mod message;
 mod metadata;
 mod mistake;
 mod operation;
+mod push;
 mod runs;
 mod ship;
 mod state;
@@ -124,6 +133,7 @@ pub use self::state::Entry;
 pub(crate) use self::state::PageMap;
 use self::state::{Directory, Table};
 use self::under_way::{Busy, Demand, Direct, Local, Miss, Outstanding, Request, Transient, Want};
+use crate::node_set::NodeSet;
 use crate::page::{Homes, Page};
 
 /// What a node may do with a page through its guest view.
@@ -274,6 +284,10 @@ pub struct Protocol {
     /// Pages of which this node has been told that they are delegated.
     shipped: PageMap<()>,
     classes: Classes,
+    /// Of pushed pages of this home: who could read them before they were written last.
+    readers: PageMap<NodeSet>,
+    /// A page to ask for when this input ends.
+    to_pull: Option<Page>,
     /// Messages from one part of this node to the other.
     loopback: VecDeque<Message>,
     /// What is wrong with a message that had to wait.
@@ -304,6 +318,8 @@ impl Protocol {
             operations: Vec::new(),
             shipped: PageMap::default(),
             classes: Classes::default(),
+            readers: PageMap::default(),
+            to_pull: None,
             loopback: VecDeque::new(),
             violation: None,
             #[cfg(test)]
@@ -548,8 +564,14 @@ impl Protocol {
 
     /// Ends an input: messages to this node itself, and the budget.
     fn finish(&mut self, out: &mut Vec<Effect>) -> Result<(), Violation> {
-        while let Some(message) = self.loopback.pop_front() {
-            self.dispatch(self.me, message, 0, out)?;
+        loop {
+            while let Some(message) = self.loopback.pop_front() {
+                self.dispatch(self.me, message, 0, out)?;
+            }
+            if self.to_pull.is_none() {
+                break;
+            }
+            self.pull_if_free(out);
         }
         // Pages at home need no frame, so this sends nothing to this node itself.
         self.balance(out);
@@ -615,6 +637,8 @@ impl Protocol {
                 self.owner_operate(page, requester, token, operation, out)
             }
             Kind::Operated { token, old } => self.operated(page, token, old, out),
+            Kind::Push if from_home => self.cache_push(page, out),
+            Kind::Pushed { taken } if at_home => self.home_pushed(page, from, taken, out),
             _ => Err("the page's home is another node".into()),
         };
         result.map_err(|wrong| Violation { from: wrong.from.unwrap_or(from), page, what: wrong.what })

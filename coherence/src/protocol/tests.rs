@@ -5,6 +5,7 @@ use std::sync::Arc;
 use fabric::NodeId;
 use proptest::prelude::*;
 
+use super::classes::tests::classes;
 use super::*;
 use crate::cluster::{Cluster, Seen, Step};
 use crate::page::Homes;
@@ -28,9 +29,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => (0usize..8, 0u64..8).prop_map(|(n, p)| Op::Discard(n, p)),
         3 => (0usize..8, 0u32..3, 0u64..8, any::<bool>())
             .prop_map(|(n, cpu, p, w)| Op::Operate(n, cpu, p, w)),
-        1 => (0u64..8, any::<bool>()).prop_map(|(p, delegated)| {
-            Op::Class(p, if delegated { Class::Delegated } else { Class::Moving })
-        }),
+        1 => (0u64..8, classes()).prop_map(|(p, class)| Op::Class(p, class)),
         12 => any::<usize>().prop_map(Op::Pending),
     ];
     proptest::collection::vec(op, 1..400)
@@ -174,6 +173,39 @@ fn when_a_page_is_not_delegated_any_more_who_believes_so_is_refused_once() {
     assert_eq!(operate(&mut cluster, 2), (3, 3), "moved as any page");
 }
 
+#[test]
+fn readers_of_a_pushed_page_have_what_was_written_without_asking() {
+    for readers in 1..5 {
+        let mut cluster = Cluster::new(9, 9).with_shipping(Shipping::Manual);
+        cluster.step(Step::Class { page: Page(0), class: Class::Pushed }).unwrap();
+        access(&mut cluster, 1, true);
+        for n in 0..readers {
+            access(&mut cluster, 2 + n, false);
+        }
+        for _ in 0..3 {
+            // The grant, an invalidation and its answer for each reader and the home, which then asks for the page
+            // and pushes it, and is answered.
+            let home = access(&mut cluster, 1, true) - 4 * readers as u64;
+            assert!((4..=5).contains(&home), "{home}");
+            for n in 0..readers {
+                assert_eq!(access(&mut cluster, 2 + n, false), 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_the_home_itself_writes_is_pushed_when_it_lets_go_of_it() {
+    let mut cluster = Cluster::new(4, 4).with_shipping(Shipping::Manual);
+    cluster.step(Step::Class { page: Page(0), class: Class::Pushed }).unwrap();
+    access(&mut cluster, 0, true);
+    access(&mut cluster, 1, true);
+    access(&mut cluster, 0, false);
+    access(&mut cluster, 2, false);
+    assert_eq!(access(&mut cluster, 0, true), 2 * 4);
+    assert_eq!(access(&mut cluster, 1, false) + access(&mut cluster, 2, false), 0);
+}
+
 /// Messages of a discard by node `by`, after which the page is as at power-on.
 fn discard(cluster: &mut Cluster, by: usize) -> u64 {
     let mut seen = Vec::new();
@@ -274,6 +306,8 @@ fn what_no_sound_peer_sends_is_a_violation_and_never_a_panic() {
         Kind::Operate { token: 1, operation: add() },
         Kind::OperateAt { requester: NodeId(2), token: 1, operation: add() },
         Kind::Operated { token: 1, old: Some(0.into()) },
+        Kind::Push,
+        Kind::Pushed { taken: true },
     ];
     let mut violations = 0;
     for first in kinds {
@@ -293,7 +327,7 @@ fn what_no_sound_peer_sends_is_a_violation_and_never_a_panic() {
             }
         }
     }
-    assert!(violations > 400, "only {violations} of 1083 pairs were refused");
+    assert!(violations > 400, "only {violations} of 1323 pairs were refused");
 }
 
 /// A home that still holds the page which it has promised to another node.

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use fabric::NodeId;
 
 use super::Rights;
+use crate::node_set::NodeSet;
 use crate::page::Page;
 
 /// What another node wants of a copy that is here.
@@ -75,6 +76,8 @@ pub(super) struct Miss {
     pub(super) prefetch: bool,
     /// The frame of a copy that was given up meanwhile is still here: the page's bytes were to land in it.
     pub(super) keeps_frame: bool,
+    /// The home itself asks, to push what it gets: it does not hold it.
+    pub(super) pulls: bool,
     /// Not the content is wanted, but that nobody has any: the home gives the page another.
     pub(super) replaces: Option<Replacement>,
     /// What was asked of the page that is on its way.
@@ -119,12 +122,35 @@ pub(super) enum Request {
     Put,
 }
 
-/// The home waits for the owner's bytes before it can go on with the page.
+/// The home cannot go on with a page.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Busy {
-    pub(super) owner: NodeId,
-    pub(super) requester: NodeId,
+    pub(super) wait: Wait,
     pub(super) queue: VecDeque<(NodeId, Request)>,
+}
+
+/// What the home waits for before it can go on.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Wait {
+    /// The owner's bytes, for a reader.
+    Writeback { owner: NodeId, requester: NodeId },
+    /// The answers of those to whom the page was pushed.
+    Pushes { left: NodeSet },
+}
+
+impl Busy {
+    /// Whose bytes are awaited, if any are, and for whom.
+    pub(super) fn writeback(&self) -> Option<(NodeId, NodeId)> {
+        match self.wait {
+            Wait::Writeback { owner, requester } => Some((owner, requester)),
+            Wait::Pushes { .. } => None,
+        }
+    }
+
+    /// Whether the page was pushed to a node that has not answered.
+    pub(super) fn pushes_to(&self, node: NodeId) -> bool {
+        matches!(self.wait, Wait::Pushes { left } if left.contains(node))
+    }
 }
 
 /// The cache's side of a page, packed: rights, and whether the page is held.

@@ -202,7 +202,8 @@ impl World {
         }
         if self.random.per_mille(self.config.classes) {
             let page = self.workload.popular(&mut self.random);
-            let class = if self.random.per_mille(500) { Class::Moving } else { Class::Delegated };
+            let classes = [Class::Moving, Class::Delegated, Class::Pushed];
+            let class = classes[self.random.below(3) as usize];
             self.step(Step::Class { page, class }, Some(page))?;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! The trace: what the node did last, in a bounded ring in memory.
+//! The trace: the last events of the node, in a bounded ring in memory.
 //!
 //! Every thread writes fixed-size events into one ring of the process; writing is a counter increment and
 //! a few stores, never a lock, an allocation or a system call. When the node fails, [`dump`] prints the
@@ -139,13 +139,13 @@ mod tests {
     #[test]
     fn dump_shows_the_last_events_in_order_by_the_names_of_their_crate() {
         for i in 0..10 {
-            event(if i % 2 == 0 { Event::Give } else { Event::Take }, 0xabc0 + i, 1);
+            event([Event::Give, Event::Take][i as usize % 2], 0xabc0 + i, 1);
         }
         let mut out = Vec::new();
         dump(&mut out, CAPACITY).unwrap();
         let text = String::from_utf8(out).unwrap();
         let line = |i: u64| {
-            let (name, words) = if i % 2 == 0 { ("Give", "to whom") } else { ("Take", "from whom") };
+            let (name, words) = [("Give", "to whom"), ("Take", "from whom")][i as usize % 2];
             format!("{name}: {:#x} 0x1 (what, {words})", 0xabc0 + i)
         };
         let at: Vec<_> = (0..10).map(|i| text.find(&line(i)).unwrap()).collect();

@@ -1,4 +1,4 @@
-//! What ACPI says of PCI: the host bridges with the node they are near to, and the MCFG.
+//! PCI in ACPI: the host bridges with the node they are near to, and the MCFG.
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, serialize};
 use crate::pci::{ECAM_BASE, ECAM_BUS_LEN, ecam, window};

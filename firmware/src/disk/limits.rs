@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::source::Source;
 
@@ -24,28 +24,40 @@ pub const MOST_STEPS: u32 = 100_000;
 pub const MOST_EXPANSION: usize = 4 << 20;
 /// How deep a script may be nested: blocks, functions, files.
 pub const DEEPEST: u32 = 32;
-/// Bytes that are read from a disk in all: the largest kernel and initrds, and as much again for finding them.
-const MOST_READ: u64 = 2 * (LARGEST_KERNEL + LARGEST_INITRDS);
-/// Reads of a disk. File systems are read in pieces of 512 bytes and more; a chain of clusters that bites its own tail would
-/// be followed without end otherwise.
-const MOST_READS: u64 = 8 << 20;
+/// Bytes that are read from a disk while its loader is looked for, without kernel and initrds.
+const SEARCHED: u64 = 256 << 20;
+/// Reads of a disk meanwhile. File systems are read in pieces of 512 bytes and more; a chain of clusters that bites its own tail
+/// would be followed without end otherwise.
+const SEARCHES: u64 = 128 << 10;
+/// Bytes that are read in all: kernel and initrds as well, with as much again for their file systems' tables.
+const READ: u64 = SEARCHED + 2 * (LARGEST_KERNEL + LARGEST_INITRDS);
+/// Reads in all.
+const READS: u64 = SEARCHES + 2 * (LARGEST_KERNEL + LARGEST_INITRDS) / 512;
 
 /// A disk of which only so much can be read: further reads fail.
 pub struct Metered {
     disk: Arc<dyn Source>,
     bytes: AtomicU64,
     reads: AtomicU64,
+    found: AtomicBool,
 }
 
 impl Metered {
     /// A disk of which nothing has been read yet.
     pub fn new(disk: Arc<dyn Source>) -> Metered {
-        Metered { disk, bytes: AtomicU64::new(0), reads: AtomicU64::new(0) }
+        Metered { disk, bytes: AtomicU64::new(0), reads: AtomicU64::new(0), found: AtomicBool::new(false) }
     }
 
-    /// Whether a read failed because too much had been read.
+    /// Lets kernel and initrds be read as well, once they are found.
+    pub fn found(&self) {
+        self.found.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether more was to be read than may be.
     pub fn exhausted(&self) -> bool {
-        self.bytes.load(Ordering::Relaxed) > MOST_READ || self.reads.load(Ordering::Relaxed) > MOST_READS
+        let (bytes, reads) =
+            if self.found.load(Ordering::Relaxed) { (READ, READS) } else { (SEARCHED, SEARCHES) };
+        self.bytes.load(Ordering::Relaxed) > bytes || self.reads.load(Ordering::Relaxed) > reads
     }
 }
 

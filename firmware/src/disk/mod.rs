@@ -160,6 +160,7 @@ fn look_at(disk: Arc<dyn Source>) -> (Survey, Option<Plan>) {
     let plan = plan(&metered, &mut survey);
     match plan {
         Ok(plan) => {
+            metered.found();
             let place = |(index, path): &(usize, String)| format!("{}: {path}", plan.volumes[*index].name);
             survey.boots = Some(Boots {
                 kernel: place(&plan.kernel),

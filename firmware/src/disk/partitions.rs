@@ -1,4 +1,4 @@
-//! Where the file systems of a disk are: GPT, MBR with logical partitions, or the whole disk.
+//! Partitions, the places of file systems: GPT, MBR with logical partitions, or the whole disk.
 
 use std::io;
 use std::sync::Arc;

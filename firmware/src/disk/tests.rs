@@ -446,3 +446,27 @@ fn features_of_ext4_that_cannot_be_read_are_named() {
     let refusal = find_in(&image).unwrap_err().to_string();
     assert!(refusal.contains("ext4, which cannot be read: it has casefold"), "{refusal}");
 }
+
+#[test]
+fn a_directory_whose_clusters_bite_their_own_tail_ends() {
+    let mut disk = vec![0; 8 * MIB];
+    let options = FormatVolumeOptions::new().fat_type(fatfs::FatType::Fat16).bytes_per_cluster(512);
+    fatfs::format_volume(Cursor::new(&mut disk), options).unwrap();
+    let system = fatfs::FileSystem::new(Cursor::new(&mut disk), FsOptions::new()).unwrap();
+    let folder = system.root_dir().create_dir("grub").unwrap();
+    folder.create_file("only-a-name").unwrap();
+    drop(folder);
+    drop(system);
+    // The folder's cluster: all of its entries deleted, so that none ends it, and itself as the next one.
+    let at = (0..disk.len()).step_by(512).find(|at| disk[*at..].starts_with(b".          ")).unwrap();
+    disk[at..at + 512].chunks_exact_mut(32).for_each(|entry| entry[0] = 0xe5);
+    let word = |at: usize| usize::from(u16::from_le_bytes([disk[at], disk[at + 1]]));
+    let (reserved, fats, roots, sectors) = (word(14), usize::from(disk[16]), word(17), word(22));
+    let cluster = (at / 512 - reserved - fats * sectors - roots * 32 / 512) + 2;
+    for fat in 0..fats {
+        let entry = (reserved + fat * sectors) * 512 + 2 * cluster;
+        disk[entry..entry + 2].copy_from_slice(&(cluster as u16).to_le_bytes());
+    }
+    let refusal = find_in(&disk).unwrap_err().to_string();
+    assert!(refusal.contains("given up, because it had no end"), "{refusal}");
+}

@@ -10,7 +10,8 @@ use gestalt::operator::{Answer, Request, encode, read};
 const MACHINE: &str = "kernel = 'k'\n[[node]]\nname = 'n0'\ncpus = 1\nmemory = '128M'\n[entropy]\n[balloon]\n";
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let mut live = Live::new(&file::parse(MACHINE).expect("it is a machine"));
+    let machine = file::parse(MACHINE).expect("it is a machine").check().expect("that can be");
+    let mut live = Live::new(&machine);
     let mut stream = data;
     for asker in 0.. {
         let Ok(request) = read::<Request>(&mut stream) else { return };

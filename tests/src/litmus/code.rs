@@ -2,7 +2,6 @@
 //!
 //! | register | holds |
 //! |---|---|
-//! | rbp | the thread's orders |
 //! | rsi, rdi | address of this iteration's `x` and `y` |
 //! | rbx | where this iteration's results go, 4 bytes |
 //! | r11 | from one iteration's variables to the next's, in bytes |
@@ -11,51 +10,14 @@
 //! | r15 | random state |
 //! | cl | 64 minus the bits of a random delay, in ticks |
 
-use kvm_bindings::kvm_regs;
-
 use super::catalogue::{Access, Var, Variant};
 use crate::code64;
 
 /// The port to which a thread writes when it has done its iterations.
 pub const DONE: u16 = 0x80;
-/// The port from which it reads whether it has orders; the read takes until it has.
-pub const ORDERS: u16 = 0x84;
 
-/// What a thread runs until it has orders, which are at the address in RSI: see [`orders`].
-pub fn waiter() -> &'static [u8] {
-    code64!(
-        "mov rbp, rsi",
-        "20:",
-        "in eax, 0x84",
-        "test eax, eax",
-        "jz 20b",
-        "mov rsi, [rbp]",
-        "mov rdi, [rbp + 8]",
-        "mov rbx, [rbp + 16]",
-        "mov rcx, [rbp + 24]",
-        "mov r11, [rbp + 32]",
-        "mov r12, [rbp + 40]",
-        "mov r13, [rbp + 48]",
-        "mov r14, [rbp + 56]",
-        "mov r15, [rbp + 64]",
-        "mov r8, [rbp + 72]",
-        "jmp [rbp + 80]",
-    )
-}
-
-/// Orders: registers to begin with, where, and where to wait for the next; the waiter's address is that of its first
-/// instruction.
-pub fn orders(regs: &kvm_regs, rip: u64, waiter: u64) -> [u64; 12] {
-    // Past `mov rbp, rsi`.
-    let again = waiter + code64!("mov rbp, rsi").len() as u64;
-    let r = regs;
-    [r.rsi, r.rdi, r.rbx, r.rcx, r.r11, r.r12, r.r13, r.r14, r.r15, r.r8, rip, again]
-}
-
-/// Says that it is done, and waits for more.
-fn done() -> &'static [u8] {
-    code64!("out 0x80, al", "jmp [rbp + 88]")
-}
+/// A port to which a thread writes to leave the guest and come back.
+pub const AWAY: u16 = 0x81;
 
 /// Draws a random delay of 64 - cl bits into r10.
 fn draw() -> &'static [u8] {
@@ -141,7 +103,8 @@ pub fn thread(accesses: &[Access], variant: Variant, pauses: bool) -> Vec<u8> {
     let back = -(code.len() as i32 + 6);
     code.extend_from_slice(&[0x0f, 0x85]);
     code.extend_from_slice(&back.to_le_bytes());
-    code.extend_from_slice(done());
+    // Done. The host sets the registers anew before the vCPU goes on.
+    code.extend_from_slice(code64!("20:", "out 0x80, al", "jmp 20b"));
     code
 }
 
@@ -149,7 +112,7 @@ pub fn thread(accesses: &[Access], variant: Variant, pauses: bool) -> Vec<u8> {
 /// did.
 pub fn counter() -> Vec<u8> {
     let count = code64!("30:", "mov eax, 1", "lock xadd [rsi], rax", "inc r8", "cmp rax, r12", "jb 30b");
-    [count, code64!("mov [rbx], r8"), done()].concat()
+    [count, code64!("mov [rbx], r8"), code64!("20:", "out 0x80, al", "jmp 20b")].concat()
 }
 
 #[cfg(test)]

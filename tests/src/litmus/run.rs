@@ -6,13 +6,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use coherence::page::PAGE_SIZE;
-use coherence::protocol::Shipping as How;
 use kvm_bindings::kvm_regs;
 use vmm::kvm::HostCpu;
 
 use super::catalogue::{Litmus, Outcome, Variant};
 use super::code;
-use super::guest::{Machine, NODE_PAGES, Sharing};
+use super::guest::{Machine, NODE_PAGES};
 
 /// Iterations of one batch: a thread's results then fill two pages.
 const BATCH: usize = 2048;
@@ -57,8 +56,7 @@ impl Placement {
 /// How often each outcome was seen.
 pub type Counts = BTreeMap<Outcome, u64>;
 
-/// Runs `iterations` iterations, rounded up to whole batches. With `ships` instructions on `x` are carried out where its
-/// pages are, and those of `y` move.
+/// Runs `iterations` iterations, rounded up to whole batches.
 ///
 /// # Errors
 /// The machine failed.
@@ -67,18 +65,12 @@ pub fn outcomes(
     test: &Litmus,
     variant: Variant,
     placement: Placement,
-    ships: bool,
     iterations: usize,
 ) -> Result<Counts> {
     let threads = test.threads.len();
     let nodes: Vec<usize> = (0..threads).map(|thread| if placement.nodes { thread } else { 0 }).collect();
     // Nothing is kept longer than needed: what is wanted here is that pages change hands.
-    let how = if ships { How::Manual } else { How::Off };
-    let machine = Machine::start(host, &nodes, Sharing { hold: Duration::ZERO, how })?;
-    if ships {
-        let pages = (BATCH * 64 / PAGE_SIZE) as u64;
-        machine.delegate(VARIABLES as u64..VARIABLES as u64 + pages);
-    }
+    let machine = Machine::start(host, &nodes, Duration::ZERO)?;
     let mut counts = Counts::new();
     for batch in 0..iterations.div_ceil(BATCH) {
         let pauses = placement.nodes && batch % 4 != 0;

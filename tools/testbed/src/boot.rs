@@ -20,6 +20,8 @@ use crate::rig::Rig;
 
 /// The longest that a healthy guest prints nothing, with plenty for a slow emulated host.
 const SILENCE: Duration = Duration::from_secs(100);
+/// What a kernel says when it cannot go on.
+const DEADLY: [&str; 2] = ["Kernel panic - not syncing", "Oops: "];
 /// What may still be printed after a panic's first line.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Last lines of the console that an error carries.
@@ -230,8 +232,9 @@ impl Boot {
                         let answer = watch.answers.pop_front().unwrap_or_else(|| "poweroff".into());
                         self.input().send(format!("{answer}\n").as_bytes())?;
                     }
-                    Said::Text(text) if text.contains("Kernel panic - not syncing") => {
-                        panicked = Some(Instant::now() + LAST_WORDS);
+                    // An oops ends what ran and may leave the rest hanging.
+                    Said::Text(text) if DEADLY.iter().any(|words| text.contains(words)) => {
+                        panicked.get_or_insert(Instant::now() + LAST_WORDS);
                     }
                     Said::Text(_) => {}
                 }

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use testbed::cache::Cache;
 use testbed::host::Event;
+use testbed::keeper::Keeper;
 use testbed::kernels::Kernel;
 use testbed::options::Emulate;
 use testbed::proto::Spawn;
@@ -125,6 +126,8 @@ fn serve(serial: Option<&Path>) -> Result<()> {
     for port in ports.flatten() {
         let name = std::fs::read_to_string(port.path().join("name")).unwrap_or_default();
         if name.trim() == qemu::AGENT_PORT {
+            // Without KVM there is nothing to keep, and `gestalt doctor` says what is wrong.
+            let _keeper = Keeper::open();
             let path = PathBuf::from("/dev").join(port.file_name());
             let file = File::options().read(true).write(true).open(&path)?;
             return Ok(agent::serve(file.try_clone()?, file)?);
@@ -166,6 +169,9 @@ fn run_command(args: &Run) -> Result<ExitCode> {
     result
 }
 
+/// Runs `$0` in bash, or in sh on a host that has no bash.
+const SHELL: &str = "if command -v bash >/dev/null; then exec bash -c \"$0\"; else exec sh -c \"$0\"; fi";
+
 fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
     let host = &rig.hosts()[0];
     let on_terminal = args.terminal || io::stdin().is_terminal() && io::stdout().is_terminal();
@@ -173,7 +179,7 @@ fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
     let stage = host.dir().display().to_string();
     let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let job = host.spawn(Spawn {
-        argv: vec!["/bin/bash".into(), "-c".into(), args.command.join(" ")],
+        argv: ["/bin/sh", "-c", SHELL, &args.command.join(" ")].map(String::from).into(),
         env: vec![("PATH".into(), format!("{}:{path}", host.bin().display())), ("G".into(), stage)],
         terminal,
     })?;

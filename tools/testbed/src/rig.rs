@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 use crate::bochs::{BochsHost, Processor};
 use crate::cache::Cache;
@@ -12,7 +13,11 @@ use crate::kernels::{self, Kernel};
 use crate::qemu::Hardware;
 use crate::rack::Rack;
 use crate::stage::Stage;
+use crate::stale::{self, StaleCode, Whose};
 use crate::{drivers, guest, image, probe, setup};
+
+/// How long a host may take to run a command that does nothing.
+const ALIVE: Duration = Duration::from_secs(60);
 
 /// What emulates a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +119,30 @@ impl Rig {
             }
         };
         Ok(Self { place, stage, emulated })
+    }
+
+    /// Whether all hosts still take jobs.
+    pub fn alive(&self) -> bool {
+        self.hosts().iter().all(|host| host.output("true", ALIVE).is_ok())
+    }
+
+    /// Boots new hosts of QEMU's in place of the old. Where this machine is the host, there is nothing to be done.
+    ///
+    /// # Errors
+    /// They do not come up; then there are none. Or the host is Bochs's, of which there is only one in a run.
+    pub fn renew(&mut self) -> Result<()> {
+        match &mut self.place {
+            Place::Here(_) => Ok(()),
+            Place::Bochs(_) => bail!("a host that Bochs emulates is not replaced: start again"),
+            Place::Emulated(rack) => rack.renew(&self.stage),
+        }
+    }
+
+    /// Whose kernel the emulator killed, if it did: a host's, or that of the guest with this console.
+    pub fn stale_code(&self, guest: &str) -> Option<StaleCode> {
+        let rack = self.rack()?;
+        Rack::stale_code(&self.stage, rack.hosts().len())
+            .or_else(|| stale::find(guest).map(|at| StaleCode { whose: Whose::Guest, at }))
     }
 
     /// The hosts, by number.

@@ -27,8 +27,8 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("devices", &["base", "machine", "firmware", "fabric", "coherence"]),
     ("vmm", &["base", "devices", "machine", "firmware", "fabric", "coherence"]),
     ("gestalt", &["base", "vmm", "machine", "firmware", "fabric", "coherence"]),
-    ("benches", &["base", "fabric", "coherence"]),
-    ("tests", &["base", "vmm", "devices", "firmware", "fabric", "coherence"]),
+    ("tests", &["base", "vmm", "fabric", "coherence"]),
+    ("benches", &["base", "tests", "vmm", "fabric", "coherence"]),
     ("testbed", &["firmware"]),
     ("xtask", &["testbed", "coherence"]),
 ];

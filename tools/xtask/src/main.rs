@@ -4,11 +4,13 @@
 //! |---|---|---|
 //! | `quickstart` | [`quickstart`] | one guest over several nodes, with what it says of itself |
 //! | `quickstart --disk` | [`disk`] | a Debian that boots from its own disk, and the disks of all nodes |
+//! | `quickstart --emulate intel` | [`intel`] | what else there is to know of a host in Bochs |
 //! | `image` | [`image`] | disks to boot |
 //! | `test` | [`test`] | checks of the sources, unit tests, integration tests, guest boots |
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
+//! | `emulator-check` | [`emulator_check`] | how often the emulator runs code that is no longer in memory |
 //! | `ci-checks` | [`checks`], [`layers`] | what `test` checks of the sources, and nothing else |
 //!
 //! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
@@ -20,8 +22,10 @@ mod cargo_tests;
 mod checks;
 mod devices;
 mod disk;
+mod emulator_check;
 mod fuzz;
 mod image;
+mod intel;
 mod layers;
 mod options;
 mod over_rdma;
@@ -61,6 +65,8 @@ enum Task {
     Devices(devices::Devices),
     /// Feed what reads strangers' bytes with bytes that nobody thought of
     Fuzz(fuzz::Fuzz),
+    /// Count how often the emulator runs code that is no longer in memory
+    EmulatorCheck(emulator_check::EmulatorCheck),
     /// Check formatting, lints, documentation, licences and versions
     CiChecks,
 }
@@ -77,6 +83,7 @@ fn main() -> ExitCode {
         Task::Simulate(task) => task.run(),
         Task::Devices(task) => task.run(),
         Task::Fuzz(task) => task.run(),
+        Task::EmulatorCheck(task) => task.run(),
         Task::CiChecks => checks::alone(),
     };
     match result {

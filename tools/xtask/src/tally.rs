@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde::Serialize;
+use testbed::rig::Rig;
 
-use crate::scenarios::announce;
+use crate::scenarios;
 
 /// Parts that the closing table names one by one; what is quicker is added up in its last line.
 const SHOWN: usize = 20;
@@ -27,6 +28,8 @@ pub struct Tally {
     pub parts: Vec<Part>,
     /// What each guest boot came to.
     pub guests: Vec<GuestResult>,
+    /// What was booted again because the emulator ran stale code.
+    pub reruns: Vec<String>,
     /// A sentence for each failure that is neither a guest's nor one of `cargo test`'s.
     pub findings: Vec<String>,
 }
@@ -76,9 +79,10 @@ impl Tally {
     }
 
     /// Runs one guest boot as a test.
-    pub fn guest<T>(&mut self, name: &str, run: impl FnOnce() -> Result<T>) {
+    pub fn guest<T>(&mut self, name: &str, rig: &mut Rig, run: impl Fn(&Rig) -> Result<T>) {
         let begin = Instant::now();
-        let failure = announce(name, run).err().map(|error| format!("{error:#}"));
+        let result = scenarios::on_live_hosts(name, rig, &mut self.reruns, run);
+        let failure = result.err().map(|error| format!("{error:#}"));
         match failure {
             None => self.passed += 1,
             Some(_) => self.failed += 1,
@@ -100,6 +104,9 @@ impl Tally {
         }
         if self.ignored > 0 {
             println!("{} tests take minutes each and run with `cargo test -- --ignored` only", self.ignored);
+        }
+        for rerun in &self.reruns {
+            println!("BOOTED AGAIN: {rerun}");
         }
         println!("{} passed, {} failed", self.passed, self.failed);
     }

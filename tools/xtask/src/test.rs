@@ -83,25 +83,25 @@ impl Test {
         scenarios.iter_mut().for_each(|scenario| scenario.show = self.console);
         let machines: Vec<&Machine> = scenarios.iter().map(|scenario| &scenario.machine).collect();
         let options = Options::for_tests(self.emulate).rig(&machines);
-        let rig = tally.time("starting the hosts", || Rig::start(&options, &binaries))?;
+        let mut rig = tally.time("starting the hosts", || Rig::start(&options, &binaries))?;
         eprintln!(
             "guests run on {}",
             rig.emulated().map_or("this machine".into(), |why| format!("emulated hosts ({why})"))
         );
         tally.emulated = Some(rig.emulated().is_some());
         if self.guest.is_none() {
-            tally.guest("gestalt doctor finds the host fit", || doctor(&rig));
+            tally.guest("gestalt doctor finds the host fit", &mut rig, doctor);
         }
         let over_rdma = "the fabric keeps its contract over RDMA";
         if self.guest.as_ref().is_none_or(|part| over_rdma.contains(part)) && rig.emulated().is_some() {
-            tally.guest(over_rdma, || over_rdma::run(&rig));
+            tally.guest(over_rdma, &mut rig, over_rdma::run);
         }
         if rig.emulated().is_none() && scenarios.iter().any(|scenario| scenario.machine.rdma) {
             eprintln!("skipped: a guest over RDMA (on this host: cargo xtask quickstart -- --fabric rdma)");
             scenarios.retain(|scenario| !scenario.machine.rdma);
         }
         for scenario in &scenarios {
-            tally.guest(&scenario.name, || scenario.run(&rig));
+            tally.guest(&scenario.name, &mut rig, |rig| scenario.run(rig));
         }
         Ok(())
     }

@@ -86,7 +86,7 @@ impl Machine {
         // Processes end with the thread that starts them: the coordinator's own.
         thread::spawn(move || {
             let fakes = Box::new(Fakes { behaviour, started: spawned });
-            let coordinator = Coordinator::bind(config, machine_key(), fakes).unwrap();
+            let coordinator = Coordinator::bind(config.check().unwrap(), machine_key(), fakes).unwrap();
             say_address.send(coordinator.address().unwrap().to_string()).unwrap();
             let output = Box::new(move |bytes| write.send(bytes).unwrap_or(()));
             let requests = channel::never();
@@ -381,7 +381,7 @@ fn an_address_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let config = MachineConfig { listen: taken.local_addr().ok(), ..machine(1, Place::Local) };
     let fakes = Fakes { behaviour: echo(), started: Started::default() };
-    match Coordinator::bind(config, machine_key(), Box::new(fakes)) {
+    match Coordinator::bind(config.check().unwrap(), machine_key(), Box::new(fakes)) {
         Err(CoordinatorError::InUse(address)) => assert_eq!(Some(address), taken.local_addr().ok()),
         other => panic!("{:?}", other.map(|coordinator| coordinator.address())),
     }
@@ -396,7 +396,8 @@ fn lone_coordinator(then: impl FnOnce(TcpStream) + Send + 'static) -> String {
         let keys = machine_key().coordinator(["n0"].into_iter()).unwrap();
         let (_, mut session) = wire::receive_hello(&stream, &keys).unwrap();
         let config = MachineConfig { silence: Duration::from_secs(1), ..machine(1, Place::Remote) };
-        let assigned = Assigned { node: 0, machine: config.machine([7; 16]), fabric_listen: Vec::new() };
+        let machine = config.check().unwrap().machine([7; 16], Vec::new());
+        let assigned = Assigned { node: 0, machine, fabric_listen: Vec::new() };
         wire::answer(&stream, &mut session.sender, &Answer::Assigned(Box::new(assigned))).unwrap();
         then(stream);
     });

@@ -28,7 +28,7 @@ use std::path::Path;
 use fabric::secure::{KEY, PrivateKey, PublicKey, SecureError};
 use zeroize::Zeroizing;
 
-use crate::config::check_name;
+use crate::config::units::check_name;
 
 const MACHINE: &str = "gestalt-machine-key-1";
 const NODE: &str = "gestalt-node-key-1";

@@ -14,12 +14,14 @@
 //! | [`vcpu`] | one thread a vCPU |
 //! | [`instruction`] | what one instruction does, so that it can be carried out on another node |
 //! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
+//! | [`disk_search`] | what a disk boots, found by a child process that can do nothing else |
 //! | [`clock`] | one time stamp counter for all nodes |
 //!
 //! What a machine is comes from the crate `machine`, its devices from `devices`, its memory from `coherence`.
 //! `docs/architecture.md` follows one interrupt and one port access through these modules.
 
 pub mod clock;
+pub mod disk_search;
 pub mod instruction;
 pub mod kvm;
 pub mod node;

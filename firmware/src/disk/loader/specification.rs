@@ -172,8 +172,8 @@ fn counts_boots(name: &str) -> bool {
 
 /// The last line `key value`.
 fn setting(text: &str, key: &str) -> Option<String> {
-    let lines = text.lines().filter_map(|line| line.trim().split_once(char::is_whitespace));
-    lines.filter(|(name, _)| *name == key).last().map(|(_, value)| value.trim().to_owned())
+    let mut lines = text.lines().filter_map(|line| line.trim().split_once(char::is_whitespace));
+    lines.rfind(|(name, _)| *name == key).map(|(_, value)| value.trim().to_owned())
 }
 
 /// Whether a name is of a pattern with `*` and `?`.

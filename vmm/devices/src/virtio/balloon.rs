@@ -38,10 +38,6 @@ const ACTUAL: usize = 4;
 /// Offset of what the guest fills free pages with.
 const POISON: usize = 12;
 
-/// Gives up the content of whole pages of the guest's memory, by address; they are zero when this returns. What is not
-/// memory is left out.
-pub type GiveUp = Arc<dyn Fn(&[Range<u64>]) -> io::Result<()> + Send + Sync>;
-
 /// What the owner wants of a guest, and what the guest has given up.
 #[derive(Debug, Default)]
 pub struct Account {
@@ -72,15 +68,14 @@ pub struct Balloon {
     account: Arc<Account>,
     /// What the guest fills free pages with, and relies on.
     poison: u32,
-    give_up: GiveUp,
 }
 
 impl Balloon {
     /// A balloon that takes `size` bytes from the guest; 0 for one that only takes what is free.
-    pub fn new(size: u64, give_up: GiveUp) -> Balloon {
+    pub fn new(size: u64) -> Balloon {
         let account = Arc::new(Account::default());
         account.set_size(size);
-        Balloon { account, poison: 0, give_up }
+        Balloon { account, poison: 0 }
     }
 
     /// Where the size can be changed.
@@ -137,17 +132,16 @@ impl Device for Balloon {
         self.account.actual.store(0, Ordering::Relaxed);
         let mut queues = session.queues.into_iter();
         if let Some(inflate) = queues.next().flatten() {
-            let give_up = self.give_up.clone();
-            workers.spawn(move || serve(inflate, &give_up, |chain, _| inflated(chain)))?;
+            workers.spawn(move || serve(inflate, |chain, _| inflated(chain)))?;
         }
         if let Some(deflate) = queues.next().flatten() {
             workers.spawn(move || deflate.serve(|_| 0))?;
         }
         if let Some(report) = queues.next().flatten() {
-            let (give_up, account) = (self.give_up.clone(), self.account.clone());
+            let account = self.account.clone();
             workers.spawn(move || match poisoned {
                 true => report.serve(|_| 0),
-                false => serve(report, &give_up, |chain, ram| {
+                false => serve(report, |chain, ram| {
                     account.reported.fetch_add(chain.writable.len(), Ordering::Relaxed);
                     ram.addresses(&chain.writable)
                 }),
@@ -158,11 +152,11 @@ impl Device for Balloon {
 }
 
 /// Gives up what `pages` finds in each request.
-fn serve(queue: LiveQueue, give_up: &GiveUp, pages: impl Fn(&Chain, &GuestRam) -> Vec<Range<u64>>) {
+fn serve(queue: LiveQueue, pages: impl Fn(&Chain, &GuestRam) -> Vec<Range<u64>>) {
     let ram = queue.memory().clone();
     let mut failed = false;
     queue.serve(|chain| {
-        if let Err(error) = give_up(&whole_pages(pages(chain, &ram)))
+        if let Err(error) = ram.discard(&whole_pages(pages(chain, &ram)))
             && !std::mem::replace(&mut failed, true)
         {
             tracing::warn!("balloon: {error}");
@@ -201,30 +195,30 @@ fn whole_pages(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::*;
-    use crate::virtio::testing::{DATA, Driver};
+    use crate::virtio::testing::{DATA, Driver, RAM};
 
-    type Given = Arc<Mutex<Vec<Range<u64>>>>;
+    /// What the guest's memory holds from [`DATA`] on before anything is given up.
+    const FULL: u8 = 0x55;
 
-    fn driver(size: u64) -> (Driver, Given) {
-        let given = Given::default();
-        let to = given.clone();
-        let give_up: GiveUp = Arc::new(move |ranges| {
-            to.lock().unwrap().extend_from_slice(ranges);
-            Ok(())
-        });
-        (Driver::new(Box::new(Balloon::new(size, give_up))), given)
+    fn driver(size: u64) -> Driver {
+        let driver = Driver::new(Box::new(Balloon::new(size)));
+        driver.put(DATA, &vec![FULL; (RAM - DATA) as usize]);
+        driver
     }
 
-    fn take(given: &Given) -> Vec<Range<u64>> {
-        std::mem::take(&mut *given.lock().unwrap())
+    /// The pages from [`DATA`] on whose content was given up; all are full again then.
+    fn take(driver: &Driver) -> Vec<Range<u64>> {
+        let zero = |start: &u64| driver.get(*start, PAGE as usize).iter().all(|byte| *byte == 0);
+        let pages = (DATA..RAM).step_by(PAGE as usize).filter(zero).map(|start| start..start + PAGE);
+        let given = whole_pages(pages.collect());
+        driver.put(DATA, &vec![FULL; (RAM - DATA) as usize]);
+        given
     }
 
     #[test]
     fn the_driver_reads_the_size_and_notes_how_much_it_gave() {
-        let (mut driver, _) = driver(10 << 20);
+        let mut driver = driver(10 << 20);
         driver.start(0);
         assert_eq!(driver.read(0x2000, 4), 2560);
         driver.write(0x2004, &99u32.to_le_bytes());
@@ -235,7 +229,7 @@ mod tests {
 
     #[test]
     fn another_size_is_told_to_the_driver_and_what_it_gave_is_counted() {
-        let balloon = Balloon::new(1 << 20, Arc::new(|_| Ok(())));
+        let balloon = Balloon::new(1 << 20);
         let account = balloon.account().clone();
         let mut driver = Driver::new(Box::new(balloon));
         driver.start(0);
@@ -254,38 +248,46 @@ mod tests {
     }
 
     #[test]
-    fn inflated_pages_are_given_up_together_and_each_once() {
-        let (mut driver, given) = driver(1 << 20);
+    fn inflated_pages_lose_their_content_and_what_is_no_memory_is_left_out() {
+        let mut driver = driver(1 << 20);
         driver.start(0);
-        let numbers: Vec<u8> = [9u32, 7, 8, 3, 8, u32::MAX].iter().flat_map(|n| n.to_le_bytes()).collect();
-        driver.put(DATA, &numbers);
-        driver.request(0, &[(DATA, 10, false), (DATA + 10, 14, false)]);
-        let last = u64::from(u32::MAX) * PAGE;
-        assert_eq!(take(&given), [3 * PAGE..4 * PAGE, 7 * PAGE..10 * PAGE, last..last + PAGE]);
-        driver.request(1, &[(DATA, 24, false)]);
-        assert!(take(&given).is_empty(), "deflating gives nothing up");
+        let page = |number: u32| (DATA / PAGE) as u32 + number;
+        let numbers = [page(9), page(7), page(8), page(3), page(8), u32::MAX, (RAM / PAGE) as u32];
+        driver.put(DATA, &numbers.map(u32::to_le_bytes).concat());
+        driver.request(0, &[(DATA, 10, false), (DATA + 10, 18, false)]);
+        let pages = |range: Range<u64>| DATA + range.start * PAGE..DATA + range.end * PAGE;
+        assert_eq!(take(&driver), [pages(3..4), pages(7..10)]);
+        driver.put(DATA, &numbers.map(u32::to_le_bytes).concat());
+        driver.request(1, &[(DATA, 28, false)]);
+        assert!(take(&driver).is_empty(), "deflating gives nothing up");
+    }
+
+    #[test]
+    fn pages_that_are_given_up_together_are_asked_for_once_each() {
+        let ranges = vec![9 * PAGE..10 * PAGE, 7 * PAGE..9 * PAGE, 3 * PAGE..4 * PAGE, 8 * PAGE..9 * PAGE];
+        assert_eq!(whole_pages(ranges), [3 * PAGE..4 * PAGE, 7 * PAGE..10 * PAGE]);
     }
 
     #[test]
     fn reported_memory_is_given_up_in_whole_pages() {
-        let (mut driver, given) = driver(0);
+        let mut driver = driver(0);
         driver.start(0);
-        driver.request(2, &[(0x2_0000, 0x4000, true), (0x3_0800, 0x1900, true), (0x5_0001, 0x1000, true)]);
-        assert_eq!(take(&given), [0x2_0000..0x2_4000, 0x3_1000..0x3_2000]);
+        driver.request(2, &[(0x6_0000, 0x4000, true), (0x7_0800, 0x1900, true), (0x9_0001, 0x1000, true)]);
+        assert_eq!(take(&driver), [0x6_0000..0x6_4000, 0x7_1000..0x7_2000]);
     }
 
     #[test]
     fn reported_memory_that_must_keep_its_poison_is_left_alone() {
-        let (mut driver, given) = driver(0);
+        let mut driver = driver(0);
         driver.configure(PAGE_POISON);
         driver.write(0x200c, &0xaaaa_aaaau32.to_le_bytes());
         driver.status(0xf);
-        driver.request(2, &[(0x2_0000, 0x4000, true)]);
-        assert!(take(&given).is_empty());
+        driver.request(2, &[(0x6_0000, 0x4000, true)]);
+        assert!(take(&driver).is_empty());
         driver.reset();
         driver.write(0x200c, &0u32.to_le_bytes());
         driver.start(PAGE_POISON);
-        driver.request(2, &[(0x2_0000, 0x4000, true)]);
-        assert_eq!(take(&given), std::slice::from_ref(&(0x2_0000..0x2_4000)));
+        driver.request(2, &[(0x6_0000, 0x4000, true)]);
+        assert_eq!(take(&driver), std::slice::from_ref(&(0x6_0000..0x6_4000)));
     }
 }

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use virtio_bindings::virtio_net as net;
 
-use super::balloon::{Balloon, GiveUp};
+use super::balloon::Balloon;
 use super::block::{Block, BlockConfig, Disk, MemoryDisk, RawDisk};
 use super::console::{Console, Port as HostPort};
 use super::entropy::Entropy;
@@ -139,17 +139,8 @@ pub fn console(data: &[u8]) {
 
 /// A balloon.
 pub fn balloon(data: &[u8]) {
-    let give_up: GiveUp = Arc::new(|ranges| {
-        let mut end = 0;
-        for range in ranges {
-            assert!(range.start >= end && range.start < range.end, "{ranges:?} are not in order");
-            assert!(range.start % 4096 == 0 && range.end % 4096 == 0, "{ranges:?} are not whole pages");
-            end = range.end;
-        }
-        Ok(())
-    });
     drive(
-        Box::new(Balloon::new(1 << 20, give_up)),
+        Box::new(Balloon::new(1 << 20)),
         Input(data),
         |_| {},
         0,

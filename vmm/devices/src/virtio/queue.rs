@@ -72,15 +72,13 @@ pub struct QueueContext {
     pub memory: GuestRam,
     /// The way to the driver.
     pub signals: Signals,
-    /// Told by a thread that is about to sleep: it needs no pages for now.
-    pub on_idle: Arc<dyn Fn() + Send + Sync>,
 }
 
 /// What a thread of a queue needs to wait for its bell, or for something else.
 pub struct Pause {
     bell: Arc<EventFd>,
     stop: Arc<AtomicBool>,
-    on_idle: Arc<dyn Fn() + Send + Sync>,
+    memory: GuestRam,
 }
 
 impl Pause {
@@ -98,7 +96,7 @@ impl Pause {
 
     /// The thread is about to sleep: what was kept for it may go.
     pub fn idle(&self) {
-        (self.on_idle)();
+        self.memory.idle();
     }
 }
 
@@ -158,7 +156,7 @@ impl LiveQueue {
 
     /// What a thread needs to wait without the queue.
     pub fn pause(&self) -> Pause {
-        Pause { bell: self.bell.clone(), stop: self.stop.clone(), on_idle: self.context.on_idle.clone() }
+        Pause { bell: self.bell.clone(), stop: self.stop.clone(), memory: self.context.memory.clone() }
     }
 
     /// Whether the thread is to end.
@@ -194,7 +192,7 @@ impl LiveQueue {
 
     /// The thread is about to sleep: what was kept for it may go.
     pub fn idle(&self) {
-        (self.context.on_idle)();
+        self.context.memory.idle();
     }
 
     /// The next request. `memory` is what [`LiveQueue::memory`] gives, cloned.

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Device;
 use super::memory::GuestRam;
-use super::transport::{Surroundings, Transport};
+use super::transport::{DeviceContext, Transport};
 use crate::irq::{Message, Mode};
 use crate::pci::{DOORBELLS, Function, MSIX_TABLE};
 
@@ -48,13 +48,12 @@ impl Driver {
         let queues = device.queues().len();
         let (sender, messages): (Sender<Message>, _) = channel();
         let sender = Mutex::new(sender);
-        let around = Surroundings {
+        let around = DeviceContext {
             memory: devices,
             // A test that has ended needs no interrupts.
             deliver: Arc::new(move |message| {
                 let _ = sender.lock().unwrap().send(message);
             }),
-            on_idle: Arc::new(|| {}),
         };
         let transport = Arc::new(Transport::new("the device", device, 0xc000_0000, &around).unwrap());
         Driver { transport, memory, messages, indices: vec![(0, 0); queues] }

@@ -44,13 +44,11 @@ const PCI_CFG: u8 = 5;
 
 /// What a device needs of its node.
 #[derive(Clone)]
-pub struct Surroundings {
+pub struct DeviceContext {
     /// Guest memory.
     pub memory: GuestRam,
     /// Where interrupts go.
     pub deliver: Arc<dyn Fn(Message) + Send + Sync>,
-    /// Told by a worker's thread that is about to sleep.
-    pub on_idle: Arc<dyn Fn() + Send + Sync>,
 }
 
 /// A virtio device in a PCI slot.
@@ -88,7 +86,7 @@ impl Transport {
         name: &str,
         device: Box<dyn Device>,
         base: u64,
-        around: &Surroundings,
+        around: &DeviceContext,
     ) -> std::io::Result<Transport> {
         let queues = device.queues();
         let vectors = (queues.len() + 1).min(msix::MOST);
@@ -108,11 +106,7 @@ impl Transport {
             broken: Arc::new(AtomicBool::new(false)),
         };
         let (space, window, msix) = space(&*device, queues.len(), base, &signals.interrupts);
-        let context = QueueContext {
-            memory: around.memory.clone(),
-            signals: signals.clone(),
-            on_idle: around.on_idle.clone(),
-        };
+        let context = QueueContext { memory: around.memory.clone(), signals: signals.clone() };
         let workers = Workers::new(name, bells.clone());
         let state = State { space, registers, device, workers, context, resetting: false, closed: false };
         Ok(Transport { state: Mutex::new(state), bells, base: AtomicU64::new(0), signals, window, msix })

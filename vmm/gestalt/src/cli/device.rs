@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 
 use crate::operator::{Answer, BalloonState, DeviceState, Request, client, place};
-use machine::config::devices::{Kind, PeripheralConfig, parse_disk, parse_net};
+use machine::config::devices::{DeviceRequest, RequestedKind, parse_disk, parse_net};
 
 /// Flags of `gestalt device`.
 #[derive(Debug, Args)]
@@ -49,10 +49,10 @@ enum DeviceCommand {
 struct AddArgs {
     /// A disk, as `gestalt run --disk` takes it; a path is one of the node's host
     #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
-    disk: Option<PeripheralConfig>,
+    disk: Option<DeviceRequest>,
     /// A network card, as `gestalt run --net` takes it
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE..]", value_parser = parse_net)]
-    net: Option<PeripheralConfig>,
+    net: Option<DeviceRequest>,
 }
 
 /// Does what is asked; the exit code.
@@ -83,7 +83,7 @@ impl DeviceCommand {
             DeviceCommand::Add(wanted) => {
                 let mut device =
                     wanted.disk.clone().or(wanted.net.clone()).context("name a disk or a network card")?;
-                if let Kind::Disk { path, .. } = &mut device.kind {
+                if let RequestedKind::Disk { path, .. } = &mut device.kind {
                     // The machine runs in another folder.
                     *path = absolute(&path)?;
                 }

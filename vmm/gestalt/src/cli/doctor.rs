@@ -5,7 +5,7 @@ use std::io::Write;
 use clap::Args;
 
 use crate::doctor::{Level, Needs, evaluate, probe};
-use machine::config::parse_size;
+use machine::config::units::parse_size;
 
 /// Flags of `gestalt doctor`.
 #[derive(Debug, Args)]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-use machine::config::check_name;
+use machine::config::units::check_name;
 use machine::keys::KeyFile;
 use machine::keys::MachineKey;
 

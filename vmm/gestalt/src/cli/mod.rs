@@ -5,6 +5,7 @@
 //! | `gestalt run` | [`run`] | brings a machine up and holds it: the coordinator |
 //! | `gestalt node` | [`node`] | one node of a machine |
 //! | `gestalt device` | [`device`] | shows and changes the devices of a running machine |
+//! | `gestalt inspect` | [`inspect`] | what is on a disk, and what would boot |
 //! | `gestalt key` | [`key`] | makes and shows keys |
 //! | `gestalt doctor` | [`doctor`] | whether a node can run on this host |
 //!
@@ -13,6 +14,7 @@
 
 pub mod device;
 pub mod doctor;
+pub mod inspect;
 pub mod key;
 pub mod node;
 pub mod run;
@@ -48,6 +50,11 @@ enum Command {
     Node(node::NodeArgs),
     /// Show and change the devices of a running machine
     Device(device::DeviceArgs),
+    /// Say what is on a disk, and what a machine with it would boot
+    Inspect(inspect::InspectArgs),
+    /// Look into the disk on standard input: what `run` and `inspect` start as a process of its own
+    #[command(name = vmm::disk_search::COMMAND, hide = true)]
+    DiskSearch(inspect::SearchArgs),
     /// Make and show the keys by which the nodes of a machine know each other
     #[command(subcommand)]
     Key(key::KeyCommand),
@@ -63,6 +70,8 @@ pub fn main(node_main: NodeMain) -> ExitCode {
         Command::Run(args) => run::run(*args, cli.verbose),
         Command::Node(args) => node::node(args, node_main),
         Command::Device(args) => device::device(&args),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::DiskSearch(args) => Ok(vmm::disk_search::child(&args.image, args.survey)),
         Command::Key(command) => key::key(&command),
         Command::Doctor(args) => Ok(doctor::doctor(&args)),
     };

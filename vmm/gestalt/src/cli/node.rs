@@ -11,7 +11,7 @@ use clap::Args;
 use super::NodeMain;
 use crate::doctor::{self, Needs, probe};
 use machine::config::file::parse_fabric;
-use machine::config::{check_name, parse_duration};
+use machine::config::units::{check_name, parse_duration};
 use machine::control::join::{JoinOptions, Watchdog, join};
 use machine::control::wire::Hello;
 use machine::control::{Control, ControlError, Exit, ToCoordinator};

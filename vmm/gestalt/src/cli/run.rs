@@ -21,11 +21,12 @@ use crate::operator::server::{Asked, Server};
 use crate::terminal::{self, Output};
 use machine::config::cloud_init::Seed;
 use machine::config::devices::{
-    Kind, PeripheralConfig, parse_balloon, parse_channel, parse_console, parse_disk, parse_net,
+    DeviceRequest, RequestedKind, parse_balloon, parse_channel, parse_console, parse_disk, parse_net,
 };
 use machine::config::file::{self, parse_fabric};
 use machine::config::rdma::FabricKind;
-use machine::config::{ConfigError, MachineConfig, NodeConfig, Place, ShipMode, parse_duration, parse_size};
+use machine::config::units::{parse_duration, parse_size};
+use machine::config::{CheckedMachine, ConfigError, MachineConfig, NodeConfig, Place, ShipMode};
 use machine::keys::{KeyFile, MachineKey};
 
 /// CPUs per node if nothing is said.
@@ -116,11 +117,11 @@ pub struct RunArgs {
     /// A disk: PATH[,node=NAME][,name=NAME][,readonly][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
     /// [,share=NUMBER]; give it once per disk
     #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
-    disk: Vec<PeripheralConfig>,
+    disk: Vec<DeviceRequest>,
     /// A network card: tap=NAME[,node=NAME][,name=NAME][,mac=ADDRESS][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
     /// [,share=NUMBER]; give it once per card
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE..]", value_parser = parse_net)]
-    net: Vec<PeripheralConfig>,
+    net: Vec<DeviceRequest>,
     /// Tell cloud-init this host name
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
@@ -138,14 +139,14 @@ pub struct RunArgs {
     entropy: bool,
     /// A second console, at a Unix socket made on its node's host: SOCKET[,node=NAME]; give it once per console
     #[arg(long, value_name = "SOCKET[,node=NAME]", value_parser = parse_console)]
-    console: Vec<PeripheralConfig>,
+    console: Vec<DeviceRequest>,
     /// A channel to a program in the guest, such as an agent: NAME=SOCKET[,node=NAME]; give it once per channel
     #[arg(long, value_name = "NAME=SOCKET[,node=NAME]", value_parser = parse_channel)]
-    channel: Vec<PeripheralConfig>,
+    channel: Vec<DeviceRequest>,
     /// Take back memory that the guest does not use, and SIZE (default 0) that it does: [SIZE][,node=NAME]
     #[arg(long, value_name = "SIZE[,node=NAME]", value_parser = parse_balloon, num_args = 0..=1,
           default_missing_value = "")]
-    balloon: Option<PeripheralConfig>,
+    balloon: Option<DeviceRequest>,
     /// A node that says nothing for so long is lost
     #[arg(long, value_parser = parse_duration)]
     silence: Option<Duration>,
@@ -183,8 +184,7 @@ pub struct RunArgs {
 /// # Errors
 /// One sentence: what is wrong with the request or this host, or which node failed how.
 pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
-    let config = args.config()?;
-    config.check()?;
+    let config = args.config()?.check()?;
     check_files(&config)?;
     let key = match &config.key {
         Some(path) => KeyFile::read(path)?.for_machine()?,
@@ -289,7 +289,7 @@ fn open_report(path: &Path) -> anyhow::Result<(PathBuf, File)> {
 }
 
 /// Kernel and initrd are on node 0's host; if that is this one, they can be looked at now.
-fn check_files(config: &MachineConfig) -> anyhow::Result<()> {
+fn check_files(config: &CheckedMachine) -> anyhow::Result<()> {
     if config.nodes[0].place == Place::Local && !config.boots_from_disk() {
         let source =
             BootSource { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &config.cmdline };
@@ -325,10 +325,10 @@ impl RunArgs {
             network_config: self.network_config.clone(),
         };
         if !seed.is_empty() {
-            config.devices.push(seed.peripheral(&config.name)?);
+            config.devices.push(seed.request(&config.name)?);
         }
         if self.entropy {
-            config.devices.push(PeripheralConfig::new(None, Kind::Entropy));
+            config.devices.push(DeviceRequest::new(None, RequestedKind::Entropy));
         }
         config.devices.extend(self.console.iter().chain(&self.channel).chain(&self.balloon).cloned());
         config.listen = self.listen.or(config.listen);

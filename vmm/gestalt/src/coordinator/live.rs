@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 use firmware::pci::HOT_SLOTS;
 
 use crate::operator::{Answer, BalloonState, DeviceState, Request};
-use machine::config::devices::{self, Kind, Peripheral, PeripheralConfig};
-use machine::config::limits::parse_share;
-use machine::config::{ConfigError, MachineConfig, parse_size};
+use machine::config::devices::{DeviceRequest, PlacedDevice, PlacedKind, RequestedKind};
+use machine::config::limits::{DEFAULT_SHARE, parse_share};
+use machine::config::units::parse_size;
+use machine::config::{CheckedMachine, ConfigError};
 use machine::control::{Change, DeviceOrder, DeviceResult, GivenUp, Setting, SlotId};
 
 /// How long a node may take over a device, and how long a guest may take to let go of one, before the operator who
@@ -57,7 +58,7 @@ enum State {
 
 #[derive(Debug)]
 struct Entry {
-    device: Peripheral,
+    device: PlacedDevice,
     state: State,
     /// Who waits for what is being done to it, and until when.
     asker: Option<(AskerId, Instant)>,
@@ -75,11 +76,11 @@ impl Entry {
         match setting {
             Setting::Limits { limits, share } => {
                 (self.device.limits, self.device.share) = (limits, share);
-                let share = share.map_or(String::new(), |share| format!(" share={share}"));
+                let share = own_share(share).map_or(String::new(), |share| format!(" share={share}"));
                 format!("{name} is held to {limits}{share}")
             }
             Setting::Size(new) => {
-                if let Kind::Balloon { size } = &mut self.device.kind {
+                if let PlacedKind::Balloon { size } = &mut self.device.kind {
                     *size = new;
                 }
                 format!("{name} asks the guest for {new} bytes: `gestalt device list` shows what it gives")
@@ -102,24 +103,24 @@ enum Given {
 /// All devices, and what is being done to them.
 #[derive(Debug)]
 pub struct Live {
-    config: MachineConfig,
+    config: CheckedMachine,
     entries: Vec<Entry>,
     given: BTreeMap<u32, (usize, Given)>,
     next: u32,
     /// Serial numbers and addresses of devices that have been removed, by name.
-    known: BTreeMap<String, Kind>,
+    known: BTreeMap<String, PlacedKind>,
 }
 
 impl Live {
-    /// The devices that a machine begins with. `config` has been checked.
-    pub fn new(config: &MachineConfig) -> Live {
+    /// The devices that a machine begins with.
+    pub fn new(config: &CheckedMachine) -> Live {
         let entry = |device| Entry { device, state: State::Present, asker: None };
-        let entries = devices::place(config).unwrap_or_default().into_iter().map(entry).collect();
+        let entries = config.placed().iter().cloned().map(entry).collect();
         Live { config: config.clone(), entries, given: BTreeMap::new(), next: 0, known: BTreeMap::new() }
     }
 
     /// The devices that the machine has when it starts again.
-    pub fn devices(&self) -> Vec<Peripheral> {
+    pub fn devices(&self) -> Vec<PlacedDevice> {
         self.entries.iter().map(|entry| entry.device.clone()).collect()
     }
 
@@ -264,11 +265,7 @@ impl Live {
         steps
     }
 
-    fn add(
-        &mut self,
-        wanted: &PeripheralConfig,
-        until: (AskerId, Instant),
-    ) -> Result<Vec<Step>, ConfigError> {
+    fn add(&mut self, wanted: &DeviceRequest, until: (AskerId, Instant)) -> Result<Vec<Step>, ConfigError> {
         if !self.config.spec().pci {
             return refuse(
                 "this machine has no PCI, because it was started without any device: start it with one (--entropy will \
@@ -280,8 +277,7 @@ impl Live {
             keep_identity(&mut wanted.kind, known);
         }
         let taken = self.devices();
-        let device =
-            devices::place_next(&self.config, &wanted, &taken, HOT_SLOTS.into(), std::iter::empty())?;
+        let device = self.config.place_more(&wanted, &taken)?;
         let (node, name) = (usize::from(device.node), device.name.clone());
         let order = DeviceOrder::Add(device.clone());
         self.entries.push(Entry { device, state: State::Opening, asker: Some(until) });
@@ -329,7 +325,7 @@ impl Live {
 
     /// A list of all devices, once the node of the balloon has said what the guest has given up.
     fn measure(&mut self, until: (AskerId, Instant), running: bool) -> Vec<Step> {
-        let balloon = |entry: &&Entry| matches!(entry.device.kind, Kind::Balloon { .. });
+        let balloon = |entry: &&Entry| matches!(entry.device.kind, PlacedKind::Balloon { .. });
         let balloon = self.entries.iter().filter(|entry| entry.state == State::Present).find(balloon);
         let Some(slot) = balloon.map(Entry::slot).filter(|_| running) else {
             return vec![Step::Answer(until.0, Answer::Devices(self.list(None)))];
@@ -375,12 +371,9 @@ impl Live {
     fn describe(&self, entry: &Entry, given_up: Option<GivenUp>) -> DeviceState {
         let device = &entry.device;
         let (backend, identity) = match &device.kind {
-            Kind::Disk { path, serial, .. } => {
-                (path.display().to_string(), serial.clone().unwrap_or_default())
-            }
-            Kind::Net { tap, mac, .. } => {
-                let mac = mac.unwrap_or_default().map(|byte| format!("{byte:02x}"));
-                (tap.clone(), mac.join(":"))
+            PlacedKind::Disk { path, serial, .. } => (path.display().to_string(), serial.clone()),
+            PlacedKind::Net { tap, mac, .. } => {
+                (tap.clone(), mac.map(|byte| format!("{byte:02x}")).join(":"))
             }
             _ => Default::default(),
         };
@@ -397,9 +390,9 @@ impl Live {
             backend,
             identity,
             limits: device.limits,
-            share: device.share,
+            share: own_share(device.share),
             balloon: match device.kind {
-                Kind::Balloon { size } => Some(BalloonState { size, given_up }),
+                PlacedKind::Balloon { size } => Some(BalloonState { size, given_up }),
                 _ => None,
             },
             state: state.into(),
@@ -417,14 +410,24 @@ fn address(slot: SlotId) -> String {
 }
 
 /// What an operator's settings make of a device.
-fn wanted(machine: &MachineConfig, device: &Peripheral, settings: &[String]) -> Result<Setting, ConfigError> {
+fn wanted(
+    machine: &CheckedMachine,
+    device: &PlacedDevice,
+    settings: &[String],
+) -> Result<Setting, ConfigError> {
     let parts = || settings.iter().map(|setting| setting.split_once('=').unwrap_or((setting, "")));
     match device.kind {
-        Kind::Disk { .. } | Kind::Net { .. } => {
+        PlacedKind::Disk { .. } | PlacedKind::Net { .. } => {
             let (mut limits, mut share) = (device.limits, device.share);
             for (key, value) in parts() {
                 if key == "share" {
-                    share = parse_share(value)?;
+                    share = match parse_share(value)? {
+                        Some(share) => {
+                            machine.check_share(device, share)?;
+                            share
+                        }
+                        None => DEFAULT_SHARE,
+                    };
                 } else if !limits.set(key, value)? {
                     return refuse(format!(
                         "{key:?} cannot be set: write for example iops=500, bandwidth=20M, iops=none or share=300"
@@ -432,10 +435,9 @@ fn wanted(machine: &MachineConfig, device: &Peripheral, settings: &[String]) -> 
                 }
             }
             limits.check()?;
-            devices::check_share(machine, device.node.into(), &device.kind, share)?;
             Ok(Setting::Limits { limits, share })
         }
-        Kind::Balloon { mut size } => {
+        PlacedKind::Balloon { mut size } => {
             for (key, value) in parts() {
                 if key != "size" {
                     return refuse(format!("{key:?} cannot be set: write for example size=512M"));
@@ -452,14 +454,21 @@ fn wanted(machine: &MachineConfig, device: &Peripheral, settings: &[String]) -> 
 }
 
 /// A device that had this name before keeps by what the guest knows it, unless it is given anew.
-fn keep_identity(kind: &mut Kind, known: &Kind) {
+fn keep_identity(kind: &mut RequestedKind, known: &PlacedKind) {
     match (kind, known) {
-        (Kind::Disk { serial, .. }, Kind::Disk { serial: old, .. }) if serial.is_none() => {
-            serial.clone_from(old)
+        (RequestedKind::Disk { serial, .. }, PlacedKind::Disk { serial: old, .. }) => {
+            serial.get_or_insert_with(|| old.clone());
         }
-        (Kind::Net { mac, .. }, Kind::Net { mac: old, .. }) if mac.is_none() => *mac = *old,
+        (RequestedKind::Net { mac, .. }, PlacedKind::Net { mac: old, .. }) => {
+            mac.get_or_insert(*old);
+        }
         _ => {}
     }
+}
+
+/// A share worth a word: one that is not the usual.
+fn own_share(share: u32) -> Option<u32> {
+    (share != DEFAULT_SHARE).then_some(share)
 }
 
 fn tell(asker: Option<(AskerId, Instant)>, answer: Answer, steps: &mut Vec<Step>) {

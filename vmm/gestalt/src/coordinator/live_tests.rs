@@ -1,4 +1,5 @@
 use super::*;
+use machine::config::MachineConfig;
 use machine::config::NodeConfig;
 use machine::config::devices::{parse_balloon, parse_disk, parse_net};
 use machine::config::limits::Limits;
@@ -22,7 +23,7 @@ struct Desk {
 
 impl Desk {
     fn new(devices: &[&str]) -> Desk {
-        Desk { live: Live::new(&machine(devices)), now: Instant::now() }
+        Desk { live: Live::new(&machine(devices).check().unwrap()), now: Instant::now() }
     }
 
     fn ask(&mut self, request: Request) -> Vec<Step> {
@@ -162,10 +163,10 @@ fn by_what_the_guest_knows_a_device_stays_with_its_name() {
         other => panic!("{other:?}"),
     };
     let disk = added(desk.add("b,name=x,node=n1"));
-    assert!(matches!(&disk.kind, Kind::Disk { serial: Some(serial), .. } if serial == "abc"));
+    assert!(matches!(&disk.kind, PlacedKind::Disk { serial, .. } if serial == "abc"));
     card = parse_net("tap=u,name=y,node=n1").unwrap();
     let card = added(desk.ask(Request::Add { device: Box::new(card) }));
-    assert!(matches!(&card.kind, Kind::Net { mac: Some([2, 0, 0, 0, 0, 9]), .. }));
+    assert!(matches!(&card.kind, PlacedKind::Net { mac: [2, 0, 0, 0, 0, 9], .. }));
 }
 
 #[test]
@@ -175,7 +176,7 @@ fn limits_change_one_by_one_and_count_once_the_node_has_them() {
     let limits = Limits { iops: Some(5), bandwidth: Some(1 << 20) };
     assert_eq!(
         order(&steps).2,
-        &DeviceOrder::Set { slot: 0, setting: Setting::Limits { limits, share: None } }
+        &DeviceOrder::Set { slot: 0, setting: Setting::Limits { limits, share: DEFAULT_SHARE } }
     );
     assert_eq!(desk.live.list(None)[0].limits.bandwidth, None);
     assert_eq!(done(&desk.obey(steps)), "disk0 is held to iops=5 bandwidth=1048576");
@@ -186,12 +187,12 @@ fn limits_change_one_by_one_and_count_once_the_node_has_them() {
 fn a_share_changes_where_the_node_has_something_to_share() {
     let mut machine = machine(&["a", "b,node=n1"]);
     machine.nodes[1].capacity.disks.bandwidth = Some(1 << 20);
-    let mut desk = Desk { live: Live::new(&machine), now: Instant::now() };
+    let mut desk = Desk { live: Live::new(&machine.check().unwrap()), now: Instant::now() };
     assert!(Desk::refusal(&desk.set("disk0", &["share=300"])).contains("disk_bandwidth"));
     assert!(Desk::refusal(&desk.set("disk1", &["share=0"])).contains("1 to 10000"));
     for (text, share) in [("share=300", Some(300)), ("share=none", None)] {
         let steps = desk.set("disk1", &[text]);
-        let setting = Setting::Limits { limits: Limits::default(), share };
+        let setting = Setting::Limits { limits: Limits::default(), share: share.unwrap_or(DEFAULT_SHARE) };
         assert_eq!(order(&steps), (1, order(&steps).1, &DeviceOrder::Set { slot: 0, setting }));
         assert_eq!(done(&desk.obey(steps)).contains("share=300"), share.is_some());
         assert_eq!(desk.live.list(None)[1].share, share);
@@ -202,7 +203,7 @@ fn a_share_changes_where_the_node_has_something_to_share() {
 fn a_balloon_gets_another_size_and_is_listed_with_what_the_guest_has_given_up() {
     let mut machine = machine(&["a"]);
     machine.devices.push(parse_balloon("64M,node=n1").unwrap());
-    let mut desk = Desk { live: Live::new(&machine), now: Instant::now() };
+    let mut desk = Desk { live: Live::new(&machine.check().unwrap()), now: Instant::now() };
     let steps = desk.set("balloon0", &["size=128M"]);
     let setting = Setting::Size(128 << 20);
     assert_eq!(order(&steps), (1, 0, &DeviceOrder::Set { slot: 0, setting }));
@@ -230,7 +231,7 @@ fn a_balloon_gets_another_size_and_is_listed_with_what_the_guest_has_given_up() 
 
     desk.ask(Request::List);
     assert_eq!(balloon(desk.live.restart()), Some(BalloonState { size, given_up: None }));
-    assert_eq!(desk.live.devices()[1].kind, Kind::Balloon { size });
+    assert_eq!(desk.live.devices()[1].kind, PlacedKind::Balloon { size });
 }
 
 #[test]
@@ -311,7 +312,7 @@ proptest! {
     ) {
         let mut machine = machine(&["a", "b,node=n1"]);
         machine.devices.push(parse_balloon("").unwrap());
-        let mut live = Live::new(&machine);
+        let mut live = Live::new(&machine.check().unwrap());
         let (mut now, mut asker) = (Instant::now(), 0);
         let mut waiting = std::collections::BTreeSet::new();
         // What the nodes have: (bus, slot).

@@ -40,7 +40,7 @@ use event::{Action, Event, Interrupt, LinkId, Outcome};
 use link::Link;
 use listener::Acceptor;
 use live::AskerId;
-use machine::config::MachineConfig;
+use machine::config::{CheckedMachine, MachineConfig};
 use machine::control::wire::{self, Answer, Assigned, Hello};
 use machine::control::{FromCoordinator, Machine};
 use machine::keys::{CoordinatorKeys, MachineKey};
@@ -105,7 +105,7 @@ pub struct Ended {
 
 /// A machine that is about to start.
 pub struct Coordinator {
-    config: MachineConfig,
+    config: CheckedMachine,
     key: MachineKey,
     keys: CoordinatorKeys,
     listener: TcpListener,
@@ -119,13 +119,13 @@ enum Wake {
 }
 
 impl Coordinator {
-    /// Opens the listener; nothing else happens yet. `config` has been checked. Who has `key`, or a node's key that
+    /// Opens the listener; nothing else happens yet. Who has `key`, or a node's key that
     /// follows from it, can join.
     ///
     /// # Errors
     /// A sentence about the address.
     pub fn bind(
-        config: MachineConfig,
+        config: CheckedMachine,
         key: MachineKey,
         spawner: Box<dyn Spawner>,
     ) -> Result<Coordinator, CoordinatorError> {
@@ -160,7 +160,7 @@ impl Coordinator {
         })?;
         let session = Session::new(self.config.clone(), join_hint(bound), Instant::now());
         let driver = Driver {
-            machine: self.config.machine([0; 16]),
+            machine: self.config.machine([0; 16], session.devices()),
             join: MachineConfig::local_join_address(bound),
             config: self.config,
             key: self.key,
@@ -208,7 +208,7 @@ impl Drop for Processes {
 }
 
 struct Driver {
-    config: MachineConfig,
+    config: CheckedMachine,
     key: MachineKey,
     machine: Machine,
     join: SocketAddr,
@@ -306,8 +306,7 @@ impl Driver {
         for action in actions {
             match action {
                 Action::NewRun => {
-                    self.machine =
-                        Machine { devices: self.session.devices(), ..self.config.machine(random_id()?) };
+                    self.machine = self.config.machine(random_id()?, self.session.devices());
                     self.processes = Processes::default();
                     self.links.clear();
                 }

@@ -160,17 +160,10 @@ fn quantile(latency: &BTreeMap<u64, u64>, share: f64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use firmware::NodeSpec;
-    use machine::config::{NodeConfig, Place};
+    use machine::config::NodeConfig;
 
     fn tally(nodes: usize) -> Tally {
-        let node = |index: usize| NodeConfig {
-            spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 1 << 30 },
-            budget: None,
-            capacity: Default::default(),
-            place: Place::Local,
-            fabric_listen: Vec::new(),
-        };
+        let node = |index| NodeConfig::new(&format!("n{index}"), 1, 1 << 30);
         Tally::new(&MachineConfig { nodes: (0..nodes).map(node).collect(), ..MachineConfig::default() })
     }
 

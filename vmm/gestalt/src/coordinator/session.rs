@@ -26,8 +26,8 @@ use super::cause::{Cause, Evidence};
 use super::event::{Action, Event, Interrupt, LinkId, Outcome, ProcessEnd};
 use super::live::{Live, Step};
 use super::report::Tally;
-use machine::config::devices::Peripheral;
-use machine::config::{MachineConfig, Place};
+use machine::config::devices::PlacedDevice;
+use machine::config::{CheckedMachine, Place};
 use machine::control::wire::Hello;
 use machine::control::{FromCoordinator, Joined, Start, Stop, ToCoordinator};
 
@@ -74,7 +74,7 @@ struct Node {
 /// The coordinator's state.
 #[derive(Debug)]
 pub struct Session {
-    config: MachineConfig,
+    config: CheckedMachine,
     join: String,
     nodes: Vec<Node>,
     phase: Phase,
@@ -86,7 +86,7 @@ pub struct Session {
 
 impl Session {
     /// A session whose operator reads that nodes join at `join`.
-    pub fn new(config: MachineConfig, join: String, now: Instant) -> Session {
+    pub fn new(config: CheckedMachine, join: String, now: Instant) -> Session {
         let (tally, live) = (Tally::new(&config), Live::new(&config));
         Session { config, join, nodes: Vec::new(), phase: Phase::Over, life: 0, last_tick: now, tally, live }
     }
@@ -129,7 +129,7 @@ impl Session {
     }
 
     /// The devices that the machine starts with, and starts again with.
-    pub fn devices(&self) -> Vec<Peripheral> {
+    pub fn devices(&self) -> Vec<PlacedDevice> {
         self.live.devices()
     }
 

@@ -2,8 +2,7 @@
 
 use super::*;
 use crate::operator::{Answer, Request};
-use firmware::NodeSpec;
-use machine::config::NodeConfig;
+use machine::config::{MachineConfig, NodeConfig};
 use machine::control::NodeReport;
 
 /// A session with its own clock.
@@ -15,16 +14,14 @@ struct Run {
 
 fn config(places: &[Place]) -> MachineConfig {
     let node = |(index, place): (usize, &Place)| NodeConfig {
-        spec: NodeSpec { name: format!("n{index}"), cpus: 1, memory: 256 << 20 },
-        budget: None,
-        capacity: Default::default(),
         place: *place,
-        fabric_listen: Vec::new(),
+        ..NodeConfig::new(&format!("n{index}"), 1, 256 << 20)
     };
     MachineConfig {
         kernel: "vmlinuz".into(),
         listen: Some("192.0.2.1:7700".parse().unwrap()),
         nodes: places.iter().enumerate().map(node).collect(),
+        key: Some("machine.key".into()),
         ..MachineConfig::default()
     }
 }
@@ -47,7 +44,7 @@ fn fabric(port: u16) -> Joined {
 impl Run {
     fn new(places: &[Place]) -> (Run, Vec<Action>) {
         let now = Instant::now();
-        let mut session = Session::new(config(places), "192.0.2.1:7700".into(), now);
+        let mut session = Session::new(config(places).check().unwrap(), "192.0.2.1:7700".into(), now);
         let actions = session.start(now);
         (Run { session, now, links: (0..places.len() as u64).collect() }, actions)
     }
@@ -414,7 +411,7 @@ fn orders_about_devices_go_to_the_nodes_of_a_running_machine() {
     let now = Instant::now();
     let mut config = config(&[Place::Local, Place::Local]);
     config.devices.push(machine::config::devices::parse_disk("a,node=n1").unwrap());
-    let mut session = Session::new(config, "192.0.2.1:7700".into(), now);
+    let mut session = Session::new(config.check().unwrap(), "192.0.2.1:7700".into(), now);
     session.start(now);
     let mut run = Run { session, now, links: vec![0, 1] };
     let set = || Event::Asked {

@@ -1,9 +1,11 @@
 //! `gestalt doctor`: whether a node can run on this host, line by line, and how to mend what is not right.
 //!
 //! - [`facts`]: what there is to know of a host. [`probe`]: finding it out, the only part that touches one.
+//! - `emulation`: whether times measured on a host say anything.
 //! - [`evaluate`]: the judgement, a pure function.
 //! - [`check_can_run`]: the same judgement for `gestalt run` and `gestalt node`, which refuse in its words.
 
+mod emulation;
 pub mod facts;
 pub mod probe;
 mod rdma;
@@ -19,6 +21,8 @@ const OLDEST_KERNEL: (u32, u32) = (6, 4);
 const PAGE_MTU: u32 = 4500;
 /// Open files that suffice for a machine of eight nodes, with room to spare.
 const ENOUGH_FILES: u64 = 1024;
+/// The line for modprobe that makes page walks read the guest's page tables and not write them.
+const EPTAD_OFF: &str = "options kvm_intel eptad=0";
 /// The kernel's own default for `vm.max_map_count`.
 const USUAL_MAPS: u64 = 65530;
 
@@ -203,11 +207,16 @@ fn kvm(facts: &HostFacts, needs: &Needs, findings: &mut Vec<Finding>) {
             format!("load {module} with ept=1 or npt=1"),
         ));
     }
-    if kvm.ept_accessed_dirty == Some(true) {
-        findings.push(warn(
+    match kvm.ept_accessed_dirty {
+        Some(true) => findings.push(warn(
             "every page walk counts as a write to the guest's page tables (EPT accessed and dirty bits)",
-            "nodes cannot share page tables, which costs more than any other setting: load kvm_intel with eptad=0",
-        ));
+            format!(
+                "nodes cannot share page tables, which costs more than any other setting: write `{EPTAD_OFF}` to \
+                 /etc/modprobe.d/gestalt.conf and load kvm_intel anew"
+            ),
+        )),
+        Some(false) => findings.push(ok("page walks leave the guest's page tables alone (eptad is off)")),
+        None => {}
     }
 }
 

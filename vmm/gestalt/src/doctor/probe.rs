@@ -4,6 +4,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
+use super::emulation::Signs;
 use super::facts::{HostFacts, Interface, KvmFacts, RdmaFacts, RdmaPort, Trouble, TscFacts};
 use super::trial;
 use vmm::kvm;
@@ -37,12 +38,28 @@ pub fn host() -> HostFacts {
     }
 }
 
-/// Whether this host's CPUs are emulated or without hardware virtualization, so that timings say nothing
-/// about real servers: a QEMU CPU model, or no VMX or SVM.
+/// Whether this host's CPUs are emulated or without hardware virtualization, so that timings say nothing about real
+/// servers.
 pub fn emulated() -> bool {
     let flags = cpu_flags();
-    let model = cpuinfo("model name").unwrap_or_default();
-    !flags.iter().any(|flag| flag == "vmx" || flag == "svm") || model.contains("QEMU")
+    let has = |flag: &str| flags.iter().any(|known| known == flag);
+    const DMI: [&str; 6] =
+        ["sys_vendor", "product_name", "board_vendor", "chassis_vendor", "bios_vendor", "bios_version"];
+    let signs = Signs {
+        virtualization: has("vmx") || has("svm"),
+        cpu_vendor: cpuinfo("vendor_id").unwrap_or_default(),
+        cpu_model: cpuinfo("model name").unwrap_or_default(),
+        hypervisor: has("hypervisor").then(hypervisor),
+        machine: DMI.iter().filter_map(|name| line(&format!("/sys/class/dmi/id/{name}"))).collect(),
+    };
+    signs.emulated()
+}
+
+/// The signature that a hypervisor leaves in CPUID.
+fn hypervisor() -> String {
+    let leaf = std::arch::x86_64::__cpuid(0x4000_0000);
+    let bytes = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// The kernel's release, as `uname -r` says.

@@ -119,6 +119,22 @@ fn what_is_only_slow_or_risky_warns() {
 }
 
 #[test]
+fn whether_eptad_is_off_is_said_of_intel_hosts_only() {
+    let said = |eptad| {
+        let judged = judge(&with_kvm(|kvm| kvm.ept_accessed_dirty = eptad));
+        judged.into_iter().find(|finding| finding.sentence().contains("eptad"))
+    };
+    assert_eq!(said(None), None);
+    let off = said(Some(false)).unwrap();
+    assert!(off.level == Level::Ok && off.what.contains("eptad is off") && off.mend.is_empty(), "{off}");
+    let on = said(Some(true)).unwrap();
+    assert_eq!(on.level, Level::Warn);
+    for part in ["`options kvm_intel eptad=0`", "/etc/modprobe.d/"] {
+        assert!(on.mend.contains(part), "{on}");
+    }
+}
+
+#[test]
 fn the_first_thing_to_mend_is_named_first() {
     let facts = HostFacts {
         virtualization: None,

@@ -23,7 +23,7 @@ use std::io::{self, BufRead};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use machine::config::devices::PeripheralConfig;
+use machine::config::devices::DeviceRequest;
 use machine::config::limits::Limits;
 use machine::control::GivenUp;
 
@@ -39,7 +39,7 @@ pub enum Request {
     /// A new device.
     Add {
         /// Which.
-        device: Box<PeripheralConfig>,
+        device: Box<DeviceRequest>,
     },
     /// A device shall go.
     Remove {

@@ -14,7 +14,7 @@ use machine::control::{
 };
 use machine::keys::MachineKey;
 
-use machine::config::devices::Kind;
+use machine::config::devices::PlacedKind;
 
 /// Longer than anything here takes; a test that reaches it has failed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -87,7 +87,7 @@ pub fn echo_guest(assignment: &Assignment, control: &Control) -> Result<Exit, Co
             }
             Some(FromCoordinator::Device { id, order }) => {
                 let result = match &order {
-                    DeviceOrder::Add(device) if matches!(device.kind, Kind::Net { .. }) => {
+                    DeviceOrder::Add(device) if matches!(device.kind, PlacedKind::Net { .. }) => {
                         Err("there is no such interface".into())
                     }
                     _ => Ok(None),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::ConfigError;
-use crate::config::devices::{Kind, PeripheralConfig};
+use crate::config::devices::{DeviceRequest, RequestedKind};
 
 /// The longest host name (RFC 1123).
 const LONGEST_NAME: usize = 63;
@@ -31,7 +31,7 @@ impl Seed {
     ///
     /// # Errors
     /// One sentence: what file cannot be read or is not what it should be.
-    pub fn peripheral(&self, machine: &str) -> Result<PeripheralConfig, ConfigError> {
+    pub fn request(&self, machine: &str) -> Result<DeviceRequest, ConfigError> {
         let hostname = self.hostname.as_deref().unwrap_or(machine);
         let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.';
         if hostname.is_empty() || hostname.len() > LONGEST_NAME || !hostname.bytes().all(plain) {
@@ -67,7 +67,7 @@ impl Seed {
         let network = network_config.as_deref().unwrap_or_default();
         let id = fnv(&[user_data.as_bytes(), meta_data.as_bytes(), network.as_bytes()]);
         let meta_data = format!("instance-id: gestalt-{id:016x}\n{meta_data}");
-        Ok(PeripheralConfig::new(None, Kind::Seed { user_data, meta_data, network_config }))
+        Ok(DeviceRequest::new(None, RequestedKind::Seed { user_data, meta_data, network_config }))
     }
 }
 
@@ -93,8 +93,8 @@ mod tests {
     }
 
     fn told(seed: &Seed) -> (String, String) {
-        match seed.peripheral("demo").unwrap().kind {
-            Kind::Seed { user_data, meta_data, .. } => (user_data, meta_data),
+        match seed.request("demo").unwrap().kind {
+            RequestedKind::Seed { user_data, meta_data, .. } => (user_data, meta_data),
             other => panic!("{other:?}"),
         }
     }
@@ -122,8 +122,10 @@ mod tests {
         let network = file("version: 2\n");
         let seed = Seed { network_config: Some(network.path().into()), ..Seed::default() };
         assert!(!seed.is_empty());
-        match seed.peripheral("demo").unwrap().kind {
-            Kind::Seed { network_config, .. } => assert_eq!(network_config.as_deref(), Some("version: 2\n")),
+        match seed.request("demo").unwrap().kind {
+            RequestedKind::Seed { network_config, .. } => {
+                assert_eq!(network_config.as_deref(), Some("version: 2\n"))
+            }
             other => panic!("{other:?}"),
         }
         let id = |seed: &Seed| told(seed).1.lines().next().unwrap().to_owned();
@@ -136,7 +138,7 @@ mod tests {
     #[test]
     fn without_a_name_the_machines_is_taken() {
         let seed = Seed { user_data: Some(file("#cloud-config\n").path().into()), ..Seed::default() };
-        assert!(seed.peripheral("demo").is_err(), "the file is gone");
+        assert!(seed.request("demo").is_err(), "the file is gone");
         let seed = Seed { hostname: None, ..Seed::default() };
         assert!(seed.is_empty());
         assert!(told(&seed).1.contains("local-hostname: demo\n"));
@@ -152,7 +154,7 @@ mod tests {
             (Seed { ssh_keys: vec![private.path().into()], ..Seed::default() }, ".pub"),
             (Seed { ssh_keys: vec![empty.path().into()], ..Seed::default() }, ".pub"),
         ] {
-            let said = seed.peripheral("demo").unwrap_err().0;
+            let said = seed.request("demo").unwrap_err().0;
             assert!(said.contains(part), "{said}");
         }
     }

@@ -76,10 +76,11 @@ use std::time::Duration;
 use firmware::NodeSpec;
 use serde::Deserialize;
 
-use crate::config::devices::{Kind, PeripheralConfig, parse_mac};
+use crate::config::devices::{DeviceRequest, RequestedKind, parse_mac};
 use crate::config::limits::{Capacity, Limits};
 use crate::config::rdma::{FabricKind, RdmaForm};
-use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, ShipMode, parse_duration, parse_size};
+use crate::config::units::{parse_duration, parse_size};
+use crate::config::{ConfigError, MachineConfig, NodeConfig, Place, ShipMode};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -246,7 +247,9 @@ pub fn read(path: &Path) -> Result<MachineConfig, ConfigError> {
     config.kernel = beside(folder, config.kernel);
     config.initrd = config.initrd.map(|initrd| beside(folder, initrd));
     for device in &mut config.devices {
-        if let Kind::Disk { path, .. } | Kind::Console { socket: path, .. } = &mut device.kind {
+        if let RequestedKind::Disk { path, .. } | RequestedKind::Console { socket: path, .. } =
+            &mut device.kind
+        {
             *path = beside(folder, std::mem::take(path));
         }
     }
@@ -301,24 +304,30 @@ fn devices(
     cards: Vec<NetForm>,
     entropy: Option<EntropyForm>,
     balloon: Option<BalloonForm>,
-) -> Result<Vec<PeripheralConfig>, ConfigError> {
+) -> Result<Vec<DeviceRequest>, ConfigError> {
     let mut devices = Vec::new();
     for form in disks {
         let limits = limits(form.iops, form.bandwidth)?;
         let DiskForm { path, readonly, serial, queues, node, name, share, .. } = form;
-        let kind = Kind::Disk { path, readonly, serial, queues };
-        devices.push(PeripheralConfig { node, name, limits, share, kind });
+        let kind = RequestedKind::Disk { path, readonly, serial, queues };
+        devices.push(DeviceRequest { node, name, limits, share, kind });
     }
     for form in cards {
         let limits = limits(form.iops, form.bandwidth)?;
         let NetForm { tap, mac, queues, node, name, share, .. } = form;
         let mac = mac.as_deref().map(parse_mac).transpose()?;
-        devices.push(PeripheralConfig { node, name, limits, share, kind: Kind::Net { tap, mac, queues } });
+        devices.push(DeviceRequest {
+            node,
+            name,
+            limits,
+            share,
+            kind: RequestedKind::Net { tap, mac, queues },
+        });
     }
-    devices.extend(entropy.map(|form| PeripheralConfig::new(form.node, Kind::Entropy)));
+    devices.extend(entropy.map(|form| DeviceRequest::new(form.node, RequestedKind::Entropy)));
     if let Some(BalloonForm { size, node }) = balloon {
         let size = size.as_ref().map(SizeForm::bytes).transpose()?.unwrap_or(0);
-        devices.push(PeripheralConfig::new(node, Kind::Balloon { size }));
+        devices.push(DeviceRequest::new(node, RequestedKind::Balloon { size }));
     }
     Ok(devices)
 }
@@ -327,8 +336,8 @@ fn limits(iops: Option<u64>, bandwidth: Option<SizeForm>) -> Result<Limits, Conf
     Ok(Limits { iops, bandwidth: bandwidth.as_ref().map(SizeForm::bytes).transpose()? })
 }
 
-fn ports(consoles: Vec<ConsoleForm>, channels: Vec<ChannelForm>) -> impl Iterator<Item = PeripheralConfig> {
-    let port = |socket, name, node| PeripheralConfig::new(node, Kind::Console { socket, name });
+fn ports(consoles: Vec<ConsoleForm>, channels: Vec<ChannelForm>) -> impl Iterator<Item = DeviceRequest> {
+    let port = |socket, name, node| DeviceRequest::new(node, RequestedKind::Console { socket, name });
     let console = move |ConsoleForm { socket, node }| port(socket, None, node);
     let channel = move |ChannelForm { name, socket, node }| port(socket, Some(name), node);
     consoles.into_iter().map(console).chain(channels.into_iter().map(channel))
@@ -454,7 +463,7 @@ mod tests {
         assert_eq!(config.nodes[0].fabric_listen, []);
         assert_eq!(config.nodes[1].fabric_listen, ["192.0.2.2:0".parse().unwrap()]);
         assert_eq!((config.key.as_deref(), config.plaintext_fabric), (Some(Path::new("machine.key")), true));
-        let disk = Kind::Disk {
+        let disk = RequestedKind::Disk {
             path: "root.img".into(),
             readonly: false,
             serial: Some("root".into()),
@@ -464,21 +473,21 @@ mod tests {
         let name = Some("system".to_owned());
         assert_eq!(
             config.devices[0],
-            PeripheralConfig { node: Some("n1".into()), name, limits, share: Some(300), kind: disk }
+            DeviceRequest { node: Some("n1".into()), name, limits, share: Some(300), kind: disk }
         );
-        let net = Kind::Net { tap: "tap0".into(), mac: Some([2, 0, 0, 0, 0, 7]), queues: None };
-        assert_eq!(config.devices[1], PeripheralConfig::new(None, net));
-        assert_eq!(config.devices[2], PeripheralConfig::new(None, Kind::Entropy));
-        let balloon = Kind::Balloon { size: 64 << 20 };
-        assert_eq!(config.devices[3], PeripheralConfig::new(Some("n1".into()), balloon));
-        let port = |socket: &str, name: Option<&str>| Kind::Console {
+        let net = RequestedKind::Net { tap: "tap0".into(), mac: Some([2, 0, 0, 0, 0, 7]), queues: None };
+        assert_eq!(config.devices[1], DeviceRequest::new(None, net));
+        assert_eq!(config.devices[2], DeviceRequest::new(None, RequestedKind::Entropy));
+        let balloon = RequestedKind::Balloon { size: 64 << 20 };
+        assert_eq!(config.devices[3], DeviceRequest::new(Some("n1".into()), balloon));
+        let port = |socket: &str, name: Option<&str>| RequestedKind::Console {
             socket: socket.into(),
             name: name.map(Into::into),
         };
-        let console = PeripheralConfig::new(None, port("/run/console.sock", None));
-        let channel = PeripheralConfig::new(Some("n1".into()), port("/run/agent.sock", Some("agent")));
+        let console = DeviceRequest::new(None, port("/run/console.sock", None));
+        let channel = DeviceRequest::new(Some("n1".into()), port("/run/agent.sock", Some("agent")));
         assert_eq!(config.devices[4..], [console, channel]);
-        assert_eq!(config.check(), Ok(()));
+        config.check().unwrap();
     }
 
     #[test]
@@ -526,9 +535,9 @@ mod tests {
         let config = parse(&format!("fabric = \"rdma\"{GOOD}[rdma]\ndevice = \"mlx5_0\"\n")).unwrap();
         assert_eq!(config.fabric, FabricKind::Rdma);
         assert_eq!(config.rdma.settings("n1").device.as_deref(), Some("mlx5_0"));
-        assert_eq!(config.check(), Ok(()));
-        assert_eq!(config.machine([0; 16]).rdma, Some(config.rdma));
-        assert_eq!(with("fabric = \"tcp\"").machine([0; 16]).rdma, None);
+        let told = |config: MachineConfig| config.check().unwrap().machine([0; 16], Vec::new()).rdma;
+        assert_eq!(told(config.clone()), Some(config.rdma));
+        assert_eq!(told(with("fabric = \"tcp\"")), None);
     }
 
     #[test]
@@ -546,7 +555,7 @@ mod tests {
         assert_eq!(config.kernel, folder.path().join("vmlinuz"));
         assert_eq!(config.initrd, Some(folder.path().join("initrd.img")));
         let root = folder.path().join("root.img");
-        assert!(matches!(&config.devices[0].kind, Kind::Disk { path, .. } if *path == root));
+        assert!(matches!(&config.devices[0].kind, RequestedKind::Disk { path, .. } if *path == root));
         assert_eq!(config.key, Some(folder.path().join("machine.key")));
     }
 }

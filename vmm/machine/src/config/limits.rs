@@ -10,7 +10,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigError, parse_size};
+use crate::config::ConfigError;
+use crate::config::units::parse_size;
 
 /// The least bandwidth that can be asked for, in bytes a second: a page.
 pub const MIN_BANDWIDTH: u64 = 4096;

@@ -39,7 +39,7 @@ use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
 use crate::config::ShipMode;
-use crate::config::devices::Peripheral;
+use crate::config::devices::PlacedDevice;
 use crate::config::limits::{Capacity, Limits};
 use crate::config::rdma::RdmaConfig;
 
@@ -63,7 +63,7 @@ pub struct Machine {
     /// The guest kernel's command line as its owner gave it, without what the node appends.
     pub cmdline: String,
     /// Disks, network cards and the like, each on its node.
-    pub devices: Vec<Peripheral>,
+    pub devices: Vec<PlacedDevice>,
     /// Coherence shards, `1..=64`: lanes `1..=shards` of the fabric.
     pub shards: u16,
     /// How long a node keeps a page that it just won before it gives it up.
@@ -196,8 +196,8 @@ pub enum Setting {
     Limits {
         /// Its own.
         limits: Limits,
-        /// Its share of what its node's devices may do; `None`: the usual one.
-        share: Option<u32>,
+        /// Its share of what its node's devices may do.
+        share: u32,
     },
     /// A balloon takes so many bytes from the guest.
     Size(u64),
@@ -207,7 +207,7 @@ pub enum Setting {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceOrder {
     /// Open this device, which is to be on this node, and put it into its slot.
-    Add(Peripheral),
+    Add(PlacedDevice),
     /// The guest has let go of the device in this slot: take it out and close it.
     Remove {
         /// The slot of the node's bus.

@@ -20,7 +20,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use fabric::secure::{Handshake, Opener, Pattern, Sealer, SecureError, TAG};
+use fabric::secure::{Handshake, Opener, Pattern, Sealer, SecureChannel, SecureError, TAG};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::control::Machine;
@@ -37,7 +37,7 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 
 const MAGIC: &[u8; 8] = b"gestalt\0";
 /// The protocol of this build; raised by every change of a message.
-const PROTOCOL: u32 = 2;
+const PROTOCOL: u32 = 3;
 /// The version of this build as the preamble carries it.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// First byte of an answer that refuses; its layout is the same in every version.
@@ -222,7 +222,7 @@ pub struct Session {
 }
 
 impl Session {
-    fn new((sealer, opener): (Sealer, Opener)) -> Session {
+    fn new(SecureChannel { sealer, opener }: SecureChannel) -> Session {
         Session { sender: Sender(sealer), receiver: Receiver(opener) }
     }
 }

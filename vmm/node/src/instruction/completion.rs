@@ -85,7 +85,8 @@ impl Completion {
     }
 
     /// Completes the instruction on the CPU: registers, flags and RIP are set as it sets them, RFLAGS.RF is cleared, and the
-    /// shadow in which interrupts wait ends. `answer` is the operation's.
+    /// shadow in which interrupts wait ends. `answer` is the operation's. All of it must reach the vCPU: the registers, and the
+    /// end of a shadow (`KVM_VCPUEVENT_VALID_SHADOW`).
     pub fn finish(&self, answer: u128, cpu: &mut Cpu) {
         let bits = 8 * self.width.bytes() as u32;
         let old = (answer & self.width.mask()) as u64;

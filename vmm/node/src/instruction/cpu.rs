@@ -119,3 +119,43 @@ impl Cpu {
         self.cpl == 3 && self.cr0 & CR0_AM != 0 && self.rflags & AC != 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_come_from_kvm_by_their_numbers_and_go_back() {
+        let regs = kvm_regs {
+            rax: 100,
+            rcx: 101,
+            rdx: 102,
+            rbx: 103,
+            rsp: 104,
+            rbp: 105,
+            rsi: 106,
+            rdi: 107,
+            r8: 108,
+            r9: 109,
+            r10: 110,
+            r11: 111,
+            r12: 112,
+            r13: 113,
+            r14: 114,
+            r15: 115,
+            rip: 116,
+            rflags: 2,
+        };
+        let (mut sregs, mut events) = (kvm_sregs::default(), kvm_vcpu_events::default());
+        (sregs.fs.base, sregs.gs.base, sregs.cs.l, sregs.ss.dpl) = (117, 118, 1, 3);
+        let cpu = Cpu::from_kvm(&regs, &sregs, &events, 0x400, 46);
+        assert_eq!(cpu.general, std::array::from_fn(|n| 100 + n as u64));
+        assert_eq!((cpu.rip, cpu.fs_base, cpu.gs_base, cpu.code64, cpu.cpl), (116, 117, 118, true, 3));
+        assert_eq!(cpu.to_kvm(), regs);
+        assert!(!cpu.event && !cpu.interrupt_shadow);
+        events.interrupt.shadow = 1;
+        events.interrupt.injected = 1;
+        let cpu = Cpu::from_kvm(&regs, &sregs, &events, 0x400, 46);
+        assert!(cpu.event && cpu.interrupt_shadow, "an event under way");
+    }
+}

@@ -1,6 +1,6 @@
 //! From an instruction's bytes to the operation that it does to memory, and what completes it.
 //!
-//! The decoder is a library's; the table of what can be shipped is [`plan`]. Not in it are:
+//! The decoder is a library's; the table of what can be shipped is `plan`. Not in it are:
 //! - instructions with two accesses: push, pop, call, ret and strings;
 //! - SSE, AVX and x87: wide, and not what CPUs contend for;
 //! - shifts, rotations, multiplications, divisions: not on words that CPUs contend for either;

@@ -14,7 +14,7 @@
 //!   Operate ──────────> owner: execute, one instruction on the frame
 //!           <────────── the old value
 //!   Completion::finish  registers, flags, RIP; RF and the interrupt shadow end
-//!   Cpu::to_kvm         and KVM_RUN goes on with the next instruction
+//!   Cpu::to_kvm         and the end of a shadow with KVM_SET_VCPU_EVENTS; KVM_RUN goes on with the next instruction
 //! ```
 //! A refusal leaves everything as it was: the page moves, and the CPU carries the instruction out itself. Between the walk and
 //! the end of the operation the vCPU stands still, so that no TLB shootdown or stop is answered in between: to the others the
@@ -23,7 +23,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`cpu`] | the state of a stopped CPU |
-//! | [`decode`] | the table of what can be shipped, and addresses |
+//! | [`mod@decode`] | the table of what can be shipped, and addresses |
 //! | [`completion`] | what an instruction does to the CPU |
 //! | [`walk`] | page tables and their rights |
 //! | [`refusal`] | why an instruction is not shipped |

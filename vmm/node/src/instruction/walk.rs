@@ -110,8 +110,9 @@ pub enum Fault {
     /// No paging, or that of 32-bit modes.
     #[error("the CPU is not in long mode")]
     Mode,
-    /// CR4 switches something on that this walker does not know, and that may have a say: LASS, or newer.
-    #[error("CR4 has bits that are not known here")]
+    /// CR4 or EFER switches something on that may have a say and that this walker does not know: LASS, AMD's segment limits in
+    /// long mode, or newer.
+    #[error("the CPU has rules for addresses that are not known here")]
     Control,
     /// This node may not read an entry now, or it is not RAM.
     #[error("the page tables cannot be read here")]
@@ -141,6 +142,8 @@ const KNOWN: u64 = 0x1_13ff_7fff;
 const LMA: u64 = 1 << 10;
 /// EFER: pages may be not executable.
 const NXE: u64 = 1 << 11;
+/// EFER: segments have limits in 64-bit mode, on some of AMD's CPUs.
+const LMSLE: u64 = 1 << 13;
 
 /// In an entry: present.
 const PRESENT: u64 = 1;
@@ -173,7 +176,7 @@ impl Paging {
         if self.cr0 & PG == 0 || self.cr4 & PAE == 0 || self.efer & LMA == 0 {
             return Err(Fault::Mode);
         }
-        if self.cr4 & !KNOWN != 0 {
+        if self.cr4 & !KNOWN != 0 || self.efer & LMSLE != 0 {
             return Err(Fault::Control);
         }
         if !self.is_canonical(linear) {

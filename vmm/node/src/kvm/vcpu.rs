@@ -5,7 +5,7 @@ use kvm_bindings::{
     KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
     KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
     KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_REGS, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events,
+    kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
@@ -421,6 +421,17 @@ impl Vcpu {
     /// What KVM answers: an impossible combination.
     pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), KvmError> {
         self.fd.set_sregs(sregs).map_err(KvmError::call("write system registers"))
+    }
+
+    /// Enables the register state of XCR0's bits, as XSETBV does (Intel's manual, volume 1, section 13.3). After
+    /// [`Vcpu::set_cpuid`], which says what there is.
+    ///
+    /// # Errors
+    /// What `KVM_SET_XCRS` answers.
+    pub fn set_xcr0(&self, value: u64) -> Result<(), KvmError> {
+        let mut registers = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+        registers.xcrs[0].value = value;
+        self.fd.set_xcrs(&registers).map_err(KvmError::call("write XCR0"))
     }
 
     /// Exceptions, interrupts and NMIs on their way.

@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use base::lock;
 use crossbeam::channel::Sender;
-use firmware::layout;
+use firmware::addresses;
 
 use super::console::{ConsoleOut, Input};
 use crate::router::remote::LocalDevices;
@@ -43,26 +43,26 @@ impl Board {
         power: impl Fn(PowerEvent) + Send + 'static,
         ejected: impl Fn(SlotId) + Send + 'static,
     ) -> Result<Board, BusError> {
-        let ioapic = share(IoApicDevice::new(layout::IOAPIC_ID, route));
+        let ioapic = share(IoApicDevice::new(addresses::IOAPIC_ID, route));
         let pin = ioapic.clone();
         let com1 = share(Com1::new(
-            move || lock(&pin).pulse(layout::COM1_GSI as u8),
+            move || lock(&pin).pulse(addresses::COM1_GSI as u8),
             // The feeding thread is gone only when the machine ends.
             move || drop(room.send(Input::Room)),
             console,
         ));
         let mut ports = Bus::new();
-        ports.insert(layout::COM1_PORT.into(), layout::COM1_LEN.into(), com1.clone())?;
-        ports.insert(layout::RTC_PORT.into(), layout::RTC_LEN.into(), share(Rtc::new(unix_seconds)))?;
-        let power = Power::new(layout::ACPI_POWER_OFF_VALUE, layout::ACPI_RESET_VALUE, power);
-        ports.insert(layout::ACPI_SLEEP_CONTROL_PORT.into(), power::LEN, share(power))?;
+        ports.insert(addresses::COM1_PORT.into(), addresses::COM1_LEN.into(), com1.clone())?;
+        ports.insert(addresses::RTC_PORT.into(), addresses::RTC_LEN.into(), share(Rtc::new(unix_seconds)))?;
+        let power = Power::new(addresses::ACPI_POWER_OFF_VALUE, addresses::ACPI_RESET_VALUE, power);
+        ports.insert(addresses::ACPI_SLEEP_CONTROL_PORT.into(), power::LEN, share(power))?;
         let pin = ioapic.clone();
-        let line = move |up| lock(&pin).set_pin(layout::HOTPLUG_GSI as u8, up);
+        let line = move |up| lock(&pin).set_pin(addresses::HOTPLUG_GSI as u8, up);
         let hotplug = share(HotPlug::new(line, ejected));
-        ports.insert(layout::HOTPLUG_PORT.into(), hotplug::LEN, hotplug.clone())?;
-        ports.insert(layout::PIT_CHANNEL2_PORT.into(), 1, share(NoTimer))?;
+        ports.insert(addresses::HOTPLUG_PORT.into(), hotplug::LEN, hotplug.clone())?;
+        ports.insert(addresses::PIT_CHANNEL2_PORT.into(), 1, share(NoTimer))?;
         let mut memory = Bus::new();
-        memory.insert(layout::IOAPIC_ADDR, layout::IOAPIC_LEN, ioapic.clone())?;
+        memory.insert(addresses::IOAPIC_ADDR, addresses::IOAPIC_LEN, ioapic.clone())?;
         Ok(Board { buses: LocalDevices { ports, memory, pci: None }, ioapic, hotplug, com1 })
     }
 

@@ -1,19 +1,13 @@
 //! The kernel that node 0 loads: the one that was named, or the one inside its first disk.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::fd::AsRawFd;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use firmware::boot::BootSource;
-use firmware::disk;
-use nix::sys::memfd::{MFdFlags, memfd_create};
-
-use devices::virtio::block::Qcow2Disk;
-use machine::config::devices::Kind;
+use machine::config::devices::PlacedKind;
 use machine::control::Machine;
+
+use crate::disk_search::{Extracted, Found};
 
 /// Kernel, initrd and command line, as files that can be opened as long as this value lives.
 pub struct BootPaths {
@@ -21,40 +15,36 @@ pub struct BootPaths {
     initrd: Option<PathBuf>,
     cmdline: String,
     /// What came out of a disk.
-    _extracted: Vec<File>,
+    _extracted: Vec<Extracted>,
 }
 
 impl BootPaths {
-    /// What `machine` boots.
+    /// What `machine` boots; `find` looks into its disk if that says so, as [`crate::disk_search::find`] does.
     ///
     /// # Errors
     /// There is no kernel on the disk that should have one.
-    pub fn of(machine: &Machine) -> anyhow::Result<BootPaths> {
-        let initrd = machine.initrd.clone();
+    pub fn of(
+        machine: &Machine,
+        find: impl FnOnce(&Path) -> anyhow::Result<Found>,
+    ) -> anyhow::Result<BootPaths> {
+        let given = machine.initrd.clone();
         if !machine.kernel.as_os_str().is_empty() {
             let (kernel, cmdline) = (machine.kernel.clone(), machine.cmdline.clone());
-            return Ok(BootPaths { kernel, initrd, cmdline, _extracted: Vec::new() });
+            return Ok(BootPaths { kernel, initrd: given, cmdline, _extracted: Vec::new() });
         }
         let disks = machine.devices.iter().filter(|device| device.node == 0);
         let path = disks.into_iter().find_map(|device| match &device.kind {
-            Kind::Disk { path, .. } => Some(path),
+            PlacedKind::Disk { path, .. } => Some(path),
             _ => None,
         });
         let path = path.context("there is neither a kernel nor a disk on the first node")?;
-        let found = match Qcow2Disk::peek(path)? {
-            None => disk::find(path)?,
-            Some(image) => disk::find_on(Arc::new(image), path)?,
-        };
-        tracing::info!("booting {}", found.origin);
-        found.notes.iter().for_each(|note| tracing::warn!("{}: {note}", path.display()));
-        let mut extracted = Vec::new();
-        let kernel = extract(&found.kernel, &mut extracted)?;
-        let initrd = match initrd {
-            None if !found.initrd.is_empty() => Some(extract(&found.initrd, &mut extracted)?),
-            given => given,
-        };
-        let cmdline = [found.cmdline.as_str(), &machine.cmdline].join(" ").trim().to_owned();
-        Ok(BootPaths { kernel, initrd, cmdline, _extracted: extracted })
+        let Found { origin, kernel, initrd, cmdline, notes } = find(path)?;
+        tracing::info!("booting {origin}");
+        notes.iter().for_each(|note| tracing::warn!("{}: {note}", path.display()));
+        let cmdline = [cmdline.as_str(), &machine.cmdline].join(" ").trim().to_owned();
+        let paths = (kernel.path(), given.or_else(|| initrd.as_ref().map(Extracted::path)));
+        let extracted = std::iter::once(kernel).chain(initrd).collect();
+        Ok(BootPaths { kernel: paths.0, initrd: paths.1, cmdline, _extracted: extracted })
     }
 
     /// For the loader.
@@ -63,18 +53,14 @@ impl BootPaths {
     }
 }
 
-/// Puts bytes into a file in memory; its path.
-fn extract(bytes: &[u8], files: &mut Vec<File>) -> anyhow::Result<PathBuf> {
-    let mut file = File::from(memfd_create(c"gestalt-boot", MFdFlags::MFD_CLOEXEC)?);
-    file.write_all(bytes)?;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
-    files.push(file);
-    Ok(path)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::process::Command;
+    use std::sync::Arc;
+
+    use devices::virtio::block::{Qcow2Disk, is_qcow2};
+    use firmware::disk::source::Source;
 
     use super::*;
     use machine::config::devices::parse_disk;
@@ -87,18 +73,32 @@ mod tests {
             devices: disks.iter().map(|text| parse_disk(text).unwrap()).collect(),
             ..MachineConfig::default()
         };
-        config.machine([0; 16])
+        let checked = config.check().unwrap();
+        checked.machine([0; 16], checked.placed().to_vec())
+    }
+
+    /// A search in this process: its child is the `gestalt` binary, whose tests look into disks by it.
+    fn here(path: &Path) -> anyhow::Result<Found> {
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        let disk: Arc<dyn Source> = match is_qcow2(path) {
+            true => Arc::new(Qcow2Disk::peek(file, path)?),
+            false => Arc::new(file),
+        };
+        let found = firmware::disk::find_on(disk, path)?;
+        let initrd = (!found.initrd.is_empty()).then(|| Extracted::of(&found.initrd)).transpose()?;
+        let kernel = Extracted::of(&found.kernel)?;
+        Ok(Found { origin: found.origin, kernel, initrd, cmdline: found.cmdline, notes: found.notes })
     }
 
     #[test]
     fn a_kernel_that_is_named_is_taken_whatever_disks_there_are() {
-        let paths = BootPaths::of(&machine("vmlinuz", &["/nonexistent/disk"])).unwrap();
+        let paths = BootPaths::of(&machine("vmlinuz", &["/nonexistent/disk"]), here).unwrap();
         assert_eq!((paths.kernel.as_path(), paths.initrd), ("vmlinuz".as_ref(), None));
     }
 
     #[test]
     fn a_disk_without_a_kernel_is_named_in_the_error() {
-        let refusal = |disk: &str| match BootPaths::of(&machine("", &[disk])) {
+        let refusal = |disk: &str| match BootPaths::of(&machine("", &[disk]), here) {
             Ok(_) => panic!("a kernel was found"),
             Err(error) => error.to_string(),
         };
@@ -138,7 +138,7 @@ mod tests {
         }
         let mut machine = machine("", &[&image]);
         machine.cmdline = "quiet".into();
-        let paths = BootPaths::of(&machine).unwrap();
+        let paths = BootPaths::of(&machine, here).unwrap();
         assert!(std::fs::read(&paths.kernel).unwrap() == kernel);
         assert_eq!(std::fs::read(paths.initrd.as_ref().unwrap()).unwrap(), b"initrd 1");
         assert_eq!(paths.cmdline, "root=/dev/vda quiet");
@@ -146,8 +146,7 @@ mod tests {
 
     #[test]
     fn what_was_extracted_can_be_opened_by_its_path() {
-        let mut files = Vec::new();
-        let path = extract(b"kernel", &mut files).unwrap();
-        assert_eq!(std::fs::read(path).unwrap(), b"kernel");
+        let file = Extracted::of(b"kernel").unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap(), b"kernel");
     }
 }

@@ -1,7 +1,7 @@
 //! What one node does, from its assignment to the machine's end.
 //!
 //! ```text
-//! run ─ Joined ─> Start ─ mesh ─ memory ─ engine ─ clock ─ vCPUs ─> Ready ─> Go ─ watch ─> Stop ─> report
+//! run ─ Joined ─> Start ─ mesh ─ memory ─ engine ─ devices ─ clock ─ vCPUs ─> Ready ─> Go ─ watch ─> Stop ─> report
 //! ```
 //!
 //! | file | concept |

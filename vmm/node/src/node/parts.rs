@@ -22,11 +22,12 @@ use kvm_ioctls::Kvm;
 use super::board::Board;
 use super::boot_disk::BootPaths;
 use super::console::{self, Input};
-use super::peripherals::{EngineLink, Peripherals};
+use super::peripherals::Peripherals;
 use super::shipping::{Desk, Shipping};
 use super::{Event, StateText, VCPUS, counters, live};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
+use crate::disk_search;
 use crate::kvm::{HostCpu, Vm, caps, msr};
 use crate::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use crate::router::peers::{Peers, spawn_heartbeat};
@@ -127,10 +128,17 @@ impl Node {
     ) -> anyhow::Result<Node> {
         let machine = &assignment.machine;
         let node = NodeId(assignment.node);
-        let layout = Layout::new(&machine.spec)?;
+        let layout = Layout::new(&machine.spec, acpi::size_bound(&machine.spec))?;
         let Host { kvm, cpu, can_call_out, listener, key } = host;
         let keys = MeshKeys { own: key, nodes: start.fabric_keys() };
         let transport = mesh(listener, assignment, start.addresses(), keys)?;
+
+        let memory = Arc::new(DualMemory::new(layout.pages()).context(
+            "cannot map the guest's memory: raise vm.max_map_count or vm.overcommit_memory, or make the guest smaller",
+        )?);
+        // Before the devices, which reach guest memory through it.
+        let engine = Arc::new(engine(assignment, &layout, &memory, &transport, events)?);
+        let ram = GuestRam::new(&memory, &engine, &layout)?;
 
         let table = Arc::new(Table::new(layout.node_cpus(node.index()).len()));
         let link_events = events.clone();
@@ -143,21 +151,15 @@ impl Node {
         ));
         let router = Arc::new(Router::new(layout.cpus(), table.clone(), transport.clone(), peers));
 
-        let memory = Arc::new(DualMemory::new(layout.pages()).context(
-            "cannot map the guest's memory: raise vm.max_map_count or vm.overcommit_memory, or make the guest smaller",
-        )?);
-        let ram = GuestRam::new(&memory, &layout)?;
-
         let (input, inputs) = unbounded();
         let (mut local, hotplug) = match node.0 {
             0 => board(&router, control, events, input.clone(), inputs)?,
             _ => (LocalDevices::default(), None),
         };
-        let link = EngineLink::default();
         let mut peripherals = None;
         if machine.spec.pci {
             let capacity = machine.capacities.get(node.index()).copied().unwrap_or_default();
-            let devices = Peripherals::new(assignment.node, capacity, &ram, &layout, &router, &link);
+            let devices = Peripherals::new(assignment.node, capacity, &ram, &router);
             peripherals = devices.map(Arc::new);
             for place in machine.devices.iter().filter(|place| place.node == assignment.node) {
                 peripherals.as_ref().context("this node has no PCI bus")?.add(place)?;
@@ -191,11 +193,6 @@ impl Node {
 
         let vm = Vm::new(&kvm)?;
         map_ram(&vm, &memory, &layout)?;
-        let engine = Arc::new(engine(assignment, &layout, &memory, &transport, events)?);
-        link.connect(&engine);
-        if machine.spec.nodes.len() > 1 {
-            ram.connect(&engine);
-        }
         let shipping;
         let vcpus = {
             let base = cpuid::intersect(&start.nodes.iter().map(|n| n.cpuid.clone()).collect::<Vec<_>>())?;
@@ -422,7 +419,7 @@ fn load_kernel(
 ) -> anyhow::Result<boot::BspRegisters> {
     let machine = &assignment.machine;
     let acpi = acpi::build(layout, &machine.spec)?;
-    let files = BootPaths::of(machine)?;
+    let files = BootPaths::of(machine, disk_search::find)?;
     let source = files.source();
     Ok(boot::load(ram.map(), layout, &acpi, &source, tsc_khz)?)
 }

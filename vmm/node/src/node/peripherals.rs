@@ -1,91 +1,33 @@
 //! This node's PCI bus with the devices that live here; they may come, go and get other limits while the machine runs.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use coherence::engine::Engine;
-use coherence::page::PAGE_SIZE;
-use firmware::Layout;
 
 use crate::router::Router;
 use devices::pci::RootBus;
 use devices::rate_limit::{Limiter, Pool};
-use devices::virtio::balloon::{Account, Balloon, GiveUp};
+use devices::virtio::balloon::{Account, Balloon};
 use devices::virtio::block::{self, Block, BlockConfig, MemoryDisk};
 use devices::virtio::console::{Console, Port};
 use devices::virtio::entropy::Entropy;
 use devices::virtio::net::{Net, Tap};
-use devices::virtio::transport::Surroundings;
+use devices::virtio::transport::DeviceContext;
 use devices::virtio::{Device, GuestRam, Transport};
-use machine::config::devices::{Kind, Peripheral};
-use machine::config::limits::{Capacity, DEFAULT_SHARE};
+use machine::config::devices::{PlacedDevice, PlacedKind};
+use machine::config::limits::Capacity;
 use machine::control::{GivenUp, Setting};
-
-/// How long a balloon waits for the homes of pages that it gives up.
-const GIVE_UP: Duration = Duration::from_secs(60);
 
 /// How long the threads of a device that is taken away may be busy on the host.
 const CLOSE: Duration = Duration::from_secs(20);
-
-/// What devices tell the engine, which comes later than they: that a thread of theirs sleeps, and what memory nobody
-/// needs.
-#[derive(Clone, Default)]
-pub struct EngineLink(Arc<OnceLock<Weak<Engine>>>);
-
-impl EngineLink {
-    /// From now on it leads to `engine`.
-    pub fn connect(&self, engine: &Arc<Engine>) {
-        // Connected once.
-        let _ = self.0.set(Arc::downgrade(engine));
-    }
-
-    fn engine(&self) -> Option<Arc<Engine>> {
-        self.0.get().and_then(Weak::upgrade)
-    }
-
-    /// Gives up pages of the guest's memory, which is laid out as `layout` says.
-    fn give_up(&self, layout: Layout) -> GiveUp {
-        let link = self.clone();
-        Arc::new(move |addresses| {
-            // Before the engine is there nothing runs that could need memory.
-            let Some(engine) = link.engine() else { return Ok(()) };
-            engine.discard(&pages(&layout, addresses), GIVE_UP).map_err(io::Error::other)
-        })
-    }
-
-    /// The calling thread is about to sleep.
-    fn idle(&self) {
-        if let Some(engine) = self.engine() {
-            engine.idle(base::thread::id() as u32);
-        }
-    }
-}
-
-/// The pages of RAM at these addresses, whole pages in order.
-fn pages(layout: &Layout, addresses: &[Range<u64>]) -> Vec<Range<u64>> {
-    let mut pages = Vec::with_capacity(addresses.len());
-    for wanted in addresses {
-        for ram in layout.ram_ranges() {
-            let (start, end) = (wanted.start.max(ram.gpa), wanted.end.min(ram.gpa + ram.len));
-            if start < end {
-                let page = |gpa: u64| (gpa - ram.gpa + ram.offset) / PAGE_SIZE as u64;
-                pages.push(page(start)..page(end));
-            }
-        }
-    }
-    pages
-}
 
 /// The devices of this node.
 pub struct Peripherals {
     number: u8,
     bus: Arc<RootBus>,
-    around: Surroundings,
-    give_up: GiveUp,
+    context: DeviceContext,
     pools: Pools,
     present: Mutex<BTreeMap<u8, Present>>,
 }
@@ -115,21 +57,12 @@ enum Handles {
 impl Peripherals {
     /// The bus of node `node`, with nothing on it; `None` for a node beyond the last bus. All devices on it may do what
     /// `capacity` says.
-    pub fn new(
-        node: u16,
-        capacity: Capacity,
-        ram: &GuestRam,
-        layout: &Layout,
-        router: &Arc<Router>,
-        link: &EngineLink,
-    ) -> Option<Peripherals> {
+    pub fn new(node: u16, capacity: Capacity, ram: &GuestRam, router: &Arc<Router>) -> Option<Peripherals> {
         let number = u8::try_from(node).ok()?;
-        let give_up = link.give_up(layout.clone());
-        let (router, link) = (router.clone(), link.clone());
-        let around = Surroundings {
+        let router = router.clone();
+        let context = DeviceContext {
             memory: ram.clone(),
             deliver: Arc::new(move |message| router.deliver_message(message)),
-            on_idle: Arc::new(move || link.idle()),
         };
         let bus = Arc::new(RootBus::new(number));
         let pools = Pools {
@@ -137,7 +70,7 @@ impl Peripherals {
             receive: Pool::new(capacity.cards),
             transmit: Pool::new(capacity.cards),
         };
-        Some(Peripherals { number, bus, around, give_up, pools, present: Mutex::default() })
+        Some(Peripherals { number, bus, context, pools, present: Mutex::default() })
     }
 
     /// The bus.
@@ -149,16 +82,17 @@ impl Peripherals {
     ///
     /// # Errors
     /// A disk that cannot be opened and the like, in a sentence.
-    pub fn add(&self, place: &Peripheral) -> anyhow::Result<()> {
-        if self.lock().contains_key(&place.slot) {
-            bail!("slot {} has a device already", place.slot);
+    pub fn add(&self, device: &PlacedDevice) -> anyhow::Result<()> {
+        let slot = device.slot;
+        if self.lock().contains_key(&slot) {
+            bail!("slot {slot} has a device already");
         }
-        let opened = open(place, &self.pools, &self.give_up)?;
-        let base = RootBus::registers_of(self.number, place.slot);
-        let transport = Arc::new(Transport::new(&opened.title, opened.device, base, &self.around)?);
-        self.bus.insert(place.slot, transport.clone());
-        let present = Present { name: place.name.clone(), transport, handles: opened.handles };
-        self.lock().insert(place.slot, present);
+        let opened = open(device, &self.pools)?;
+        let base = RootBus::registers_of(self.number, slot);
+        let transport = Arc::new(Transport::new(&opened.title, opened.device, base, &self.context)?);
+        self.bus.insert(slot, transport.clone());
+        let present = Present { name: device.name.clone(), transport, handles: opened.handles };
+        self.lock().insert(slot, present);
         Ok(())
     }
 
@@ -191,7 +125,7 @@ impl Peripherals {
             (Handles::Limits(limiters), Setting::Limits { limits, share }) => {
                 for limiter in limiters {
                     limiter.set(limits);
-                    limiter.set_share(share.unwrap_or(DEFAULT_SHARE));
+                    limiter.set_share(share);
                 }
             }
             (Handles::Balloon(account), Setting::Size(size)) => {
@@ -227,19 +161,19 @@ struct Opened {
     handles: Handles,
 }
 
-fn open(place: &Peripheral, pools: &Pools, give_up: &GiveUp) -> anyhow::Result<Opened> {
+fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
     let fixed = |title: String, device: Box<dyn Device>| Opened { title, device, handles: Handles::None };
     let limiter = |pool: &Option<Arc<Pool>>| {
-        let member = pool.as_ref().map(|pool| pool.join(place.share.unwrap_or(DEFAULT_SHARE)));
-        Arc::new(Limiter::new(place.limits, member))
+        let member = pool.as_ref().map(|pool| pool.join(device.share));
+        Arc::new(Limiter::new(device.limits, member))
     };
-    Ok(match &place.kind {
-        Kind::Disk { path, readonly, serial, queues } => {
+    Ok(match &device.kind {
+        PlacedKind::Disk { path, readonly, serial, queues } => {
             let config = BlockConfig {
                 name: format!("disk {}", path.display()),
-                serial: serial.clone().unwrap_or_default(),
+                serial: serial.clone(),
                 readonly: *readonly,
-                queues: queues.unwrap_or(1),
+                queues: *queues,
             };
             let title = config.name.clone();
             let disk = block::open(path, *readonly)?;
@@ -247,16 +181,15 @@ fn open(place: &Peripheral, pools: &Pools, give_up: &GiveUp) -> anyhow::Result<O
             let device = Box::new(Block::new(disk, config).limited(limiter.clone()));
             Opened { title, device, handles: Handles::Limits(vec![limiter]) }
         }
-        Kind::Net { tap, mac, queues } => {
-            let pairs = queues.unwrap_or(1);
-            let port = Arc::new(Tap::open(tap, pairs)?);
+        PlacedKind::Net { tap, mac, queues } => {
+            let port = Arc::new(Tap::open(tap, *queues)?);
             let (receive, transmit) = (limiter(&pools.receive), limiter(&pools.transmit));
-            let card = Net::new(port, pairs, mac.unwrap_or_default());
+            let card = Net::new(port, *queues, *mac);
             let device = Box::new(card.limited(receive.clone(), transmit.clone()));
             let handles = Handles::Limits(vec![receive, transmit]);
             Opened { title: format!("network card {tap}"), device, handles }
         }
-        Kind::Seed { user_data, meta_data, network_config } => {
+        PlacedKind::Seed { user_data, meta_data, network_config } => {
             let mut files = vec![("user-data", user_data.as_str()), ("meta-data", meta_data)];
             files.extend(network_config.iter().map(|text| ("network-config", text.as_str())));
             let disk = Arc::new(MemoryDisk(firmware::seed::image(&files)?));
@@ -265,16 +198,17 @@ fn open(place: &Peripheral, pools: &Pools, give_up: &GiveUp) -> anyhow::Result<O
                 BlockConfig { name: title.clone(), serial: "seed".into(), readonly: true, queues: 1 };
             fixed(title, Box::new(Block::new(disk, config)))
         }
-        Kind::Entropy => fixed("entropy device".into(), Box::new(Entropy)),
-        Kind::Console { socket, name } => {
+        PlacedKind::Entropy => fixed("entropy device".into(), Box::new(Entropy)),
+        PlacedKind::Console { socket } => {
             let port = Port::bind(socket)?;
-            match name {
-                None => fixed(format!("console {}", socket.display()), Box::new(Console::terminal(port))),
-                Some(name) => fixed(format!("channel {name}"), Box::new(Console::channel(port, name))),
-            }
+            fixed(format!("console {}", socket.display()), Box::new(Console::terminal(port)))
         }
-        Kind::Balloon { size } => {
-            let balloon = Balloon::new(*size, give_up.clone());
+        PlacedKind::Channel { socket, name } => {
+            let port = Port::bind(socket)?;
+            fixed(format!("channel {name}"), Box::new(Console::channel(port, name)))
+        }
+        PlacedKind::Balloon { size } => {
+            let balloon = Balloon::new(*size);
             let handles = Handles::Balloon(balloon.account().clone());
             Opened { title: "balloon".into(), device: Box::new(balloon), handles }
         }

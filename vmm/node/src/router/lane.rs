@@ -117,11 +117,10 @@ impl Lane {
     }
 
     fn sleep(&self) {
-        // SAFETY: the receiver owns its descriptor and outlives this call.
-        let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
-        // SAFETY: as above, for the eventfd.
+        // SAFETY: the eventfd is open as long as this call.
         let bell = unsafe { BorrowedFd::borrow_raw(self.bell.as_raw_fd()) };
-        let mut fds = [PollFd::new(lane, PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
+        let mut fds =
+            [PollFd::new(self.receiver.fd(), PollFlags::POLLIN), PollFd::new(bell, PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::from(SLEEP_MS)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => self.config.router.peers().failed(&format!("waiting for messages: {errno}")),

@@ -41,6 +41,6 @@ mod tests {
         assert_eq!(Place::of(2, Space::Memory, doorbell), at(1, true));
         assert_eq!(Place::of(0, Space::Memory, doorbell), at(0, false));
         assert_eq!(Place::of(2, Space::Port, 0x3f8), at(0, false));
-        assert_eq!(Place::of(2, Space::Memory, firmware::layout::IOAPIC_ADDR), at(0, false));
+        assert_eq!(Place::of(2, Space::Memory, firmware::addresses::IOAPIC_ADDR), at(0, false));
     }
 }

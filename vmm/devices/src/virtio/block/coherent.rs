@@ -34,7 +34,7 @@ impl Nodes {
     fn start() -> Nodes {
         let node = |name: &str| NodeSpec { name: name.into(), cpus: 1, memory: 128 << 20 };
         let spec = MachineSpec { nodes: vec![node("n0"), node("n1")], distances: vec![], pci: true };
-        let layout = Layout::new(&spec).unwrap();
+        let layout = Layout::new(&spec, firmware::acpi::size_bound(&spec)).unwrap();
         let homes = Homes::new(layout.home_ranges().iter().map(|range| range.end - range.start));
         let ending = Arc::new(AtomicBool::new(false));
         let (mut views, mut engines) = (Vec::new(), Vec::new());
@@ -59,8 +59,9 @@ impl Nodes {
                 }
             };
             let engine = Engine::start(config, memory.clone(), Arc::new(transport), Arc::new(on_failure));
-            engines.push(Arc::new(engine.unwrap()));
-            views.push(GuestRam::new(&memory, &layout).unwrap());
+            let engine = Arc::new(engine.unwrap());
+            views.push(GuestRam::new(&memory, &engine, &layout).unwrap());
+            engines.push(engine);
         }
         Nodes { views, ending, engines }
     }
@@ -92,15 +93,14 @@ fn what_a_cpu_writes_to_another_nodes_disk_it_reads_back() {
     }
     for (device, direct) in [(0, false), (0, true), (1, false), (1, true)] {
         let nodes = Nodes::start();
-        if direct {
-            nodes.views[device].connect(&nodes.engines[device]);
-        }
+        let view = nodes.views[device].clone();
+        let view = if direct { view } else { view.without_direct_access() };
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(16 << 20).unwrap();
         let disk = RawDisk::open(file.path(), false).unwrap();
         let config = BlockConfig { name: "disk".into(), serial: "s".into(), readonly: false, queues: 2 };
         let block = Box::new(Block::new(Arc::new(disk), config));
-        let mut driver = Driver::with(block, nodes.views[device].clone(), nodes.views[1 - device].clone());
+        let mut driver = Driver::with(block, view, nodes.views[1 - device].clone());
         driver.start(0);
         let (header, status) = (DATA, DATA + 0x100);
         let request = |driver: &mut Driver, kind: u32, sector: u64, buffer: u64| {

@@ -23,7 +23,7 @@ use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
-pub use self::qcow2::{Qcow2Disk, open};
+pub use self::qcow2::{Qcow2Disk, is_qcow2, open};
 use self::request::Server;
 use super::crew::Crew;
 use super::{Device, GuestRam, Session, Workers, read_block};

@@ -78,16 +78,12 @@ impl Qcow2Disk {
         Qcow2Disk::new(file, path, readonly)
     }
 
-    /// Only to look into it, whoever else has it; `None` if its name says that it is a raw image.
+    /// The image in an open file, only to look into it, whoever else has it; `path` names it in messages.
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn peek(path: &Path) -> Result<Option<Qcow2Disk>, OpenError> {
-        if !is_qcow2(path) {
-            return Ok(None);
-        }
-        let failed = |source| OpenError::Open { path: path.display().to_string(), how: "", source };
-        Qcow2Disk::new(std::fs::File::open(path).map_err(failed)?, path, true).map(Some)
+    pub fn peek(file: std::fs::File, path: &Path) -> Result<Qcow2Disk, OpenError> {
+        Qcow2Disk::new(file, path, true)
     }
 
     fn new(file: std::fs::File, path: &Path, readonly: bool) -> Result<Qcow2Disk, OpenError> {

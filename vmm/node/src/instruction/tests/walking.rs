@@ -151,6 +151,7 @@ fn what_is_absent_reserved_or_unknown_is_no_translation() {
     assert_eq!(walk(Paging { efer: 0, ..user() }, &good), Err(Fault::Mode));
     assert_eq!(walk(Paging { cr0: 1, ..user() }, &good), Err(Fault::Mode));
     assert_eq!(walk(Paging { cr4: PAE | 1 << 27, ..user() }, &good), Err(Fault::Control));
+    assert_eq!(walk(Paging { efer: EFER | 1 << 13, ..user() }, &good), Err(Fault::Control));
     assert_eq!(walk(Paging { cr3: 0x9000, ..user() }, &good), Err(Fault::TableAbsent));
     // PCIDs, and the bits that switch masks for addresses on.
     assert!(walk(Paging { cr3: 0x1000 | 0xfff | 3 << 61, ..user() }, &good).is_ok());

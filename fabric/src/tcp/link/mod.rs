@@ -1,10 +1,13 @@
-//! One lane to one peer: the sending side with its backlog, and how it ends. The receiving side is in `incoming`.
+//! The link of one lane to one peer: the sending side with its backlog, and its end. The receiving side is in
+//! `incoming`.
 //!
 //! ```text
 //!             one rail                                       several rails
 //! send ──> socket ── full ──> backlog        send ──> retained ──> socket ── full ──> backlog
 //!                                                        └── again after the lane has moved
 //! ```
+
+pub(super) mod incoming;
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice};
@@ -17,12 +20,13 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, sendmsg};
 
+use super::connecting::Connection;
 use super::frames::{ACKNOWLEDGES, FrameBuffer, HEADER, header};
-use super::incoming::Incoming;
-use super::mesh::Session;
-use super::retained::Retained;
+use crate::resend::Retained;
 use crate::secure::{Sealer, TAG};
+use crate::transport::too_far_behind;
 use crate::{FabricError, MAX_BACKLOG, NodeId};
+use incoming::Incoming;
 
 /// Parts of a frame that go to the kernel as they are; a frame of more parts is gathered first.
 const MAX_PARTS: usize = 15;
@@ -35,7 +39,7 @@ const SEALED_AT_ONCE: usize = 128 * 1024;
 
 /// One lane to one peer. Threads send through it; the lane's receiver receives and flushes.
 ///
-/// Ordering: who needs both locks takes `inn` first.
+/// Ordering: where both locks are needed, `inn` is taken first.
 pub(super) struct Link {
     pub(super) peer: NodeId,
     out: Mutex<Outgoing>,
@@ -93,9 +97,9 @@ impl Outgoing {
 impl Link {
     /// A lane over its first connection. Frames travel in the clear if `plaintext`, and are retained if it has
     /// `several_rails`.
-    pub(super) fn new(peer: NodeId, session: Session, plaintext: bool, several_rails: bool) -> Link {
-        let socket = Arc::new(session.socket);
-        let (sealer, opener) = session.met.streams(plaintext);
+    pub(super) fn new(peer: NodeId, connection: Connection, plaintext: bool, several_rails: bool) -> Link {
+        let socket = Arc::new(connection.socket);
+        let (sealer, opener) = connection.met.streams(plaintext);
         let out = Outgoing {
             socket: Some(socket.clone()),
             sealer,
@@ -334,7 +338,7 @@ impl Link {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Outgoing> {
-        // No code under the lock can panic half-way through a change, so a poisoned lock is a sound one.
+        // No code under the lock can panic half-way through a change.
         base::lock(&self.out)
     }
 
@@ -357,10 +361,6 @@ fn try_send(out: &Outgoing, slices: &[IoSlice<'_>]) -> Result<usize, Errno> {
         Err(Errno::EAGAIN | Errno::EINTR | Errno::ENOBUFS) => Ok(0),
         other => other,
     }
-}
-
-fn too_far_behind() -> String {
-    format!("it is more than {} MiB behind with what was sent to it", MAX_BACKLOG >> 20)
 }
 
 /// The reason of a loss for an error of the socket.

@@ -4,8 +4,6 @@
 //! and all of a request are on their way at once. What is mapped here, as the page tables say, is copied as any memory; so is
 //! what the engine leaves to us.
 
-use std::sync::Arc;
-
 use coherence::engine::Engine;
 use coherence::memory::DualMemory;
 use coherence::page::{PAGE_SIZE, Page};
@@ -30,16 +28,16 @@ struct Part<'m> {
 impl GuestRam {
     /// Copies buffers to `to` as far as they fit; how many bytes that were.
     pub fn read(&self, buffers: &Buffers, to: &mut [u8]) -> usize {
-        let Some((memory, engine)) = self.far() else { return buffers.read(to) };
-        let parts = parts(&memory, buffers, to.len());
-        let far: Vec<Page> =
+        let Some((memory, engine)) = self.remote() else { return buffers.read(to) };
+        let parts = parts(memory, buffers, to.len());
+        let remote: Vec<Page> =
             parts.iter().filter(|part| part.here == Rights::None).map(|part| part.page).collect();
-        let mut bytes = vec![0; far.len() * PAGE_SIZE];
-        let read = if far.is_empty() { Vec::new() } else { engine.load(&far, &mut bytes) };
-        let mut far = read.iter().zip(bytes.chunks_exact(PAGE_SIZE));
+        let mut bytes = vec![0; remote.len() * PAGE_SIZE];
+        let read = if remote.is_empty() { Vec::new() } else { engine.load(&remote, &mut bytes) };
+        let mut remote = read.iter().zip(bytes.chunks_exact(PAGE_SIZE));
         for part in &parts {
             let to = &mut to[part.at..part.at + part.slice.len()];
-            match if part.here == Rights::None { far.next() } else { None } {
+            match if part.here == Rights::None { remote.next() } else { None } {
                 Some((true, page)) => to.copy_from_slice(&page[part.offset..part.offset + to.len()]),
                 _ => drop(part.slice.copy_to(to)),
             }
@@ -49,19 +47,19 @@ impl GuestRam {
 
     /// Copies from `from` to buffers as far as it fits; how many bytes that were.
     pub fn write(&self, buffers: &Buffers, from: &[u8]) -> usize {
-        let Some((memory, engine)) = self.far() else { return buffers.write(from) };
-        let parts = parts(&memory, buffers, from.len());
-        let is_far = |part: &Part| part.here != Rights::Exclusive && part.slice.len() == PAGE_SIZE;
+        let Some((memory, engine)) = self.remote() else { return buffers.write(from) };
+        let parts = parts(memory, buffers, from.len());
+        let is_remote = |part: &Part| part.here != Rights::Exclusive && part.slice.len() == PAGE_SIZE;
         let bytes_of = |part: &Part| &from[part.at..part.at + part.slice.len()];
-        let (mut far, mut bytes) = (Vec::new(), Vec::new());
-        for part in parts.iter().filter(|part| is_far(part)) {
-            far.push(part.page);
+        let (mut remote, mut bytes) = (Vec::new(), Vec::new());
+        for part in parts.iter().filter(|part| is_remote(part)) {
+            remote.push(part.page);
             bytes.extend_from_slice(bytes_of(part));
         }
-        let written = if far.is_empty() { Vec::new() } else { engine.store(&far, &bytes) };
+        let written = if remote.is_empty() { Vec::new() } else { engine.store(&remote, &bytes) };
         let mut written = written.into_iter();
         for part in &parts {
-            if !is_far(part) || written.next() != Some(true) {
+            if !is_remote(part) || written.next() != Some(true) {
                 part.slice.copy_from(bytes_of(part));
             }
         }
@@ -69,9 +67,9 @@ impl GuestRam {
     }
 
     /// The memory and what reaches other nodes, if there are others.
-    fn far(&self) -> Option<(Arc<DualMemory>, Arc<Engine>)> {
-        let engine = self.engine.get()?.upgrade()?;
-        Some((self.memory.clone()?, engine))
+    fn remote(&self) -> Option<(&DualMemory, &Engine)> {
+        let coherent = self.coherent.as_ref().filter(|coherent| coherent.shared)?;
+        Some((&coherent.memory, &coherent.engine))
     }
 }
 

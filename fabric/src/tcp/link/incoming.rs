@@ -1,4 +1,4 @@
-//! One lane from one peer: the receiving side, and what happens to both sides when the lane moves to another rail.
+//! The receiving side of a link, and the moves of both sides to another rail.
 //!
 //! ```text
 //!          end of the connection, or its failure                a connection over any rail
@@ -16,34 +16,30 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, recv};
 
-use super::frames::{FrameBuffer, HEADER};
-use super::handshake::Met;
-use super::link::{Link, broken};
+use super::super::connecting::Connection;
+use super::super::frames::{FrameBuffer, HEADER};
+use super::{Link, broken};
 use crate::FabricError;
-
-/// A lane of several rails acknowledges at least every so many frames, and every so many bytes.
-const ACKNOWLEDGE_FRAMES: u64 = 64;
-const ACKNOWLEDGE_BYTES: u64 = 128 * 1024;
+use crate::resend::{NeverSent, Unacknowledged};
 
 /// The receiving side.
-pub(super) struct Incoming {
+pub(in super::super) struct Incoming {
     /// The present connection; `None` while the lane moves to another rail.
     socket: Option<Arc<TcpStream>>,
     buffer: FrameBuffer,
     /// Frames received on the lane since its beginning.
     received: u64,
-    /// How many of them, and how many bytes, are not acknowledged yet.
-    unacknowledged: (u64, u64),
+    unacknowledged: Unacknowledged,
 }
 
 impl Incoming {
-    pub(super) fn new(socket: Arc<TcpStream>, buffer: FrameBuffer) -> Incoming {
-        Incoming { socket: Some(socket), buffer, received: 0, unacknowledged: (0, 0) }
+    pub(in super::super) fn new(socket: Arc<TcpStream>, buffer: FrameBuffer) -> Incoming {
+        Incoming { socket: Some(socket), buffer, received: 0, unacknowledged: Unacknowledged::default() }
     }
 }
 
-/// What one look for news found.
-pub(super) enum Received {
+/// The result of one attempt to receive.
+pub(in super::super) enum Received {
     /// This many frames, and their bytes with headers.
     Frames(u64, u64),
     /// The connection is over, and the lane must move. Said once.
@@ -54,7 +50,7 @@ pub(super) enum Received {
 
 impl Link {
     /// Starts to watch the connection.
-    pub(super) fn register(&self, epoll: &Epoll) -> Result<(), Errno> {
+    pub(in super::super) fn register(&self, epoll: &Epoll) -> Result<(), Errno> {
         match &self.lock_incoming().socket {
             Some(socket) => epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, self.peer.0.into())),
             None => Ok(()),
@@ -62,7 +58,7 @@ impl Link {
     }
 
     /// Receives what has arrived and gives whole frames to `sink`.
-    pub(super) fn receive(&self, epoll: &Epoll, sink: &mut dyn FnMut(&[u8])) -> Received {
+    pub(in super::super) fn receive(&self, epoll: &Epoll, sink: &mut dyn FnMut(&[u8])) -> Received {
         let inn = &mut *self.lock_incoming();
         let Some(socket) = &inn.socket else {
             return match self.lock().lost.clone() {
@@ -105,16 +101,12 @@ impl Link {
     fn account(&self, inn: &mut Incoming, epoll: &Epoll, frames: u64, bytes: u64) -> Result<(), FabricError> {
         if let Some(count) = inn.buffer.take_acknowledged() {
             // The lock must be free again for the end.
-            let sound =
-                self.lock().retained.as_mut().is_none_or(|retained| retained.acknowledge(count).is_ok());
-            if !sound {
-                return Err(self.end(NEVER_SENT.to_owned()));
+            let taken = self.lock().retained.as_mut().map_or(Ok(()), |retained| retained.acknowledge(count));
+            if let Err(never_sent) = taken {
+                return Err(self.end(never_sent.to_string()));
             }
         }
-        let (more, much) = &mut inn.unacknowledged;
-        (*more, *much) = (*more + frames, *much + bytes);
-        if *more >= ACKNOWLEDGE_FRAMES || *much >= ACKNOWLEDGE_BYTES {
-            inn.unacknowledged = (0, 0);
+        if inn.unacknowledged.add(frames, bytes) {
             self.acknowledge(epoll, inn.received);
         }
         Ok(())
@@ -139,12 +131,12 @@ impl Link {
     }
 
     /// The peer is lost, and nothing is to be watched any more.
-    pub(super) fn forget(&self, epoll: &Epoll) {
+    pub(in super::super) fn forget(&self, epoll: &Epoll) {
         self.lock_incoming().disconnect(epoll);
     }
 
     /// Whether the lane has no connection, and the peer is not lost for that.
-    pub(super) fn is_down(&self) -> bool {
+    pub(in super::super) fn is_down(&self) -> bool {
         self.lock_incoming().socket.is_none() && self.lock().lost.is_none()
     }
 
@@ -152,7 +144,7 @@ impl Link {
     ///
     /// # Errors
     /// The peer is lost, or the lane cannot move.
-    pub(super) fn suspend(&self, epoll: &Epoll) -> Result<u64, String> {
+    pub(in super::super) fn suspend(&self, epoll: &Epoll) -> Result<u64, String> {
         let inn = &mut *self.lock_incoming();
         let out = &mut *self.lock();
         if let Some(why) = &out.lost {
@@ -165,11 +157,10 @@ impl Link {
     }
 
     /// Goes on over a new connection with a peer that has told how much it has; [`Link::suspend`] came before.
-    pub(super) fn resume(
+    pub(in super::super) fn resume(
         &self,
         epoll: &Epoll,
-        socket: TcpStream,
-        met: Met,
+        Connection { socket, met, .. }: Connection,
         plaintext: bool,
     ) -> Result<(), FabricError> {
         let inn = &mut *self.lock_incoming();
@@ -179,7 +170,7 @@ impl Link {
         }
         let rewound = out.retained.as_mut().map(|retained| retained.rewind(met.received));
         if rewound != Some(Ok(())) {
-            return Err(self.lose(out, NEVER_SENT.to_owned()));
+            return Err(self.lose(out, NeverSent.to_string()));
         }
         let socket = Arc::new(socket);
         let event = EpollEvent::new(EpollFlags::EPOLLIN, self.peer.0.into());
@@ -188,15 +179,13 @@ impl Link {
         }
         let (sealer, opener) = met.streams(plaintext);
         inn.buffer.restart(opener);
-        inn.unacknowledged = (0, 0);
+        inn.unacknowledged = Unacknowledged::default();
         inn.socket = Some(socket.clone());
         out.sealer = sealer;
         out.socket = Some(socket);
         self.pump(out, epoll)
     }
 }
-
-const NEVER_SENT: &str = "it says that it has frames which were never sent to it";
 
 impl Incoming {
     fn disconnect(&mut self, epoll: &Epoll) {

@@ -1,4 +1,4 @@
-//! Connections that begin: those that come and those that are made, on all rails, up to the end of their handshakes.
+//! Connections that begin: inbound and outbound ones, on all rails, up to the end of their handshakes.
 //!
 //! ```text
 //! inbound:  accepted ── handshake ──> Lanes::up
@@ -6,7 +6,7 @@
 //!             ^────── any failure: Lanes::failed, tried again on the next rail ──┘
 //! ```
 //!
-//! `mesh` works on them until every lane is up, `keeper` from then on.
+//! `mesh` works on them until every lane is up, `failover` from then on.
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::handshake::{Called, Caller, Credentials, Met, Step};
+use super::handshake::{Credentials, Initiator, Met, Responder, Step};
 use super::hello::Rejection;
-use super::listener::{begin_connect, tune};
+use super::sockets::{begin_connect, tune};
 use crate::{FabricError, LaneId, NodeId};
 
 /// How long a connection may take to say who it is, and to prove it.
@@ -37,7 +37,7 @@ const CONNECT_TIME: Duration = Duration::from_millis(600);
 /// How long a peer may then take to answer, if it is known to be in its mesh. Its host may be busy.
 const ANSWER_TIME: Duration = Duration::from_millis(1500);
 
-/// What connections are for.
+/// The lanes that connections are for.
 pub(super) trait Lanes {
     /// The peer is there on the lane: how many of its frames have been received. Nothing more is received over an
     /// earlier connection from now on.
@@ -47,14 +47,14 @@ pub(super) trait Lanes {
     fn received(&mut self, peer: NodeId, lane: LaneId) -> Result<u64, String>;
 
     /// A connection is ready for frames.
-    fn up(&mut self, ready: Ready);
+    fn up(&mut self, connection: Connection);
 
     /// A connection to `peer`, or one that claims to be from it, came to nothing.
     fn failed(&mut self, peer: NodeId, lane: Option<LaneId>, why: &str, refused: bool);
 }
 
 /// A connection that is ready for frames.
-pub(super) struct Ready {
+pub(super) struct Connection {
     pub(super) met: Met,
     pub(super) socket: TcpStream,
     pub(super) rail: usize,
@@ -65,7 +65,7 @@ struct Inbound {
     socket: TcpStream,
     address: SocketAddr,
     rail: usize,
-    state: Called,
+    state: Responder,
     until: Instant,
 }
 
@@ -85,11 +85,11 @@ struct Outbound {
 enum State {
     Pausing(Instant),
     Connecting(TcpStream),
-    Greeted(TcpStream, Caller),
+    Greeted(TcpStream, Initiator),
 }
 
 /// All connections that begin.
-pub(super) struct Doors {
+pub(super) struct Connecting {
     /// By rail.
     listeners: Vec<TcpListener>,
     pub(super) own: Credentials,
@@ -104,14 +104,14 @@ pub(super) struct Doors {
     outbound: Vec<Outbound>,
 }
 
-impl Doors {
+impl Connecting {
     pub(super) fn new(
         listeners: Vec<TcpListener>,
         own: Credentials,
         addresses: Vec<Vec<SocketAddr>>,
-    ) -> Doors {
+    ) -> Connecting {
         let (inbound, outbound) = (Vec::new(), Vec::new());
-        Doors { listeners, own, addresses, expected: 0, patient: true, inbound, outbound }
+        Connecting { listeners, own, addresses, expected: 0, patient: true, inbound, outbound }
     }
 
     /// How many rails there are.
@@ -222,7 +222,7 @@ impl Doors {
                         tracing::warn!(address = %oldest.address, "connection closed: too many say nothing");
                     }
                     let until = Instant::now() + HELLO_TIME;
-                    self.inbound.push(Inbound { socket, address, rail, state: Called::new(), until });
+                    self.inbound.push(Inbound { socket, address, rail, state: Responder::new(), until });
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
@@ -256,7 +256,7 @@ impl Doors {
                 Ok(None) => "it did not say in time who it is".into(),
                 Ok(Some(met)) => {
                     let Inbound { socket, rail, .. } = inbound;
-                    lanes.up(Ready { met, socket, rail });
+                    lanes.up(Connection { met, socket, rail });
                     continue;
                 }
                 Err(Rejection::Stranger(why)) => why,
@@ -275,7 +275,7 @@ impl Doors {
             let late = outbound.until.is_some_and(|until| Instant::now() >= until);
             let mut refused = false;
             match outbound.step(&self.own, self.patient, self.listeners.len() > 1, &mut refused, lanes) {
-                Ok(Some((met, socket))) => lanes.up(Ready { met, socket, rail: outbound.rail }),
+                Ok(Some((met, socket))) => lanes.up(Connection { met, socket, rail: outbound.rail }),
                 Ok(None) if late => self.failed(outbound, "it does not answer", false, lanes),
                 Ok(None) => self.outbound.push(outbound),
                 Err(Rejection::Stranger(why) | Rejection::Claim { why, .. }) => {
@@ -325,14 +325,14 @@ impl Outbound {
                 }
                 tune(&socket, several)
                     .map_err(|error| stranger(format!("its connection failed ({error})")))?;
-                let caller = Caller::new(&socket, own, self.peer, self.lane)?;
-                self.state = State::Greeted(socket, caller);
+                let initiator = Initiator::new(&socket, own, self.peer, self.lane)?;
+                self.state = State::Greeted(socket, initiator);
                 self.until = (!patient).then(|| Instant::now() + ANSWER_TIME);
             }
-            State::Greeted(socket, caller) => {
+            State::Greeted(socket, initiator) => {
                 let received = |peer, lane| lanes.received(peer, lane);
-                match caller.step(&socket, own, (self.peer, self.lane), received)? {
-                    Step::Waits(caller) => self.state = State::Greeted(socket, caller),
+                match initiator.step(&socket, own, (self.peer, self.lane), received)? {
+                    Step::Waits(initiator) => self.state = State::Greeted(socket, initiator),
                     Step::Met(met) => return Ok(Some((*met, socket))),
                 }
             }

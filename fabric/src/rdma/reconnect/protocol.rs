@@ -1,4 +1,4 @@
-//! How a connection that was lost is made again, seen from one side, without any I/O of its own.
+//! The protocol by which a connection that was lost is made again, seen from one side, without any I/O.
 //!
 //! Both sides end a connection with a goodbye on the session, each with its own, and may begin the next one when both
 //! were said. As the session keeps order, what a peer says belongs to the connection after its last goodbye.
@@ -13,10 +13,10 @@
 //! └───────────────────────── the peer's ready: returned ──────────────────────────── Connected
 //! ```
 
-use super::notes::{Hello, Note};
+use super::super::notes::{Hello, Note};
 
 /// The connection to one peer on one lane.
-pub(super) struct Mend {
+pub(crate) struct Connection {
     stage: Stage,
     /// The peer has said goodbye: to this connection, once it is installed, or else to the one before it.
     over: bool,
@@ -43,7 +43,7 @@ enum Stage {
 
 /// What is to be done.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// Forget the queue pair, and have another one made after a pause.
     Make,
     /// Tell the peer how to reach the queue pair.
@@ -58,23 +58,23 @@ pub(super) enum Step {
     Goodbye,
 }
 
-/// A note that no sound peer sends at that place.
+/// A violation of the protocol: a note that the peer may not send at that place.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
-pub(super) struct Unsound;
+pub(crate) struct Violation;
 
-impl Mend {
+impl Connection {
     /// A connection that is up.
-    pub(super) fn new() -> Mend {
-        Mend { stage: Stage::Up, over: false, hello: None, ready: false }
+    pub(crate) fn new() -> Connection {
+        Connection { stage: Stage::Up, over: false, hello: None, ready: false }
     }
 
     /// Whether messages of the peer may come.
-    pub(super) fn is_installed(&self) -> bool {
+    pub(crate) fn is_installed(&self) -> bool {
         matches!(self.stage, Stage::Up | Stage::Connected)
     }
 
     /// The connection was installed, and was ended with a goodbye.
-    pub(super) fn lost(&mut self) -> Vec<Step> {
+    pub(crate) fn lost(&mut self) -> Vec<Step> {
         debug_assert!(self.is_installed());
         // The peer may have said goodbye, and be on its way to the next one.
         (self.stage, self.ready) = (Stage::Asked, false);
@@ -82,14 +82,14 @@ impl Mend {
     }
 
     /// A queue pair was made, and nothing of the one before it is left.
-    pub(super) fn made(&mut self) -> Vec<Step> {
+    pub(crate) fn made(&mut self) -> Vec<Step> {
         debug_assert_eq!(self.stage, Stage::Asked);
         self.stage = Stage::Made;
         self.go_on()
     }
 
     /// It was connected to the peer's, or could not be.
-    pub(super) fn connected(&mut self, done: bool) -> Vec<Step> {
+    pub(crate) fn connected(&mut self, done: bool) -> Vec<Step> {
         debug_assert_eq!(self.stage, Stage::Connecting);
         if !done {
             return self.give_up(false);
@@ -101,7 +101,7 @@ impl Mend {
     }
 
     /// Takes a note.
-    pub(super) fn note(&mut self, note: &Note) -> Result<Vec<Step>, Unsound> {
+    pub(crate) fn note(&mut self, note: &Note) -> Result<Vec<Step>, Violation> {
         match (note, self.stage) {
             (Note::Goodbye(_), _) if !self.over => self.over = true,
             // It has seen this side's hello, and gives up what came of that.
@@ -111,7 +111,7 @@ impl Mend {
             (Note::Ready, Stage::Connected) if !self.over => self.ready = true,
             // It said so before it heard this side's goodbye.
             (Note::Hello(_) | Note::Ready, _) if !self.over && !self.is_installed() => {}
-            _ => return Err(Unsound),
+            _ => return Err(Violation),
         }
         Ok(self.go_on())
     }
@@ -134,7 +134,7 @@ impl Mend {
     }
 
     fn give_up(&mut self, over: bool) -> Vec<Step> {
-        *self = Mend { stage: Stage::Asked, over, hello: None, ready: false };
+        *self = Connection { stage: Stage::Asked, over, hello: None, ready: false };
         vec![Step::Goodbye, Step::Make]
     }
 }
@@ -149,7 +149,7 @@ mod tests {
 
     /// One side, with a queue pair that is known by its number.
     struct Side {
-        mend: Mend,
+        connection: Connection,
         /// Numbers its queue pairs.
         made: u32,
         /// It is to make one, or to connect it to another.
@@ -171,9 +171,9 @@ mod tests {
 
     impl Side {
         fn new() -> Side {
-            let (mend, said) = (Mend::new(), VecDeque::new());
+            let (connection, said) = (Connection::new(), VecDeque::new());
             let (made, make, connect, other) = (0, false, None, Some(0));
-            Side { mend, made, make, connect, other, said, lost: false, goodbye: false, returned: 0 }
+            Side { connection, made, make, connect, other, said, lost: false, goodbye: false, returned: 0 }
         }
 
         fn act(&mut self, steps: Vec<Step>) {
@@ -194,7 +194,7 @@ mod tests {
 
         /// The connection fails here.
         fn fail(&mut self) {
-            if self.mend.is_installed() && !self.lost {
+            if self.connection.is_installed() && !self.lost {
                 self.lost = true;
                 self.said.push_back(Note::Goodbye(0));
             }
@@ -202,17 +202,17 @@ mod tests {
 
         /// A loss is reported.
         fn report(&mut self) {
-            if self.mend.is_installed() && (self.lost || self.goodbye) {
+            if self.connection.is_installed() && (self.lost || self.goodbye) {
                 self.fail();
-                let steps = self.mend.lost();
+                let steps = self.connection.lost();
                 self.act(steps);
             }
         }
 
         fn hear(&mut self, note: Option<Note>) {
             if let Some(note) = note {
-                self.goodbye |= matches!(note, Note::Goodbye(_)) && self.mend.is_installed();
-                let steps = self.mend.note(&note).expect("the other side is sound");
+                self.goodbye |= matches!(note, Note::Goodbye(_)) && self.connection.is_installed();
+                let steps = self.connection.note(&note).expect("the other side keeps to the protocol");
                 self.act(steps);
             }
         }
@@ -220,7 +220,7 @@ mod tests {
         fn make(&mut self) {
             if std::mem::take(&mut self.make) {
                 self.made += 1;
-                let steps = self.mend.made();
+                let steps = self.connection.made();
                 self.act(steps);
             }
         }
@@ -228,13 +228,13 @@ mod tests {
         fn connect(&mut self, works: bool) {
             if let Some(other) = self.connect.take() {
                 self.other = works.then_some(other);
-                let steps = self.mend.connected(works);
+                let steps = self.connection.connected(works);
                 self.act(steps);
             }
         }
 
         fn is_up(&self) -> bool {
-            self.mend.stage == Stage::Up && !self.lost && !self.goodbye
+            self.connection.stage == Stage::Up && !self.lost && !self.goodbye
         }
     }
 
@@ -258,17 +258,17 @@ mod tests {
     }
 
     #[test]
-    fn what_no_sound_peer_says_is_refused() {
-        let mut up = Mend::new();
-        assert_eq!(up.note(&Note::Hello(hello(1))), Err(Unsound));
-        assert_eq!(up.note(&Note::Ready), Err(Unsound));
-        let mut asked = Mend::new();
+    fn notes_out_of_place_are_refused() {
+        let mut up = Connection::new();
+        assert_eq!(up.note(&Note::Hello(hello(1))), Err(Violation));
+        assert_eq!(up.note(&Note::Ready), Err(Violation));
+        let mut asked = Connection::new();
         assert_eq!(asked.note(&Note::Goodbye(0)), Ok(Vec::new()));
         assert_eq!(asked.lost(), [Step::Make]);
-        assert_eq!(asked.note(&Note::Ready), Err(Unsound));
-        assert_eq!(asked.note(&Note::Goodbye(0)), Err(Unsound));
+        assert_eq!(asked.note(&Note::Ready), Err(Violation));
+        assert_eq!(asked.note(&Note::Goodbye(0)), Err(Violation));
         assert_eq!(asked.note(&Note::Hello(hello(1))), Ok(Vec::new()));
-        assert_eq!(asked.note(&Note::Hello(hello(1))), Err(Unsound));
+        assert_eq!(asked.note(&Note::Hello(hello(1))), Err(Violation));
     }
 
     proptest! {

@@ -1,4 +1,4 @@
-//! Where everything is: guest physical addresses, homes, APIC ids.
+//! The layout of one machine: guest physical addresses, the homes of pages, APIC ids.
 //!
 //! Guest RAM is numbered by **RAM page** index 0.. without gaps; guest physical addresses (GPA) are the
 //! same numbers with a hole from 3 GiB to 4 GiB for devices. Nodes follow each other in address order.
@@ -9,70 +9,10 @@
 //!                              [MMIO]
 //! ```
 
-use crate::acpi;
+use crate::FirmwareError;
+use crate::addresses::{BIOS_START, BIOS_TABLES_END, HOLE_END, HOLE_START, PAGE_SIZE};
 use crate::spec::MachineSpec;
-use crate::{FirmwareError, e820};
 use std::ops::Range;
-
-/// Bytes of one guest page.
-pub const PAGE_SIZE: u64 = 4096;
-/// First GPA of the device hole.
-pub const HOLE_START: u64 = 3 << 30;
-/// First GPA after the device hole.
-pub const HOLE_END: u64 = 4 << 30;
-
-/// GPA of the I/O APIC's registers.
-pub const IOAPIC_ADDR: u64 = 0xfec0_0000;
-/// Bytes of the I/O APIC's register window.
-pub const IOAPIC_LEN: u64 = 0x1000;
-/// Input pins of the I/O APIC; pin n is global system interrupt n.
-pub const IOAPIC_PINS: u8 = 24;
-/// Id of the I/O APIC in its own register and in the MADT.
-pub const IOAPIC_ID: u8 = 0;
-/// GPA of the local APICs' page (unused in x2APIC mode, but named in the MADT and in APIC_BASE).
-pub const LAPIC_ADDR: u64 = 0xfee0_0000;
-
-/// First port of the serial console (8 ports).
-pub const COM1_PORT: u16 = 0x3f8;
-/// Ports of the serial console.
-pub const COM1_LEN: u16 = 8;
-/// Global system interrupt of the serial console (edge, active high).
-pub const COM1_GSI: u32 = 4;
-/// Index port of the real-time clock; the data port follows it.
-pub const RTC_PORT: u16 = 0x70;
-/// Ports of the real-time clock.
-pub const RTC_LEN: u16 = 2;
-/// Data port of the second channel of an interval timer (PIT), which there is not. Reads of it must not give
-/// 0xff, as those of other absent ports do: on AMD CPUs Linux looks for a PIT in spite of everything and reads
-/// 0xff 100,000 times before it gives up (`quick_pit_calibrate`), but any other value only twice.
-pub const PIT_CHANNEL2_PORT: u16 = 0x42;
-/// ACPI sleep control register, one byte (ACPI 6.5, 4.8.3.7).
-pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
-/// ACPI sleep status register, one byte.
-pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
-/// ACPI reset register, one byte.
-pub const ACPI_RESET_PORT: u16 = 0x602;
-/// First port of the registers through which PCI devices come and go (8 ports); the AML of the DSDT uses them.
-pub const HOTPLUG_PORT: u16 = 0x610;
-/// Global system interrupt of the same (level, active high).
-pub const HOTPLUG_GSI: u32 = 20;
-/// What the guest writes to [`ACPI_RESET_PORT`] to reboot.
-pub const ACPI_RESET_VALUE: u8 = 1;
-/// SLP_TYP of power-off: what `\_S5` holds.
-pub const ACPI_S5_TYPE: u8 = 5;
-/// What the guest writes to [`ACPI_SLEEP_CONTROL_PORT`] to power off: SLP_TYP at bit 2, SLP_EN at bit 5.
-pub const ACPI_POWER_OFF_VALUE: u8 = ACPI_S5_TYPE << 2 | 1 << 5;
-
-/// First GPA of the legacy BIOS area in which the ACPI tables lie when they fit.
-pub const BIOS_START: u64 = 0xe_0000;
-/// End of the legacy BIOS area.
-pub const BIOS_END: u64 = 0x10_0000;
-/// End of the part of the BIOS area that ACPI tables may use.
-pub const BIOS_TABLES_END: u64 = 0xf_f000;
-/// Where a real-mode jump to `ffff:0` lands, which once was the BIOS's start: code that resets the machine.
-pub const BIOS_RESET_ENTRY: u64 = 0xf_fff0;
-/// End of conventional memory; from here to 1 MiB is reserved.
-pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 
 /// Guest RAM that is contiguous both in guest physical addresses and in the memory file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,8 +50,11 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The map of the machine `spec`, once [`MachineSpec::check`] finds nothing wrong with it.
-    pub fn new(spec: &MachineSpec) -> Result<Layout, FirmwareError> {
+    /// The map of the machine `spec`, with room for ACPI tables of `acpi` bytes ([`crate::acpi::size_bound`]).
+    ///
+    /// # Errors
+    /// What [`MachineSpec::check`] finds wrong with the description.
+    pub fn new(spec: &MachineSpec, acpi: u64) -> Result<Layout, FirmwareError> {
         spec.check()?;
         let mut homes = Vec::with_capacity(spec.nodes.len());
         let mut page = 0;
@@ -133,7 +76,7 @@ impl Layout {
             })
             .collect();
 
-        let shift = apic_id_shift(spec);
+        let shift = spec.apic_id_shift();
         let mut cpus = Vec::new();
         for (node, spec) in spec.nodes.iter().enumerate() {
             for local in 0..spec.cpus {
@@ -154,10 +97,9 @@ impl Layout {
             shift,
             acpi: BIOS_START..BIOS_TABLES_END,
         };
-        let room = acpi::size_bound(layout.nodes(), layout.cpus.len());
-        if room > BIOS_TABLES_END - BIOS_START {
-            let top = layout.node_gpa_ranges(0)[0].end;
-            layout.acpi = top - room.next_multiple_of(PAGE_SIZE)..top;
+        if acpi > BIOS_TABLES_END - BIOS_START {
+            let top = layout.node0_low_end();
+            layout.acpi = top.saturating_sub(acpi.next_multiple_of(PAGE_SIZE))..top;
         }
         Ok(layout)
     }
@@ -229,11 +171,6 @@ impl Layout {
         self.acpi.clone()
     }
 
-    /// The memory map for the guest's kernel, in address order.
-    pub fn e820(&self) -> Vec<e820::Entry> {
-        e820::map(&self.ram, &self.acpi)
-    }
-
     /// Every CPU of the machine, by its index.
     pub fn cpus(&self) -> &[CpuPlace] {
         &self.cpus
@@ -261,12 +198,6 @@ impl Layout {
     pub fn apic_id_shift(&self) -> u32 {
         self.shift
     }
-}
-
-/// Bits that number the CPUs of the largest node.
-pub(crate) fn apic_id_shift(spec: &MachineSpec) -> u32 {
-    let largest = spec.nodes.iter().map(|node| node.cpus).max().unwrap_or(0);
-    u64::from(largest.max(1)).next_power_of_two().trailing_zeros()
 }
 
 fn page_to_gpa(page: u64) -> u64 {

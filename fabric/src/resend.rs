@@ -1,4 +1,4 @@
-//! Frames that were sent and may have to be sent again over another rail.
+//! Sending again over another rail: the frames that may have to be, and when to acknowledge those that came.
 //!
 //! ```text
 //!  first             unsent                  next      numbers of frames, from 0 at the lane's beginning
@@ -6,12 +6,18 @@
 //!    │   acknowledged  │                       │
 //! ```
 //!
-//! The bytes of pages change once they are sent, so a frame is copied here, and goes to the socket from here. Only lanes
-//! with more than one rail do so.
+//! The bytes of pages change once they are sent, so a frame is copied here, and goes to the rail from here. Only lanes
+//! with more than one rail do so: those of TCP ([`crate::tcp`]), and those of transports that are rails of one
+//! ([`crate::rails`]). `docs/decisions/two-failovers.md` says why there are two.
 
 use std::collections::VecDeque;
 
-use super::frames::{HEADER, header};
+/// A lane acknowledges at least every so many frames, and every so many bytes.
+const ACKNOWLEDGE_FRAMES: u64 = 64;
+const ACKNOWLEDGE_BYTES: u64 = 128 * 1024;
+
+/// Bytes before each frame that is kept: its length.
+const HEADER: usize = 4;
 
 /// The frames of one lane to one peer, from the first that the peer is not known to have.
 #[derive(Default)]
@@ -26,14 +32,34 @@ pub(crate) struct Retained {
     next: u64,
 }
 
-/// A peer acknowledges frames that were never sent to it.
-#[derive(Copy, Clone, Debug, Eq, PartialEq)]
+/// An acknowledgement of frames that were never sent. As text, the end of a sentence that begins with who sent it.
+#[derive(Copy, Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("it says that it has frames which were never sent to it")]
 pub(crate) struct NeverSent;
+
+/// Frames that were received and not acknowledged yet.
+#[derive(Copy, Clone, Debug, Default)]
+pub(crate) struct Unacknowledged {
+    frames: u64,
+    bytes: u64,
+}
+
+impl Unacknowledged {
+    /// Adds frames; whether they are all to be acknowledged now, after which there are none.
+    pub(crate) fn add(&mut self, frames: u64, bytes: u64) -> bool {
+        (self.frames, self.bytes) = (self.frames + frames, self.bytes + bytes);
+        let now = self.frames >= ACKNOWLEDGE_FRAMES || self.bytes >= ACKNOWLEDGE_BYTES;
+        if now {
+            *self = Unacknowledged::default();
+        }
+        now
+    }
+}
 
 impl Retained {
     /// Appends a frame of `len` bytes.
     pub(crate) fn push(&mut self, len: usize, parts: &[&[u8]]) {
-        self.bytes.extend(header(len));
+        self.bytes.extend((len as u32).to_le_bytes());
         parts.iter().for_each(|part| self.bytes.extend(*part));
         self.next += 1;
     }

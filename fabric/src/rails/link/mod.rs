@@ -1,4 +1,5 @@
-//! One lane to one peer over several rails, without any I/O of its own: which rail it is on, and what to send again.
+//! The link of one lane to one peer over several rails, without any I/O: the rail that it is on, and what is to be sent
+//! again.
 //!
 //! One side *leads*: it chooses the rail. The other follows, and asks for another rail when its own lost the peer.
 //!
@@ -21,7 +22,8 @@
 //!
 //! A message is one byte that says what it is, and its body: a frame, or numbers (`u64`, little-endian).
 
-use crate::tcp::retained::Retained;
+use crate::resend::{NeverSent, Retained, Unacknowledged};
+use crate::transport::too_far_behind;
 use crate::{LaneId, MAX_BACKLOG};
 
 /// A frame of the lane.
@@ -36,10 +38,6 @@ const GIVE_UP: u8 = 3;
 const ASK: u8 = 4;
 /// Does this rail work? The answer is the same.
 const TRY: u8 = 5;
-
-/// A lane acknowledges at least every so many frames, and every so many bytes.
-const ACKNOWLEDGE_FRAMES: u64 = 64;
-const ACKNOWLEDGE_BYTES: u64 = 128 * 1024;
 
 /// The way to the peer.
 pub(super) trait Wire {
@@ -62,8 +60,7 @@ pub(super) struct Link {
     moves: u64,
     /// Frames received since the beginning.
     received: u64,
-    /// How many of them, and how many bytes, are not acknowledged yet.
-    unacknowledged: (u64, u64),
+    unacknowledged: Unacknowledged,
     lost: Option<String>,
 }
 
@@ -77,7 +74,7 @@ enum State {
     Moving,
 }
 
-/// What is known of a rail.
+/// The state of a rail, as far as it is known.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
 enum Rail {
     Works,
@@ -99,7 +96,7 @@ impl Link {
             rails: vec![Rail::Works; rails],
             moves: 0,
             received: 0,
-            unacknowledged: (0, 0),
+            unacknowledged: Unacknowledged::default(),
             lost: None,
         }
     }
@@ -121,8 +118,7 @@ impl Link {
         }
         self.retained.push(len, parts);
         if self.retained.len() > MAX_BACKLOG {
-            let why = format!("it is more than {} MiB behind with what was sent to it", MAX_BACKLOG >> 20);
-            return Err(self.give_up(wire, &why));
+            return Err(self.give_up(wire, &too_far_behind()));
         }
         self.pump(wire);
         Ok(())
@@ -152,14 +148,14 @@ impl Link {
         }
         let here = self.settled() == Some(rail);
         let (kind, body) = message.split_first().unwrap_or((&GIVE_UP, &[0]));
-        let sound = match (*kind, body.len()) {
+        let is_in_place = match (*kind, body.len()) {
             (FRAME, 1..) if here => {
                 self.account(wire, body.len());
                 return Ok(Some(body));
             }
             (ACKNOWLEDGE, 8) if here => match self.retained.acknowledge(number(body)) {
                 Ok(()) => true,
-                Err(_) => return Err(self.give_up(wire, NEVER_SENT)),
+                Err(_) => return Err(self.give_up(wire, &NeverSent.to_string())),
             },
             // The peer sends again what it sent on a rail that the lane has left or has not come to yet.
             (FRAME, 1..) | (ACKNOWLEDGE, 8) => true,
@@ -172,16 +168,13 @@ impl Link {
             (GIVE_UP, 0) => return Err(self.end("it gave the session up")),
             _ => false,
         };
-        if sound { Ok(None) } else { Err(self.give_up(wire, UNSOUND)) }
+        if is_in_place { Ok(None) } else { Err(self.give_up(wire, OUT_OF_PLACE)) }
     }
 
     /// Counts a frame, and acknowledges when it is time.
     fn account(&mut self, wire: &impl Wire, bytes: usize) {
         self.received += 1;
-        let (frames, total) = &mut self.unacknowledged;
-        (*frames, *total) = (*frames + 1, *total + bytes as u64);
-        if *frames >= ACKNOWLEDGE_FRAMES || *total >= ACKNOWLEDGE_BYTES {
-            self.unacknowledged = (0, 0);
+        if self.unacknowledged.add(1, bytes as u64) {
             // Where it is not taken, the next rail tells the count.
             wire.put(self.rail, &[&[ACKNOWLEDGE], &self.received.to_le_bytes()]);
         }
@@ -194,7 +187,7 @@ impl Link {
                 return Ok(());
             }
             if moved > self.moves || rail != self.rail || self.state != State::Moving {
-                return Err(self.give_up(wire, UNSOUND));
+                return Err(self.give_up(wire, OUT_OF_PLACE));
             }
         } else {
             // One that another has overtaken on a rail that was quicker.
@@ -205,7 +198,7 @@ impl Link {
             self.move_to(wire, rail);
         }
         if self.retained.rewind(count).is_err() {
-            return Err(self.give_up(wire, NEVER_SENT));
+            return Err(self.give_up(wire, &NeverSent.to_string()));
         }
         self.state = State::Up;
         self.pump(wire);
@@ -259,7 +252,7 @@ impl Link {
     }
 
     fn move_to(&mut self, wire: &impl Wire, rail: usize) {
-        (self.rail, self.state, self.unacknowledged) = (rail, State::Moving, (0, 0));
+        (self.rail, self.state, self.unacknowledged) = (rail, State::Moving, Unacknowledged::default());
         // Where it is not taken, the rail reports its loss, and the lane moves on.
         wire.put(rail, &[&[RESUME], &self.moves.to_le_bytes(), &self.received.to_le_bytes()]);
     }
@@ -319,8 +312,7 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.first_chunk().copied().map(u64::from_le_bytes).unwrap_or_default()
 }
 
-const NEVER_SENT: &str = "it says that it has frames which were never sent to it";
-const UNSOUND: &str = "it sent a message that no sound node sends at that place";
+const OUT_OF_PLACE: &str = "it sent a message that no node sends at that place";
 
 /// A peer that sends what `data` says, on any rail, while rails are lost and return and frames are sent: whether it
 /// follows, then in turn a byte of what, a byte of how much, and the bytes.
