@@ -2,8 +2,6 @@
 
 mod effects;
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -19,9 +17,10 @@ use nix::sys::time::TimeSpec;
 use self::effects::{body_of, is_zero};
 use super::ahead::{ReadAhead, Window};
 use super::budget::copies_of_shard;
-use super::chains::{Chain, Chains};
 use super::direct::{Job, Jobs};
 use super::discard::Discards;
+use super::hold::held::cpu_time;
+use super::hold::{Claim, HoldPolicy, Holds};
 use super::outbox::Outbox;
 use super::recall::Recall;
 use super::ship::{Asked, Called, PATIENCE, Vcpus};
@@ -76,30 +75,25 @@ struct Core {
     transport: Arc<dyn Transport>,
     stats: Arc<ShardStats>,
     effects: Vec<Effect>,
-    chains: Arc<Chains>,
-    /// Pages that are kept, by when to look at them.
-    holds: BinaryHeap<Reverse<Held>>,
-    /// Demands that wait for some of them, as told to `chains`.
-    deferred: i32,
+    policy: Arc<HoldPolicy>,
+    holds: Holds,
     misses: Vec<MissClock>,
-    /// Threads that wait for a page.
-    waiters: Vec<Waiter>,
-    /// Those that can do without, if anything is shipped.
+    /// The vCPUs whose faults may be answered by shipping, if anything is shipped.
     vcpus: Option<Arc<dyn Vcpus>>,
     /// Which of them were called out.
     called: Vec<Called>,
     /// Operations of vCPUs that are under way.
     asked: Vec<Asked>,
-    /// Pages that must come though they were to stay where they are, and whether they are written.
-    unshippable: Vec<(Page, bool)>,
-    /// The chain for which the last page was mapped.
-    winner: Chain,
+    /// Pages that must come though they were to stay where they are.
+    unshippable: Vec<Page>,
     recall: Recall,
     read_ahead: ReadAhead,
     /// What a miss recalled, before it is asked for.
     recalled: Vec<recall::Companion>,
     /// Pages that were recalled and not touched yet, and with which page.
     untouched: PageMap<Page>,
+    /// Pages that were recalled and have not come yet, and for whom.
+    coming: PageMap<Claim>,
     garbage: Vec<Page>,
     most_garbage: usize,
     discards: Discards,
@@ -107,24 +101,6 @@ struct Core {
     outbox: Outbox,
     /// Pages in a row that are to be mapped read-only, and how many they are.
     to_map: Option<(Page, u64)>,
-}
-
-/// A page that was won, and for which chain of faults.
-#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Held {
-    look_at: u64,
-    page: Page,
-    won: u64,
-    chain: Chain,
-}
-
-/// A thread that waits for a page. One that is called out of its wait stays in the list until the page comes: most
-/// likely it will touch the page again.
-struct Waiter {
-    page: Page,
-    thread: u32,
-    chain: Chain,
-    write: bool,
 }
 
 /// When a fault that needs another node began.
@@ -141,7 +117,7 @@ impl Shard {
         memory: Arc<DualMemory>,
         transport: Arc<dyn Transport>,
         stats: Arc<ShardStats>,
-        chains: Arc<Chains>,
+        policy: Arc<HoldPolicy>,
     ) -> Result<Shard, EngineError> {
         let uffd = Arc::new(Uffd::open().map_err(EngineError::Setup)?);
         let home = config.homes.range(config.node);
@@ -178,20 +154,18 @@ impl Shard {
             transport,
             stats,
             effects: Vec::with_capacity(64),
-            chains,
-            holds: BinaryHeap::with_capacity(1024),
-            deferred: 0,
+            holds: Holds::new(policy.clone()),
+            policy,
             misses: Vec::with_capacity(64),
-            waiters: Vec::with_capacity(64),
             vcpus: None,
             called: Vec::new(),
             asked: Vec::new(),
             unshippable: Vec::new(),
-            winner: Chain::NONE,
             recall: Recall::new(),
             read_ahead: ReadAhead::new(config.homes.clone()),
             recalled: Vec::with_capacity(64),
             untouched: PageMap::default(),
+            coming: PageMap::default(),
             garbage: Vec::with_capacity(most_garbage),
             most_garbage,
             discards: Discards::default(),
@@ -239,7 +213,7 @@ impl Shard {
                 continue;
             }
             if self.sleep(bell)? && bell.read().is_ok() {
-                self.core.reconsider_holds();
+                self.core.holds.reconsider(self.core.policy.now());
             }
         }
         Ok(())
@@ -269,10 +243,9 @@ impl Shard {
     /// Waits for something to do; whether the bell rang.
     fn sleep(&self, bell: &EventFd) -> Result<bool, EngineError> {
         // A hold that ends matters only to who waits for it; the others end when something happens.
-        let next = if self.core.deferred > 0 { self.core.holds.peek() } else { None };
-        let now = self.core.chains.now();
-        let next = next.map(|Reverse(held)| held.look_at.saturating_sub(now));
         let tick = if self.core.called.is_empty() { TICK } else { PATIENCE };
+        let now = self.core.policy.now();
+        let next = self.core.holds.next_look().map(|look_at| look_at.saturating_sub(now));
         let timeout = next.map_or(tick, Duration::from_nanos).min(tick);
         let mut fds = [self.receiver.fd(), self.core.uffd.as_fd(), bell.as_fd()]
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
@@ -334,23 +307,21 @@ impl Core {
     /// The page stays where it is: those who wait for it and can do without are called out, and if one cannot it comes.
     fn ship(&mut self, page: Page) {
         self.misses.retain(|miss| miss.page != page);
-        let (mut must_come, mut write) = (false, false);
-        for waiter in self.waiters.extract_if(.., |waiter| waiter.page == page) {
-            let thread = waiter.thread;
+        let mut must_come = false;
+        for thread in self.holds.give_up(page, self.policy.now()) {
             if self.vcpus.as_ref().is_some_and(|vcpus| vcpus.call_out(thread, page)) {
-                self.called.push(Called { page, thread, write: waiter.write, since: Instant::now() });
+                self.called.push(Called { page, thread, since: Instant::now() });
             } else {
-                (must_come, write) = (true, write || waiter.write);
+                must_come = true;
             }
-            self.chains.answered(waiter.chain, self.chains.now());
         }
         if must_come {
-            self.unshippable.push((page, write));
+            self.unshippable.push(page);
         }
     }
 
     /// Lets the pages come that cannot be done without after all, among them those of vCPUs that were called out and do not
-    /// look.
+    /// look. Rare: so they come to be written, which serves who reads as well.
     fn fetch_unshippable(&mut self) -> Result<(), EngineError> {
         if let Some(vcpus) = self.vcpus.as_ref().filter(|_| !self.called.is_empty()) {
             let unshippable = &mut self.unshippable;
@@ -358,13 +329,13 @@ impl Core {
                 let waits = vcpus.is_called(called.thread, called.page);
                 let stuck = waits && called.since.elapsed() > PATIENCE;
                 if stuck {
-                    unshippable.push((called.page, called.write));
+                    unshippable.push(called.page);
                 }
                 waits && !stuck
             });
         }
-        while let Some((page, write)) = self.unshippable.pop() {
-            self.protocol.fault(page, write, &mut self.effects);
+        while let Some(page) = self.unshippable.pop() {
+            self.protocol.fault(page, true, &mut self.effects);
             self.apply(Body::Absent)?;
             if self.protocol.is_missing(page) && !self.misses.iter().any(|miss| miss.page == page) {
                 self.misses.push(MissClock { page, since: Instant::now() });
@@ -414,36 +385,27 @@ impl Core {
         let Some(page) = self.memory.page_at(fault.address) else { return Ok(()) };
         ShardStats::count(&self.stats.events);
         trace::event(Event::Fault, page.0, fault.flags());
-        let known = |waiter: &&Waiter| waiter.page == page && waiter.thread == fault.thread;
-        let chain = match self.waiters.iter().find(known) {
-            // A vCPU that was called out of its wait, for an interrupt, say, is back: it is the same wait.
-            Some(waiter) => {
-                ShardStats::count(&self.stats.resumed_waits);
-                waiter.chain
-            }
-            None => {
-                let chain = self.chains.fault(fault.thread, self.chains.now());
-                self.waiters.push(Waiter { page, thread: fault.thread, chain, write: fault.write });
-                chain
-            }
-        };
+        if self.holds.waits_again(page, fault.thread) {
+            ShardStats::count(&self.stats.resumed_waits);
+        }
+        let claim = self.holds.waits(page, fault.thread, self.policy.now(), &cpu_time);
         let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
         if fault.write {
-            self.recall.wanted(page, chain);
+            self.recall.wanted(page, claim);
         }
         if let Some(first) = self.untouched.remove(page) {
             ShardStats::count(&self.stats.prefetches_used);
             self.recall.touched(first, page);
             if self.protocol.rights(page) >= want {
                 self.protocol.hold(page);
-                self.hold(page, chain);
+                self.holds.hold_for(page, claim, self.policy.now());
             }
         }
         let window = if fault.write { None } else { self.read_ahead.touched(page) };
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
         if self.vcpus.as_ref().is_some_and(|vcpus| vcpus.may_ship(fault.thread, page)) {
-            self.protocol.set_time(self.chains.now() / 1000);
+            self.protocol.set_time(self.policy.now() / 1000);
             self.protocol.fault_may_ship(page, fault.write, &mut self.effects);
         } else {
             self.protocol.fault(page, fault.write, &mut self.effects);
@@ -463,7 +425,7 @@ impl Core {
                 }
                 self.misses.push(MissClock { page, since: Instant::now() });
                 if fault.write {
-                    self.prefetch_companions(page)?;
+                    self.prefetch_companions(page, claim)?;
                 } else if !self.home.contains(&page.0) {
                     self.read_ahead.missed(page);
                 }
@@ -489,12 +451,13 @@ impl Core {
     }
 
     /// Asks for what was needed together with this page before.
-    fn prefetch_companions(&mut self, page: Page) -> Result<(), EngineError> {
+    fn prefetch_companions(&mut self, page: Page, claim: Claim) -> Result<(), EngineError> {
         let mut recalled = std::mem::take(&mut self.recalled);
         self.recall.companions(page, &mut recalled);
         for companion in recalled.drain(..) {
             if self.protocol.prefetch(companion.page, true, &mut self.effects) {
                 ShardStats::count(&self.stats.prefetches);
+                self.coming.insert(companion.page, claim);
                 if companion.is_sure() {
                     self.recall.touched(page, companion.page);
                     // A fault that nobody waits for: the page is mapped when it comes.
@@ -527,7 +490,7 @@ impl Core {
             u64::from(message.kind.code()) << 16 | u64::from(from.0),
         );
         let zeroes = self.surrender(&message)?;
-        self.protocol.set_time(self.chains.now() / 1000);
+        self.protocol.set_time(self.policy.now() / 1000);
         self.protocol.message(from, message, zeroes, &mut self.effects)?;
         self.apply(body)?;
         if let Kind::Data { .. } = message.kind {
@@ -537,7 +500,7 @@ impl Core {
         // A write that came while a read was under way goes on as a miss of its own. (What was asked for ahead
         // of its need is no miss: nobody waits for it, and when it comes it may not even be mapped.)
         let page = message.page;
-        let waited_for = self.waiters.iter().any(|waiter| waiter.page == page);
+        let waited_for = self.holds.is_awaited(page);
         if waited_for && self.protocol.is_missing(page) && !self.misses.iter().any(|m| m.page == page) {
             ShardStats::count(&self.stats.remote_write_faults);
             self.misses.push(MissClock { page, since: Instant::now() });
@@ -545,59 +508,18 @@ impl Core {
         Ok(())
     }
 
-    fn hold(&mut self, page: Page, chain: Chain) {
-        let won = self.chains.now();
-        let look_at = self.chains.release_at(chain, won, won);
-        self.holds.push(Reverse(Held { look_at, page, won, chain }));
-    }
-
-    /// A vCPU has gone idle: what was kept for it may go earlier than planned.
-    fn reconsider_holds(&mut self) {
-        let now = self.chains.now();
-        let mut holds = std::mem::take(&mut self.holds).into_vec();
-        for Reverse(held) in &mut holds {
-            held.look_at = self.chains.release_at(held.chain, held.won, now);
-        }
-        self.holds = holds.into();
-    }
-
-    /// Releases pages that were kept long enough.
+    /// Releases pages that were held long enough.
     fn release_due(&mut self) -> Result<usize, EngineError> {
         let mut released = 0;
-        while let Some(&Reverse(held)) = self.holds.peek() {
-            let now = self.chains.now();
-            if held.look_at > now {
-                break;
-            }
-            self.holds.pop();
-            let look_at = self.chains.release_at(held.chain, held.won, now);
-            if look_at > now {
-                self.holds.push(Reverse(Held { look_at, ..held }));
-                continue;
-            }
-            self.protocol.release(held.page, &mut self.effects);
+        while let Some((page, claim)) = self.holds.due(self.policy.now()) {
+            self.protocol.release(page, &mut self.effects);
             if !self.effects.is_empty() {
-                self.chains.broken(held.chain);
+                self.policy.lost(claim, self.policy.now());
             }
             self.apply(Body::Absent)?;
             released += 1;
         }
         Ok(released)
-    }
-
-    /// The page is mapped: who waited for it goes on. The chain of one of them, if any.
-    fn answer_waiters(&mut self, page: Page, now: u64) -> Chain {
-        let mut chain = Chain::NONE;
-        let mut i = 0;
-        while i < self.waiters.len() {
-            if self.waiters[i].page == page {
-                chain = self.waiters.swap_remove(i).chain;
-                self.chains.answered(chain, now);
-            } else {
-                i += 1;
-            }
-        }
-        chain
     }
 
     /// Before a Get of pages that never left this home: finds out how many of them nobody has touched, and

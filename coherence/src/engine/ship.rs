@@ -39,7 +39,6 @@ pub trait Vcpus: Send + Sync {
 pub(super) struct Called {
     pub page: Page,
     pub thread: u32,
-    pub write: bool,
     pub since: Instant,
 }
 

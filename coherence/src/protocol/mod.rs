@@ -108,6 +108,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod under_way;
+mod wire;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -121,7 +122,7 @@ use self::classes::Classes;
 pub use self::classes::{Class, Shipping};
 pub use self::classify::Rules;
 use self::copies::Copies;
-pub use self::message::{Bits, Body, Head, Kind, MAX_RUN, Message};
+pub use self::message::{Bits, Kind, MAX_RUN, Message};
 #[cfg(test)]
 pub(crate) use self::mistake::Mistake;
 #[cfg(not(test))]
@@ -133,6 +134,7 @@ pub use self::state::Entry;
 pub(crate) use self::state::PageMap;
 use self::state::{Directory, Table};
 use self::under_way::{Busy, Demand, Direct, Local, Miss, Outstanding, Request, Transient, Want};
+pub use self::wire::{Body, Head};
 use crate::node_set::NodeSet;
 use crate::page::{Homes, Page};
 

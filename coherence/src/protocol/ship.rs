@@ -18,6 +18,15 @@
 //! more, the answer is that it was not done and will not be: nothing ever waits for something that is
 //! under way. The CPU may then fault again as before; after some refusals it should want the page.
 //!
+//! # What the caller does
+//! - [`Effect::Ship`]: no page will come, so nobody's wait for it is timed any more. Each vCPU that waits for the page is
+//!   called out; threads that cannot be called out never fault by [`Protocol::fault_may_ship`].
+//! - [`Effect::Operate`]: the frame changes, as when it is written by a vCPU, so what was sent of the page before must
+//!   have left. The answer takes its place in the order of effects. The old bytes of a store are not looked at.
+//! - [`Effect::Operated`] with `None`: the vCPU faults again, and after three refusals or so by [`Protocol::fault`].
+//! - What is only likely to be needed ([`Protocol::prefetch`]) may not come, without an effect, if it is delegated.
+//! - [`Protocol::set_time`] before each batch of inputs, for [`Shipping::Auto`](super::Shipping).
+//!
 //! # Why this is total store order
 //! The CPU stands at its instruction, its store buffer empty, until the answer; the operation takes its place among all
 //! accesses where the one current copy is. It is as if the page had come, had been used once, and had gone back.

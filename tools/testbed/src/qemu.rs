@@ -27,7 +27,8 @@ const CONSOLE_LINES: usize = 25;
 #[derive(Clone, Debug)]
 pub struct Hardware {
     /// CPUs that programs run on, at least 1. The host has one more, CPU 0, which is kept from them: see
-    /// `files/host-init.sh`.
+    /// `files/host-init.sh`. With 1 a guest of two CPUs has them wait for each other's time slices: on a busy machine
+    /// boots that take half a minute with 2 took minutes, and processes were silent for seconds (`docs/testing.md`).
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
