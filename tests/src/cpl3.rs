@@ -112,7 +112,11 @@ pub fn run(vcpu: &mut Vcpu, regs: &kvm_regs, mut port: impl FnMut(u16) -> Result
         match exit {
             Exit::Pio { port: number, write: true, .. } if !port(number)? => break,
             Exit::Pio { write: true, .. } => {}
-            Exit::Interrupted => kicks += u64::from(signal::take_pending()),
+            Exit::Interrupted => {
+                // Else it would end the next run at once, and all after it.
+                signal::take_pending();
+                kicks += 1;
+            }
             other => anyhow::bail!("left the guest by {other:?} at {:#x}", vcpu.regs()?.rip),
         }
     }

@@ -33,16 +33,17 @@ pub enum Width {
 }
 
 impl Width {
-    /// Those that guests on this host may have.
+    /// Those that guests on this host can use: KVM has a place for them, and the CPU the instructions.
     pub fn all(host: &HostCpu) -> Vec<Width> {
-        let mut all = vec![Width::Xmm];
         let state = xcr0(host).unwrap_or(0);
-        all.extend((state & AVX != 0).then_some(Width::Ymm));
-        // Foundation, and masks of 64 bits.
-        let instructions =
-            leaf(host, 7).is_some_and(|[_, ebx, ..]| ebx & (1 << 16) != 0 && ebx & (1 << 30) != 0);
-        all.extend((state & AVX512 != 0 && instructions).then_some(Width::Zmm));
-        all
+        let avx = state & AVX != 0 && is_x86_feature_detected!("avx2");
+        let avx512 = state & AVX512 != 0
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw");
+        [Some(Width::Xmm), avx.then_some(Width::Ymm), avx512.then_some(Width::Zmm)]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 
     /// Bytes of a register.
@@ -141,16 +142,14 @@ const X87_AND_SSE: u64 = 3;
 const AVX: u64 = 1 << 2;
 const AVX512: u64 = 7 << 5;
 
-/// What a guest on this host can set XCR0 to for all vector registers; `None` where there is no XSAVE.
+/// What a guest on this host can set XCR0 to for all vector registers; `None` where there is no XSAVE. KVM on PVM hides
+/// XSAVE itself from guests, but has its registers, and code at CPL 3 runs as it does outside.
 pub fn xcr0(host: &HostCpu) -> Option<u64> {
-    let [.., ecx, _] = leaf(host, 1)?;
-    if ecx & (1 << 26) == 0 {
-        return None;
-    }
     let [eax, _, _, edx] = leaf(host, 0xd)?;
     let possible = u64::from(edx) << 32 | u64::from(eax);
     let all = |bits: u64| if possible & bits == bits { bits } else { 0 };
-    Some(X87_AND_SSE | all(AVX) | if all(AVX) != 0 { all(AVX512) } else { 0 })
+    let state = all(X87_AND_SSE) | all(AVX) | if all(AVX) != 0 { all(AVX512) } else { 0 };
+    (state & X87_AND_SSE != 0).then_some(state)
 }
 
 /// EAX, EBX, ECX, EDX of a CPUID leaf, subleaf 0.
@@ -161,7 +160,7 @@ fn leaf(host: &HostCpu, leaf: u32) -> Option<[u32; 4]> {
 
 /// Clears this thread's own vector registers: had the guest's been left in them, they would be lost.
 pub fn spoil() {
-    if std::arch::is_x86_feature_detected!("avx") {
+    if is_x86_feature_detected!("avx") {
         // SAFETY: AVX is there, and all registers that vzeroall clears are named as lost.
         unsafe {
             core::arch::asm!(

@@ -34,7 +34,7 @@ pub struct Kind {
     pub words: &'static str,
 }
 
-/// Declares a crate's kinds of events: an enum `Event`, whose values [`event`](crate::trace::event) takes.
+/// Declares a crate's kinds of events: an enum `Event`, whose values [`event`] takes.
 #[macro_export]
 macro_rules! events {
     ($($(#[$doc:meta])* $name:ident = $words:literal),+ $(,)?) => {

@@ -180,7 +180,7 @@ impl LaneReceiver {
         let mut sender = self.lane.lock();
         for Tally { peer, gained, taken } in self.tally.drain(..) {
             // Ordering: the slots are back in the queue before a credit for them is.
-            sender.give_back(peer, &mut self.queue);
+            sender.refill(peer, &mut self.queue);
             sender.settle(peer, gained, taken);
         }
         drop(sender);

@@ -352,9 +352,9 @@ impl Sender {
     }
 
     /// Gives the slots of a peer's messages that were worked through back to its queue pair; not if the peer is lost.
-    pub(super) fn give_back(&mut self, peer: NodeId, queue: &mut ReceiveQueue) {
+    pub(super) fn refill(&mut self, peer: NodeId, queue: &mut ReceiveQueue) {
         let Ok(Link { qp: Some(qp), .. }) = self.link(peer) else { return };
-        if let Err(error) = queue.give_back(qp) {
+        if let Err(error) = qp.refill(queue) {
             self.lose(peer, &format!("its RDMA connection takes no receive slot ({error})"));
         }
     }

@@ -4,7 +4,7 @@
 //! come back as its messages are worked through, so that its slots never run out ("receiver not ready" never happens).
 //! Credits travel in the four immediate bytes of every message, or alone when there is nothing to send.
 //!
-//! The slots are shared out, and not multiplied, up to [`FAIR`] peers: their memory does not grow with the machine,
+//! The slots are shared out, and not multiplied, up to `FAIR` peers: their memory does not grow with the machine,
 //! whose total therefore grows with its nodes and not with their square.
 
 /// Bytes of a message's data: a page with its head, and a few short frames beside it.

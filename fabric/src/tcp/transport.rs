@@ -10,7 +10,7 @@ use super::mesh::Connections;
 use crate::transport::{Receivers, check_frame};
 use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 
-/// The fabric of one node over TCP. Made by [`Listener::mesh`].
+/// The fabric of one node over TCP. Made by [`super::Listener::mesh`].
 ///
 /// The connections of a lane close when both the transport and that lane's receiver have been dropped.
 pub struct TcpTransport {

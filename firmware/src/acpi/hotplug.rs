@@ -9,7 +9,7 @@
 //! the interrupt with the driver of the Generic Event Device (5.6.9), which stands for the event registers that
 //! hardware-reduced ACPI does not have.
 
-use super::pci::bridge_name;
+use super::bridge_name;
 use crate::addresses::{HOTPLUG_GSI, HOTPLUG_PORT};
 use crate::pci::{HOT_SLOTS, SLOTS};
 use acpi_tables::aml::{

@@ -101,6 +101,11 @@ impl Writer {
     }
 }
 
+/// The name of a bus's host bridge in the ACPI namespace.
+fn bridge_name(bus: u8) -> String {
+    format!("PC{bus:02X}")
+}
+
 /// A table with its header and checksum.
 fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
     let mut table = Sdt::new(signature, HEADER_LEN as u32, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION);

@@ -152,8 +152,16 @@ impl FileSystem {
                 (!metadata.is_dir()).then(|| metadata.len())
             }
             FileSystem::Fat(fat) => {
-                let mut file = fat.root_dir().open_file(path.trim_start_matches('/')).ok()?;
-                io::Seek::seek(&mut file, io::SeekFrom::End(0)).ok()
+                // By the directory: going to a file's end would read its whole chain of clusters.
+                let (folder, name) = path.rsplit_once('/')?;
+                let root = fat.root_dir();
+                let folder = match folder.trim_start_matches('/') {
+                    "" => root,
+                    inner => root.open_dir(inner).ok()?,
+                };
+                let mut entries = folder.iter().take(MOST_NAMES).flatten();
+                let entry = entries.find(|entry| entry.file_name().eq_ignore_ascii_case(name))?;
+                entry.is_file().then(|| entry.len())
             }
         }
     }

@@ -290,6 +290,15 @@ impl Plan {
             bytes.ok_or_else(|| format!("{} cannot be read, or has more than {most} bytes", name(file)))
         };
         let kernel = read(&self.kernel, LARGEST_KERNEL)?;
+        // Before any is read: an entry may name one file many times.
+        let len = |file: &(usize, String)| self.volumes[file.0].system.len_of(&file.1).unwrap_or(0);
+        let together = self.initrds.iter().map(len).fold(0, u64::saturating_add);
+        if together > LARGEST_INITRDS {
+            return Err(format!(
+                "the initrds of {} have more than {LARGEST_INITRDS} bytes together",
+                self.from
+            ));
+        }
         let mut initrd = Vec::new();
         for file in &self.initrds {
             initrd.extend(read(file, LARGEST_INITRDS - (initrd.len() as u64).min(LARGEST_INITRDS))?);

@@ -391,7 +391,7 @@ fn a_script_cannot_take_more_than_its_limits() {
     drop(folder);
     drop(system);
     let refusal = find_in(&disk).unwrap_err().to_string();
-    assert!(refusal.contains("/big cannot be read, or has more than"), "{refusal}");
+    assert!(refusal.contains("have more than 1073741824 bytes together"), "{refusal}");
 }
 
 #[test]
@@ -458,7 +458,7 @@ fn a_directory_whose_clusters_bite_their_own_tail_ends() {
     drop(folder);
     drop(system);
     // The folder's cluster: all of its entries deleted, so that none ends it, and itself as the next one.
-    let at = (0..disk.len()).step_by(512).find(|at| disk[*at..].starts_with(b".          ")).unwrap();
+    let at = disk.windows(11).position(|name| name == b".          ").unwrap() / 512 * 512;
     disk[at..at + 512].chunks_exact_mut(32).for_each(|entry| entry[0] = 0xe5);
     let word = |at: usize| usize::from(u16::from_le_bytes([disk[at], disk[at + 1]]));
     let (reserved, fats, roots, sectors) = (word(14), usize::from(disk[16]), word(17), word(22));

@@ -5,7 +5,7 @@
  * CPU has executed a serializing instruction (cpuid), as Linux does by interrupts. From the third wait on no CPU may meet
  * an int3, nor the code of before: by Intel's manual (volume 3, "Handling Self- and Cross-Modifying Code") and AMD's.
  *
- * Command line: the number of patches. Says on the debug port (0xe9):
+ * Command line: the number of CPUs and that of patches. Says on the debug port (0xe9), every hundred patches and in the end:
  *
  *   cpus=N patches=N expected_int3=N stale_int3=N stale_code=N
  *
@@ -224,11 +224,22 @@ static void start_others(uint32_t wanted) {
     while (cpus < wanted) __asm__ volatile("pause");
 }
 
+static void report(uint32_t patches, uint32_t bad_int3, uint32_t bad_code) {
+    uint32_t expected = 0;
+    for (uint32_t cpu = 1; cpu < cpus; cpu++) expected += expected_int3[cpu].value;
+    say_number("cpus=", cpus);
+    say_number(" patches=", patches);
+    say_number(" expected_int3=", expected);
+    say_number(" stale_int3=", bad_int3);
+    say_number(" stale_code=", bad_code);
+    say("\n");
+}
+
 void first_cpu(const uint32_t *boot) {
     static const uint8_t nop[5] = {0x0f, 0x1f, 0x44, 0x00, 0x00};
     /* To jump_target, behind `incl %eax; ret`. */
     static const uint8_t jump[5] = {0xe9, 0x02, 0x00, 0x00, 0x00};
-    uint32_t bad_int3 = 0, bad_code = 0, expected = 0;
+    uint32_t bad_int3 = 0, bad_code = 0;
     /* Multiboot: the command line's address is word 4; it begins with the program's name. */
     const char *words = (const char *)boot[4];
     while (*words && *words != ' ') words++;
@@ -252,14 +263,8 @@ void first_cpu(const uint32_t *boot) {
         }
         bad_int3 += met;
         bad_code += ran;
+        if ((n + 1) % 100 == 0 || n + 1 == patches) report(n + 1, bad_int3, bad_code);
     }
-    for (uint32_t cpu = 1; cpu < cpus; cpu++) expected += expected_int3[cpu].value;
-    say_number("cpus=", cpus);
-    say_number(" patches=", patches);
-    say_number(" expected_int3=", expected);
-    say_number(" stale_int3=", bad_int3);
-    say_number(" stale_code=", bad_code);
-    say("\n");
     outb(0xf4, 0); /* isa-debug-exit */
     for (;;) __asm__ volatile("hlt");
 }

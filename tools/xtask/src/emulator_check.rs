@@ -1,7 +1,7 @@
 //! `cargo xtask emulator-check`: whether the installed emulator runs code that is no longer in memory.
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Args;
@@ -17,6 +17,9 @@ pub struct EmulatorCheck {
     /// How often code is patched
     #[arg(long, default_value_t = 20_000)]
     patches: u32,
+    /// For how many seconds at most
+    #[arg(long, default_value_t = 120)]
+    seconds: u64,
     /// How many emulated CPUs: one patches, the others run what is patched
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=16))]
     cpus: u32,
@@ -41,7 +44,7 @@ impl EmulatorCheck {
         setup::ensure(&[setup::TO_COMPILE, setup::TO_EMULATE])?;
         let version = exec::run(Command::new(qemu::program()).arg("--version"), None)?;
         let begin = Instant::now();
-        let count = emulator::check(self.cpus, self.patches)?;
+        let count = emulator::check(self.cpus, self.patches, Duration::from_secs(self.seconds))?;
         let report = Report {
             emulator: version.lines().next().unwrap_or_default().into(),
             count,

@@ -6,7 +6,7 @@
 //! | `quickstart --disk` | [`disk`] | a Debian that boots from its own disk, and the disks of all nodes |
 //! | `quickstart --emulate intel` | [`intel`] | what else there is to know of a host in Bochs |
 //! | `image` | [`image`] | disks to boot |
-//! | `test` | [`test`] | checks of the sources, unit tests, integration tests, guest boots |
+//! | `test` | [`mod@test`] | checks of the sources, unit tests, integration tests, guest boots |
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |

@@ -90,6 +90,11 @@ impl Options {
                 machine.nodes.len()
             );
         }
+        if matches!(self.emulator(), Some(Emulator::Bochs(_)))
+            && (self.hosts > 1 || self.fabric == Fabric::Rdma)
+        {
+            bail!("there is one host in Bochs, without RDMA: leave --hosts and --fabric out");
+        }
         machine.hosts = self.hosts;
         machine.kernel = self.kernel;
         machine.rdma = self.fabric == Fabric::Rdma;

@@ -14,7 +14,7 @@ use crossbeam::channel::{self, Receiver, Sender};
 use gestalt::coordinator::event::{Interrupt, Outcome, ProcessEnd};
 use gestalt::coordinator::spawn::{NodeProcess, Spawner, start};
 use gestalt::coordinator::{Console, Coordinator, CoordinatorError, Ended};
-use machine::config::{MachineConfig, Place};
+use machine::config::{MachineConfig, NodeHost};
 use machine::control::join::{JoinError, JoinOptions, join};
 use machine::control::wire::{self, Answer, Assigned};
 use machine::control::{Assignment, Control, FromCoordinator, ToCoordinator};
@@ -141,7 +141,7 @@ fn echo() -> Arc<Behaviour> {
 
 #[test]
 fn three_nodes_start_and_their_guest_talks_and_switches_off() {
-    let machine = Machine::start(machine(3, Place::Local), echo());
+    let machine = Machine::start(machine(3, NodeHost::Local), echo());
     machine.expect("hello\r\n");
     machine.type_text("ls");
     machine.expect("ls");
@@ -156,7 +156,7 @@ fn three_nodes_start_and_their_guest_talks_and_switches_off() {
 
 #[test]
 fn what_is_typed_before_the_guest_runs_reaches_it() {
-    let config = machine(2, Place::Remote);
+    let config = machine(2, NodeHost::Remote);
     let machine = Machine::start(config, echo());
     machine.type_text("early!");
     let nodes: Vec<_> = ["n0", "n1"].map(|name| echo_node(&machine.address, name)).into();
@@ -169,7 +169,7 @@ fn what_is_typed_before_the_guest_runs_reaches_it() {
 
 #[test]
 fn a_killed_node_process_ends_the_machine_within_five_seconds_and_is_named() {
-    let machine = Machine::start(machine(3, Place::Local), echo());
+    let machine = Machine::start(machine(3, NodeHost::Local), echo());
     machine.expect("hello");
     let begin = Instant::now();
     kill(machine.pid_of("n1"), Signal::SIGKILL).unwrap();
@@ -192,7 +192,7 @@ fn a_peer_that_reports_the_loss_first_does_not_hide_the_cause() {
         while !matches!(control.recv_timeout(PATIENCE), Ok(Some(FromCoordinator::Stop(_))) | Err(_)) {}
         true
     });
-    let machine = Machine::start(machine(2, Place::Local), behaviour);
+    let machine = Machine::start(machine(2, NodeHost::Local), behaviour);
     machine.expect("up");
     lost.send(()).unwrap();
     kill(machine.pid_of("n1"), Signal::SIGSEGV).unwrap();
@@ -201,7 +201,7 @@ fn a_peer_that_reports_the_loss_first_does_not_hide_the_cause() {
 
 #[test]
 fn a_node_that_falls_silent_ends_the_machine_within_five_seconds() {
-    let config = MachineConfig { silence: Duration::from_secs(1), ..machine(2, Place::Remote) };
+    let config = MachineConfig { silence: Duration::from_secs(1), ..machine(2, NodeHost::Remote) };
     let machine = Machine::start(config, echo());
     let loud = echo_node(&machine.address, "n0");
     // By hand, without the heartbeats of the real thing.
@@ -236,7 +236,7 @@ fn a_failing_node_is_quoted_and_its_dump_is_kept() {
         }
         true
     });
-    let machine = Machine::start_with(machine(2, Place::Local), behaviour, Some(folder.path().into()));
+    let machine = Machine::start_with(machine(2, NodeHost::Local), behaviour, Some(folder.path().into()));
     assert_eq!(machine.failure(), "node n1 failed: vCPU 3 stopped with a triple fault");
     let dump = |name| std::fs::read_to_string(folder.path().join(name)).unwrap();
     assert_eq!(dump("n1.dump"), "rip=0xfff0\n");
@@ -245,8 +245,8 @@ fn a_failing_node_is_quoted_and_its_dump_is_kept() {
 
 #[test]
 fn a_reboot_starts_local_nodes_again_and_waits_for_remote_ones() {
-    let mut config = machine(2, Place::Local);
-    config.nodes[1].place = Place::Remote;
+    let mut config = machine(2, NodeHost::Local);
+    config.nodes[1].host = NodeHost::Remote;
     let ids = Arc::new(Mutex::new(Vec::new()));
     let seen = ids.clone();
     let behaviour: Arc<Behaviour> = Arc::new(move |assignment, control| {
@@ -271,7 +271,7 @@ fn a_reboot_starts_local_nodes_again_and_waits_for_remote_ones() {
 
 #[test]
 fn an_interrupt_ends_all_nodes() {
-    let machine = Machine::start(machine(2, Place::Local), echo());
+    let machine = Machine::start(machine(2, NodeHost::Local), echo());
     machine.expect("hello");
     machine.interrupt.send(Interrupt::Signal(15)).unwrap();
     assert_eq!(machine.end().outcome, Outcome::Interrupted(Interrupt::Signal(15)));
@@ -298,7 +298,7 @@ fn frame(payload: &[u8]) -> Vec<u8> {
 
 #[test]
 fn strangers_are_told_off_and_do_not_disturb_a_running_machine() {
-    let machine = Machine::start(machine(1, Place::Local), echo());
+    let machine = Machine::start(machine(1, NodeHost::Local), echo());
     machine.expect("hello");
     let address = &machine.address;
     let refused = |options| match join(&options) {
@@ -333,7 +333,7 @@ fn strangers_are_told_off_and_do_not_disturb_a_running_machine() {
 
 #[test]
 fn a_replayed_introduction_joins_nothing() {
-    let machine = Machine::start(machine(2, Place::Remote), echo());
+    let machine = Machine::start(machine(2, NodeHost::Remote), echo());
     // What node n0 says on its way in is written down.
     let tap = TcpListener::bind("127.0.0.1:0").unwrap();
     let at_tap = tap.local_addr().unwrap().to_string();
@@ -365,7 +365,7 @@ fn a_replayed_introduction_joins_nothing() {
 
 #[test]
 fn a_node_that_sends_garbage_after_joining_is_named() {
-    let machine = Machine::start(machine(1, Place::Remote), echo());
+    let machine = Machine::start(machine(1, NodeHost::Remote), echo());
     let mut stream = TcpStream::connect(&machine.address).unwrap();
     let key = machine_key().node("n0").unwrap();
     let (Answer::Assigned(_), _) = wire::introduce(&stream, &key, &hello("n0")).unwrap() else {
@@ -379,7 +379,7 @@ fn a_node_that_sends_garbage_after_joining_is_named() {
 #[test]
 fn an_address_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let config = MachineConfig { listen: taken.local_addr().ok(), ..machine(1, Place::Local) };
+    let config = MachineConfig { listen: taken.local_addr().ok(), ..machine(1, NodeHost::Local) };
     let fakes = Fakes { behaviour: echo(), started: Started::default() };
     match Coordinator::bind(config.check().unwrap(), machine_key(), Box::new(fakes)) {
         Err(CoordinatorError::InUse(address)) => assert_eq!(Some(address), taken.local_addr().ok()),
@@ -395,7 +395,7 @@ fn lone_coordinator(then: impl FnOnce(TcpStream) + Send + 'static) -> String {
         let (stream, _) = listener.accept().unwrap();
         let keys = machine_key().coordinator(["n0"].into_iter()).unwrap();
         let (_, mut session) = wire::receive_hello(&stream, &keys).unwrap();
-        let config = MachineConfig { silence: Duration::from_secs(1), ..machine(1, Place::Remote) };
+        let config = MachineConfig { silence: Duration::from_secs(1), ..machine(1, NodeHost::Remote) };
         let machine = config.check().unwrap().machine([7; 16], Vec::new());
         let assigned = Assigned { node: 0, machine, fabric_listen: Vec::new() };
         wire::answer(&stream, &mut session.sender, &Answer::Assigned(Box::new(assigned))).unwrap();

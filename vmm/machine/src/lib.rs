@@ -1,4 +1,4 @@
-//! What a machine is before anything of it runs: its file, the checks, where its devices go, its keys, and the words that
+//! A machine before anything of it runs: its file, the checks, the places of its devices, its keys, and the messages that
 //! coordinator and nodes exchange over the control connection.
 //!
 //! ```text

@@ -13,11 +13,8 @@ use super::ffi::{
 };
 use super::library::Library;
 use super::memory::Pd;
-use super::receive::{ReceiveMemory, Share, SpentShare};
+use super::receive::{BATCH, ReceiveMemory, ReceiveQueue, Share, SpentShare};
 use super::send::{SendQueue, SendSlot, Sent, work_id};
-
-/// Receive requests posted with one call.
-pub const MOST_RECEIVES: usize = 32;
 
 /// How to reach the peer's queue pair.
 #[derive(Copy, Clone, Debug, Default)]
@@ -196,7 +193,7 @@ impl Qp {
         let init = QpAttr { qp_state: state::INIT, port_num: port, qp_access_flags: 0, ..QpAttr::default() };
         self.modify(init, mask::STATE | mask::PKEY_INDEX | mask::PORT | mask::ACCESS_FLAGS)
             .map_err(|error| format!("a queue pair cannot use port {port} ({error})"))?;
-        for some in slots.chunks(MOST_RECEIVES) {
+        for some in slots.chunks(BATCH) {
             // SAFETY: all slots of its share, each once: nobody else has them.
             unsafe { self.post_receives(some) }
                 .map_err(|error| format!("a queue pair takes no slot ({error})"))?;
@@ -204,12 +201,18 @@ impl Qp {
         Ok(())
     }
 
-    /// The slots that it receives into, once it is bound.
-    pub(super) fn share(&self) -> Option<&Share> {
-        self.share.as_ref()
+    /// Takes the slots back whose messages were taken from `queue`.
+    ///
+    /// # Errors
+    /// What the device says; the queue pair does not get these slots any more.
+    pub fn refill(&self, queue: &mut ReceiveQueue) -> io::Result<()> {
+        let Some(share) = &self.share else { return Ok(()) };
+        let (slots, count) = queue.untake(share);
+        // SAFETY: slots of its share that the device is done with, each once: they are off the queue's list.
+        unsafe { self.post_receives(&slots[..count]) }
     }
 
-    /// Gives it slots to receive into, at most [`MOST_RECEIVES`].
+    /// Gives it slots to receive into, at most [`BATCH`].
     ///
     /// # Errors
     /// What the device says; none of the slots counts as given then.
@@ -217,12 +220,12 @@ impl Qp {
     /// # Safety
     /// The slots are of its share, and no work request has them.
     pub(super) unsafe fn post_receives(&self, slots: &[u16]) -> io::Result<()> {
-        assert!(slots.len() <= MOST_RECEIVES, "at most {MOST_RECEIVES} slots at once");
+        assert!(slots.len() <= BATCH, "at most {BATCH} slots at once");
         let Some(share) = &self.share else { return Ok(()) };
-        let mut sges = [Sge::default(); MOST_RECEIVES];
+        let mut sges = [Sge::default(); BATCH];
         let mut wrs = [const {
             RecvWr { wr_id: 0, next: std::ptr::null_mut(), sg_list: std::ptr::null_mut(), num_sge: 1 }
-        }; MOST_RECEIVES];
+        }; BATCH];
         let mut next: *mut RecvWr = std::ptr::null_mut();
         for ((slot, sge), wr) in slots.iter().zip(&mut sges).zip(&mut wrs).rev() {
             (wr.wr_id, *sge) = share.work(*slot);

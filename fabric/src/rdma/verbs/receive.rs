@@ -1,9 +1,9 @@
 //! The receiving side of queue pairs: the slots that messages arrive in, and the queue that says so.
 //!
 //! ```text
-//! ReceiveQueue::new ──> Shares ── Qp::bind ──> the device's ── take ──> Received ── give_back ──> the device's
-//!                         ^                                                                          │
-//!                         └── renew <── SpentShare <── Qp::destroy <─────────────────────────────────┘
+//! ReceiveQueue::new ──> Shares ── Qp::bind ──> the device's ── take ──> Received ── Qp::refill ──> the device's
+//!                         ^                                                                           │
+//!                         └── renew <── SpentShare <── Qp::destroy <──────────────────────────────────┘
 //! ```
 //!
 //! A [`Share`] is the right to receive into a part of the slots. It cannot be cloned, and a queue pair keeps it until it
@@ -19,10 +19,9 @@ use std::sync::Arc;
 use super::completion::{Channel, Cq};
 use super::ffi::{Sge, WC_WITH_IMM, Wc, status};
 use super::memory::Slots;
-use super::queue::{MOST_RECEIVES, Qp};
 
-/// Completions taken from the device at once.
-pub const BATCH: usize = MOST_RECEIVES;
+/// Completions taken from the device at once, and slots given to it.
+pub const BATCH: usize = 32;
 
 /// The slots, and the completion queue of those who receive into them.
 pub struct ReceiveMemory {
@@ -149,31 +148,28 @@ impl ReceiveQueue {
                 let (with_immediate, len) = (wc.wc_flags & WC_WITH_IMM != 0, wc.byte_len as usize);
                 received.immediate = with_immediate.then(|| u32::from_be(wc.imm_data));
                 self.taken.push(slot);
-                // SAFETY: the completion says that the device is done with the slot. It gets the slot again by
-                // `give_back`, or with the whole share after `renew`, and both need `self`, which is borrowed meanwhile.
+                // SAFETY: the completion says that the device is done with the slot. It gets the slot again after
+                // `untake`, or with the whole share after `renew`, and both need `self`, which is borrowed meanwhile.
                 received.bytes = unsafe { self.memory.slots.read(usize::from(slot), len) };
             }
             return Some(received);
         }
     }
 
-    /// Gives slots whose messages were taken back to the queue pair that they came from.
-    ///
-    /// # Errors
-    /// What the device says; the queue pair does not get these slots any more.
-    pub fn give_back(&mut self, pair: &Qp) -> io::Result<()> {
-        let Some(share) = pair.share().filter(|share| self.is_current(share)) else { return Ok(()) };
+    /// The slots of `share` whose messages were taken, and how many they are. They are their queue pair's again.
+    pub(super) fn untake(&mut self, share: &Share) -> ([u16; BATCH], usize) {
         let (mut slots, mut count) = ([0; BATCH], 0);
-        self.taken.retain(|slot| {
-            let is_its = share.slots.contains(slot);
-            if is_its {
-                slots[count] = *slot;
-                count += 1;
-            }
-            !is_its
-        });
-        // SAFETY: slots of its own share that the device is done with, each once: they are off the list.
-        unsafe { pair.post_receives(&slots[..count]) }
+        if self.is_current(share) {
+            self.taken.retain(|slot| {
+                let is_its = share.slots.contains(slot);
+                if is_its {
+                    slots[count] = *slot;
+                    count += 1;
+                }
+                !is_its
+            });
+        }
+        (slots, count)
     }
 
     /// Makes a share usable for another queue pair. What the one before it left in the queue is passed over.
@@ -233,7 +229,7 @@ fn parts(work_id: u64) -> (u32, u16) {
 mod tests {
     use super::super::fake;
     use super::super::memory::Pd;
-    use super::super::queue::{Data, Message, Queues, Route};
+    use super::super::queue::{Data, Message, Qp, Queues, Route};
     use super::super::send::SendQueue;
     use super::*;
 
@@ -304,7 +300,7 @@ mod tests {
         for round in 0..3 * SHARE as u8 {
             send(&mut sender, &[round; 9]);
             assert_eq!(take(&mut far.queue), [[round; 9]]);
-            far.queue.give_back(&receiver).unwrap();
+            receiver.refill(&mut far.queue).unwrap();
         }
     }
 
@@ -325,7 +321,7 @@ mod tests {
         let [mut sender, receiver] = connect([&mut near, &mut far]);
         assert_eq!(take(&mut far.queue), [[0; 0]; 0]);
         // Nothing of the last one is on the list, so no slot is given twice: all are needed, each once.
-        far.queue.give_back(&receiver).unwrap();
+        receiver.refill(&mut far.queue).unwrap();
         (0..SHARE as u8).for_each(|i| send(&mut sender, &[i; 5]));
         assert_eq!([take(&mut far.queue), take(&mut far.queue)].concat(), [0, 1, 2, 3].map(|i| [i; 5]));
         send(&mut sender, b"there is no slot for this");

@@ -103,7 +103,7 @@ pub enum Effect {
         /// The finished vector.
         vector: u8,
     },
-    /// [`lapic::Lapic::timer_deadline`] may have changed: arm the host's timer anew.
+    /// [`lapic::Lapic::timer_deadline`] may have changed: arm the host's timer again.
     TimerChanged,
 }
 

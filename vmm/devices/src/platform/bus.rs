@@ -1,6 +1,6 @@
 //! Which device answers at which port or guest physical address.
 
-use super::Device;
+use super::BusDevice;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -10,11 +10,11 @@ use base::lock;
 pub type Shared<D> = Arc<Mutex<D>>;
 
 /// Wraps a device for [`Bus::insert`].
-pub fn share<D: Device>(device: D) -> Shared<D> {
+pub fn share<D: BusDevice>(device: D) -> Shared<D> {
     Arc::new(Mutex::new(device))
 }
 
-/// What is wrong with a range for a device.
+/// An error: a range that a device cannot have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     /// The range is empty or goes past the end of the address space.
@@ -44,11 +44,11 @@ pub enum BusError {
 struct Range {
     /// The last address, so that a range may end with the address space.
     last: u64,
-    device: Shared<dyn Device>,
+    device: Shared<dyn BusDevice>,
 }
 
 /// The device that has an address, and the address's offset in its range.
-type Owner<'a> = Option<(&'a Shared<dyn Device>, u64)>;
+type Owner<'a> = Option<(&'a Shared<dyn BusDevice>, u64)>;
 
 /// A port or memory-mapped bus. Built once, then read by all threads.
 #[derive(Default)]
@@ -66,7 +66,7 @@ impl Bus {
     ///
     /// # Errors
     /// [`BusError`] if the range is empty, too long, or partly taken.
-    pub fn insert(&mut self, base: u64, len: u64, device: Shared<dyn Device>) -> Result<(), BusError> {
+    pub fn insert(&mut self, base: u64, len: u64, device: Shared<dyn BusDevice>) -> Result<(), BusError> {
         let last = len.checked_sub(1).and_then(|rest| base.checked_add(rest));
         let last = last.ok_or(BusError::Range { base, len })?;
         match self.ranges.range(..=last).next_back() {
@@ -134,7 +134,7 @@ mod tests {
     /// Memory that remembers what was written.
     struct Ram(Vec<u8>);
 
-    impl Device for Ram {
+    impl BusDevice for Ram {
         fn read(&mut self, offset: u64, data: &mut [u8]) {
             let offset = offset as usize;
             data.copy_from_slice(&self.0[offset..offset + data.len()]);
@@ -146,7 +146,7 @@ mod tests {
         }
     }
 
-    fn ram(len: u64) -> Shared<dyn Device> {
+    fn ram(len: u64) -> Shared<dyn BusDevice> {
         share(Ram(vec![0; len as usize]))
     }
 

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 
 use machine::control::{Change, SlotId};
 
-use super::Device;
+use super::BusDevice;
 
 /// Offset of the register that holds the next event. Reading all of it takes the event out of the queue.
 pub const EVENT: u64 = 0;
@@ -55,7 +55,7 @@ impl HotPlug {
     }
 }
 
-impl Device for HotPlug {
+impl BusDevice for HotPlug {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let (EVENT, Ok(data)) = (offset, <&mut [u8; 4]>::try_from(data)) {

@@ -1,6 +1,6 @@
 //! The I/O APIC as a device: register window in, routed messages out.
 
-use super::Device;
+use super::BusDevice;
 use crate::irq::Message;
 use crate::irq::ioapic::IoApic;
 
@@ -43,7 +43,7 @@ impl IoApicDevice {
     }
 }
 
-impl Device for IoApicDevice {
+impl BusDevice for IoApicDevice {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         self.ioapic.read(offset, data);
     }

@@ -20,11 +20,11 @@ pub mod power;
 pub mod rtc;
 pub mod serial;
 
-/// Something with registers on a bus.
+/// A device with registers on a bus.
 ///
 /// Offsets count from the device's first port or address and `offset + data.len()` stays within its range; otherwise the
 /// guest chooses them, so every offset and every length must be answered.
-pub trait Device: Send {
+pub trait BusDevice: Send {
     /// The guest reads `data.len()` bytes at `offset`; every byte must be filled.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 

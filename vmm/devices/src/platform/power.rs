@@ -1,6 +1,6 @@
 //! Power-off and reset as hardware-reduced ACPI has them (ACPI 6.5, 4.8.3.6 and 4.8.3.7): three one-byte ports.
 
-use super::{Device, offsets};
+use super::{BusDevice, offsets};
 
 /// Offset of the sleep control register.
 pub const SLEEP_CONTROL: u64 = 0;
@@ -39,7 +39,7 @@ impl Power {
     }
 }
 
-impl Device for Power {
+impl BusDevice for Power {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

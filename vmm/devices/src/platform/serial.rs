@@ -1,6 +1,6 @@
 //! COM1, the console: a 16550A (vm-superio's), whose interrupt line must be an **edge**-triggered pin.
 
-use super::{Device, offsets};
+use super::{BusDevice, offsets};
 use std::convert::Infallible;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,7 +93,7 @@ impl<W: Write + Send> Com1<W> {
     }
 }
 
-impl<W: Write + Send> Device for Com1<W> {
+impl<W: Write + Send> BusDevice for Com1<W> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (byte, offset) in data.iter_mut().zip(offsets(offset)) {
             *byte = u8::try_from(offset).map_or(0xff, |offset| self.uart.read(offset));

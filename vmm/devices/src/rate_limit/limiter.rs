@@ -9,7 +9,7 @@ use super::pool::Member;
 use base::lock;
 use machine::config::limits::Limits;
 
-/// How often a waiting thread looks whether its device is being stopped.
+/// How often a waiting thread checks whether its device is being stopped.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Holds a device to its limits, which may change at any time, and to its part of what several devices may do.

@@ -17,7 +17,7 @@ use machine::control::GivenUp;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::chain::Chain;
-use super::{Device, GuestRam, LiveQueue, Session, Workers, read_block};
+use super::{Activation, GuestRam, LiveQueue, VirtioDevice, Workers, read_block};
 
 /// Feature (5.5.3): the guest may take pages out of the balloon when it runs out of memory.
 const DEFLATE_ON_OOM: u64 = 1 << 2;
@@ -38,7 +38,7 @@ const ACTUAL: usize = 4;
 /// Offset of what the guest fills free pages with.
 const POISON: usize = 12;
 
-/// What the owner wants of a guest, and what the guest has given up.
+/// A balloon's account: the size its owner wants, and what the guest has given up.
 #[derive(Debug, Default)]
 pub struct Account {
     /// Pages that the guest is to put into the balloon.
@@ -51,7 +51,7 @@ pub struct Account {
 
 impl Account {
     /// The balloon is to take `size` bytes from the guest; 0: only what is free. The driver hears of it by
-    /// [`super::Transport::changed`].
+    /// [`super::VirtioPciDevice::changed`].
     pub fn set_size(&self, size: u64) {
         self.target.store(u32::try_from(size / PAGE).unwrap_or(u32::MAX), Ordering::Relaxed);
     }
@@ -93,7 +93,7 @@ impl Balloon {
     }
 }
 
-impl Device for Balloon {
+impl VirtioDevice for Balloon {
     fn id(&self) -> u16 {
         VIRTIO_ID_BALLOON as u16
     }
@@ -125,12 +125,12 @@ impl Device for Balloon {
         }
     }
 
-    fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
+    fn activate(&mut self, activation: Activation, workers: &mut Workers) -> io::Result<()> {
         // Pages that must not become zero are left alone (5.5.6.8).
-        let poisoned = session.features & PAGE_POISON != 0 && self.poison != 0;
+        let poisoned = activation.features & PAGE_POISON != 0 && self.poison != 0;
         // A driver begins with an empty balloon.
         self.account.actual.store(0, Ordering::Relaxed);
-        let mut queues = session.queues.into_iter();
+        let mut queues = activation.queues.into_iter();
         if let Some(inflate) = queues.next().flatten() {
             workers.spawn(move || serve(inflate, |chain, _| inflated(chain)))?;
         }

@@ -124,7 +124,7 @@ impl<'m> Chain<'m> {
     /// The buffers of `descriptors` in `memory`.
     ///
     /// # Errors
-    /// [`ChainError`] for what no sound driver makes.
+    /// [`ChainError`] for what no correct driver makes.
     pub fn new<M>(
         memory: &'m GuestMemoryMmap,
         descriptors: DescriptorChain<M>,

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::chain::Chain;
-use super::{Device, Session, Workers};
+use super::{Activation, VirtioDevice, Workers};
 
 /// Requests that may wait; each is answered at once.
 const QUEUE_SIZE: u16 = 16;
@@ -16,7 +16,7 @@ const MOST: usize = 256;
 /// The device.
 pub struct Entropy;
 
-impl Device for Entropy {
+impl VirtioDevice for Entropy {
     fn id(&self) -> u16 {
         VIRTIO_ID_RNG as u16
     }
@@ -38,8 +38,8 @@ impl Device for Entropy {
         data.fill(0);
     }
 
-    fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
-        for queue in session.queues.into_iter().flatten() {
+    fn activate(&mut self, activation: Activation, workers: &mut Workers) -> io::Result<()> {
+        for queue in activation.queues.into_iter().flatten() {
             workers.spawn(move || queue.serve(fill))?;
         }
         Ok(())

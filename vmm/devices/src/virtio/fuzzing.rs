@@ -1,5 +1,5 @@
 //! What the fuzz targets in `tests/fuzz` and the property tests call: each kind of device, and a driver that may do
-//! anything to it ([`super::hostile`]). Only memory, sockets and a file in memory are behind the devices. Built for
+//! anything to it ([`super::testing::hostile`]). Only memory, sockets and a file in memory are behind the devices. Built for
 //! tests only.
 
 use std::fs::File;
@@ -19,9 +19,9 @@ use super::balloon::Balloon;
 use super::block::{Block, BlockConfig, Disk, MemoryDisk, RawDisk};
 use super::console::{Console, Port as HostPort};
 use super::entropy::Entropy;
-use super::hostile::{Input, drive};
 use super::net::{Net, Port};
 use super::testing::DATA;
+use super::testing::hostile::{Input, drive};
 
 /// Bytes of a disk.
 const DISK: u64 = 64 << 10;
@@ -52,7 +52,7 @@ pub fn block(data: &[u8]) {
         driver.put(header, &[0; 16]);
         driver.put(status, &[0xee]);
         driver.request(1, &[(header, 16, false), (DATA + 0x1000, 512, true), (status, 1, true)]);
-        assert_eq!(driver.get(status, 1), [0], "a sound read fails");
+        assert_eq!(driver.get(status, 1), [0], "a correct read fails");
     });
 }
 
@@ -92,7 +92,7 @@ pub fn network(data: &[u8]) {
     drive(Box::new(card), Input(data), outside, features, |driver| {
         while theirs[0].recv(&mut [0; 64]).is_ok() {}
         driver.request(1, &[(DATA, 76, false)]);
-        assert_eq!(theirs[0].recv(&mut [0; 100]).ok(), Some(76), "a sound packet is lost");
+        assert_eq!(theirs[0].recv(&mut [0; 100]).ok(), Some(76), "a correct packet is lost");
     });
 }
 

@@ -3,8 +3,8 @@
 //!
 //! | file | concept |
 //! |---|---|
-//! | this one | what a device is: [`Device`] |
-//! | [`transport`] | a device as a PCI function: capabilities, registers, doorbells, interrupts |
+//! | this one | what a device is: [`VirtioDevice`] |
+//! | [`pci_device`] | a device as a PCI function: capabilities, registers, doorbells, interrupts |
 //! | [`registers`] | the common configuration registers, a pure state machine |
 //! | [`queue`] | a virtqueue at work: waiting, taking requests, giving them back |
 //! | [`chain`] | one request: the guest's buffers, checked |
@@ -24,7 +24,7 @@
 //! message goes straight to the node of the CPU that it names.
 //!
 //! ```text
-//!   status 0 ── ACKNOWLEDGE, DRIVER ── FEATURES_OK ── DRIVER_OK: start() ── workers run
+//!   status 0 ── ACKNOWLEDGE, DRIVER ── FEATURES_OK ── DRIVER_OK: activate() ── workers run
 //!      ^                                                                        │
 //!      └──────── workers have ended <── stop <── status := 0 ───────────────────┘
 //! ```
@@ -36,45 +36,43 @@ pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod console;
-mod crew;
 pub mod entropy;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-#[cfg(any(test, fuzzing))]
-mod hostile;
 pub mod memory;
 pub mod net;
+pub mod pci_device;
 pub mod queue;
 pub mod registers;
+mod shared_queue;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod testing;
-pub mod transport;
 pub mod workers;
 
 use std::io;
 
 pub use memory::GuestRam;
+pub use pci_device::VirtioPciDevice;
 pub use queue::LiveQueue;
-pub use transport::Transport;
 pub use workers::Workers;
 
-/// What a device is told when its driver is ready.
-pub struct Session {
+/// An activation: the features and queues with which a driver is ready.
+pub struct Activation {
     /// The features that both sides have agreed on.
     pub features: u64,
     /// The queues by number; `None` where the driver uses none.
     pub queues: Vec<Option<LiveQueue>>,
 }
 
-/// A kind of virtio device, without its transport.
-pub trait Device: Send {
+/// A virtio device of some kind, without its PCI function.
+pub trait VirtioDevice: Send {
     /// The device's number in the standard (chapter 5).
     fn id(&self) -> u16;
 
     /// PCI class, subclass and programming interface.
     fn class(&self) -> u32;
 
-    /// The features of its own that it offers; those of rings and transport come from [`Transport`].
+    /// The features of its own that it offers; those of rings and transport come from [`VirtioPciDevice`].
     fn features(&self) -> u64;
 
     /// The largest size of each queue, a power of two.
@@ -93,7 +91,7 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// What keeps the threads from starting; the driver is told that the device needs a reset.
-    fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()>;
+    fn activate(&mut self, activation: Activation, workers: &mut Workers) -> io::Result<()>;
 }
 
 /// Fills `data` with the bytes of a register block from `offset` on, and with 0 beyond its end.

@@ -20,18 +20,18 @@ pub const ISR_QUEUE: u8 = 1;
 /// Bit of the ISR status register: the device's registers have changed.
 pub const ISR_CONFIG: u8 = 2;
 
-/// What the driver did that cannot be served.
+/// A mistake of the driver, for which its queue cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// A malformed request.
     #[error(transparent)]
     Chain(#[from] ChainError),
     /// The rings themselves do not make sense.
-    #[error("its queue is not sound ({0})")]
+    #[error("its queue is invalid ({0})")]
     Ring(virtio_queue::Error),
 }
 
-/// How a device speaks up.
+/// The signals from a device to its driver: interrupts and status bits.
 #[derive(Clone)]
 pub struct Signals {
     /// The device's name in messages.
@@ -65,7 +65,7 @@ impl Signals {
     }
 }
 
-/// What queues work with, the same for all queues of a device.
+/// The context of a device's queues, the same for all of them.
 #[derive(Clone)]
 pub struct QueueContext {
     /// Guest memory.
@@ -74,7 +74,7 @@ pub struct QueueContext {
     pub signals: Signals,
 }
 
-/// What a thread of a queue needs to wait for its bell, or for something else.
+/// The part of a queue that a thread needs to wait for its bell, or for something else.
 pub struct Pause {
     bell: Arc<EventFd>,
     stop: Arc<AtomicBool>,
@@ -198,7 +198,7 @@ impl LiveQueue {
     /// The next request. `memory` is what [`LiveQueue::memory`] gives, cloned.
     ///
     /// # Errors
-    /// A driver that is not sound.
+    /// A driver that breaks the rules.
     pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Result<Option<Chain<'m>>, QueueError> {
         let map = memory.map();
         let next = self.queue.iter(map).map_err(QueueError::Ring)?.next();
@@ -213,7 +213,7 @@ impl LiveQueue {
     /// Gives a request back, with `written` bytes for the driver, and interrupts if it wants that.
     ///
     /// # Errors
-    /// A ring that is not sound.
+    /// A ring with invalid content.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.give_back(head, written)?;
         self.interrupt()
@@ -222,7 +222,7 @@ impl LiveQueue {
     /// Gives a request back without an interrupt; [`LiveQueue::interrupt`] must follow the last of several.
     ///
     /// # Errors
-    /// A ring that is not sound.
+    /// A ring with invalid content.
     pub fn give_back(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         self.queue.add_used(self.context.memory.map(), head, written).map_err(QueueError::Ring)
     }
@@ -230,7 +230,7 @@ impl LiveQueue {
     /// Interrupts the driver if it wants to know of what was given back.
     ///
     /// # Errors
-    /// A ring that is not sound.
+    /// A ring with invalid content.
     pub fn interrupt(&mut self) -> Result<(), QueueError> {
         if self.queue.needs_notification(self.context.memory.map()).map_err(QueueError::Ring)? {
             self.context.signals.raise(&self.vector, ISR_QUEUE);
@@ -241,32 +241,32 @@ impl LiveQueue {
     /// Asks for a bell at the next request; `true` if one is there already.
     ///
     /// # Errors
-    /// A ring that is not sound.
-    pub fn ask(&mut self) -> Result<bool, QueueError> {
+    /// A ring with invalid content.
+    pub fn enable_notification(&mut self) -> Result<bool, QueueError> {
         self.queue.enable_notification(self.context.memory.map()).map_err(QueueError::Ring)
     }
 
     /// Asks for no more bells while requests are being taken.
     ///
     /// # Errors
-    /// A ring that is not sound.
-    pub fn hush(&mut self) -> Result<(), QueueError> {
+    /// A ring with invalid content.
+    pub fn disable_notification(&mut self) -> Result<(), QueueError> {
         self.queue.disable_notification(self.context.memory.map()).map_err(QueueError::Ring)
     }
 
-    /// Serves the queue until it is stopped: `handle` does a request and says how many bytes it wrote. A driver that is
-    /// not sound gives the device up.
+    /// Serves the queue until it is stopped: `handle` does a request and says how many bytes it wrote. A driver that
+    /// breaks the rules stops the device.
     pub fn serve(mut self, mut handle: impl FnMut(&mut Chain) -> u32) {
-        if let Err(error) = self.serve_soundly(&mut handle) {
+        if let Err(error) = self.serve_until_stopped(&mut handle) {
             self.signals().give_up(&error.to_string());
         }
     }
 
-    fn serve_soundly(&mut self, handle: &mut impl FnMut(&mut Chain) -> u32) -> Result<(), QueueError> {
+    fn serve_until_stopped(&mut self, handle: &mut impl FnMut(&mut Chain) -> u32) -> Result<(), QueueError> {
         let memory = self.context.memory.clone();
         // Requests may have come before the first bell.
         loop {
-            self.hush()?;
+            self.disable_notification()?;
             while let Some(mut chain) = self.pop(&memory)? {
                 let written = handle(&mut chain);
                 self.push(chain.head, written)?;
@@ -274,7 +274,7 @@ impl LiveQueue {
                     return Ok(());
                 }
             }
-            if !self.ask()? && !self.wait() {
+            if !self.enable_notification()? && !self.wait() {
                 return Ok(());
             }
         }

@@ -197,8 +197,8 @@ impl Registers {
             return Some(Request::Reset);
         }
         let mut next = value & !NEEDS_RESET;
-        let sound = self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
-        if self.status & FEATURES_OK == 0 && !sound {
+        let allowed = self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
+        if self.status & FEATURES_OK == 0 && !allowed {
             // The driver reads it back and sees that its choice is not possible.
             next &= !FEATURES_OK;
         }

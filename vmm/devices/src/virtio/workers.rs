@@ -50,7 +50,7 @@ impl Workers {
         }
     }
 
-    /// Whether all threads have ended; then they may be started anew.
+    /// Whether all threads have ended; then they may be started again.
     pub fn ended(&mut self) -> bool {
         if !self.threads.iter().all(JoinHandle::is_finished) {
             return false;

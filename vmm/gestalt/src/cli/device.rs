@@ -123,7 +123,7 @@ fn table(devices: &[DeviceState]) -> String {
     rows.iter().map(line).collect()
 }
 
-/// What a guest has given up.
+/// The memory that a guest has given up.
 fn balloon(balloon: &BalloonState) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let given_up = balloon.given_up.map_or("its node does not say what was given up".into(), |given_up| {

@@ -26,7 +26,7 @@ use machine::config::devices::{
 use machine::config::file::{self, parse_fabric};
 use machine::config::rdma::FabricKind;
 use machine::config::units::{parse_duration, parse_size};
-use machine::config::{CheckedMachine, ConfigError, MachineConfig, NodeConfig, Place};
+use machine::config::{CheckedMachine, ConfigError, MachineConfig, NodeConfig, NodeHost};
 use machine::keys::{KeyFile, MachineKey};
 
 /// CPUs per node if nothing is said.
@@ -58,6 +58,8 @@ impl From<FabricArg> for FabricKind {
 
 /// Flags of `gestalt run`. What is given here goes before what the machine file says.
 #[derive(Debug, Args)]
+// What may be left out stands in brackets, as in a manual; no link.
+#[allow(rustdoc::broken_intra_doc_links)]
 pub struct RunArgs {
     /// A machine file (TOML)
     machine: Option<PathBuf>,
@@ -179,7 +181,7 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
     arguments.extend((0..verbose).map(|_| "-v".to_string()));
     let spawner = ProcessSpawner::new(program, arguments);
     let name = config.name.clone();
-    let local: Vec<_> = config.nodes.iter().filter(|node| node.place == Place::Local).cloned().collect();
+    let local: Vec<_> = config.nodes.iter().filter(|node| node.host == NodeHost::Local).cloned().collect();
     let coordinator = Coordinator::bind(config, key, Box::new(spawner))?;
     if !local.is_empty() {
         let needs = Needs {
@@ -266,7 +268,7 @@ fn open_report(path: &Path) -> anyhow::Result<(PathBuf, File)> {
 
 /// Kernel and initrd are on node 0's host; if that is this one, they can be looked at now.
 fn check_files(config: &CheckedMachine) -> anyhow::Result<()> {
-    if config.nodes[0].place == Place::Local && !config.boots_from_disk() {
+    if config.nodes[0].host == NodeHost::Local && !config.boots_from_disk() {
         let source =
             BootSource { kernel: &config.kernel, initrd: config.initrd.as_deref(), cmdline: &config.cmdline };
         boot::check(&source, &config.spec())?;
@@ -342,8 +344,8 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
             }
             ("memory", value) => node.spec.memory = parse_size(value)?,
             ("budget", value) => node.budget = Some(parse_size(value)?),
-            ("where", "local") => node.place = Place::Local,
-            ("where", "remote") => node.place = Place::Remote,
+            ("where", "local") => node.host = NodeHost::Local,
+            ("where", "remote") => node.host = NodeHost::Remote,
             ("where", value) => return Err(wrong(format!("where={value} is neither local nor remote"))),
             ("fabric", value) => node.fabric_listen.push(parse_fabric(value)?),
             (key, value) if node.capacity.set(key, value)? => {}
@@ -363,7 +365,7 @@ mod tests {
         let node =
             parse_node("name=a,cpus=0,memory=1G,where=remote,fabric=192.0.2.2:1,fabric=192.0.3.2").unwrap();
         assert_eq!(node.spec, firmware::NodeSpec { name: "a".into(), cpus: 0, memory: 1 << 30 });
-        assert_eq!(node.place, Place::Remote);
+        assert_eq!(node.host, NodeHost::Remote);
         let rails = ["192.0.2.2:1", "192.0.3.2:0"].map(|address| address.parse().unwrap());
         assert_eq!(node.fabric_listen, rails);
         let node = parse_node("name=a,disk_iops=500,net_bandwidth=1M").unwrap();

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::live::AskerId;
+use super::hotplug::AskerId;
 use crate::operator::{Answer, Request};
 use machine::control::wire::Hello;
 use machine::control::{FromCoordinator, ToCoordinator};

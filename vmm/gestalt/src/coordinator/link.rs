@@ -11,7 +11,7 @@ use std::time::Duration;
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
 
 use super::event::{Event, LinkId};
-use machine::control::wire::{self, HEARTBEAT, MAX_FRAME, Session};
+use machine::control::wire::{self, ControlChannel, HEARTBEAT, MAX_FRAME};
 use machine::control::{FromCoordinator, ToCoordinator};
 
 /// An open connection. Dropping it closes the socket and ends both threads.
@@ -29,7 +29,7 @@ impl Link {
     pub fn open(
         id: LinkId,
         stream: TcpStream,
-        session: Session,
+        session: ControlChannel,
         silence: Duration,
         tell: impl Fn(Event) + Clone + Send + 'static,
     ) -> io::Result<Link> {

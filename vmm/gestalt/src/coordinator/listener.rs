@@ -13,12 +13,12 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use machine::control::wire::{self, Hello, Session};
+use machine::control::wire::{self, ControlChannel, Hello};
 use machine::keys::CoordinatorKeys;
 
 /// The most handshakes at a time; further connections are closed at once.
 const MAX_HANDSHAKES: usize = 1024;
-/// How often the accepting thread looks whether it should end, in milliseconds.
+/// How often the accepting thread checks whether it should end, in milliseconds.
 const LOOK: u16 = 200;
 
 /// Accepts until dropped.
@@ -35,7 +35,7 @@ impl Acceptor {
     pub fn start(
         listener: TcpListener,
         keys: CoordinatorKeys,
-        admitted: impl Fn(TcpStream, Session, Hello, SocketAddr) + Clone + Send + 'static,
+        admitted: impl Fn(TcpStream, ControlChannel, Hello, SocketAddr) + Clone + Send + 'static,
     ) -> io::Result<Acceptor> {
         listener.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -57,7 +57,7 @@ fn accept(
     listener: &TcpListener,
     stop: &AtomicBool,
     keys: &Arc<CoordinatorKeys>,
-    admitted: impl Fn(TcpStream, Session, Hello, SocketAddr) + Clone + Send + 'static,
+    admitted: impl Fn(TcpStream, ControlChannel, Hello, SocketAddr) + Clone + Send + 'static,
 ) {
     let handshakes = Arc::new(AtomicUsize::new(0));
     while !stop.load(Ordering::Relaxed) {

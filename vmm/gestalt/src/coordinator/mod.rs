@@ -9,16 +9,16 @@
 //! ```
 //!
 //! - [`wire`]: bytes on the connection; [`machine::control`] has both sides' words. [`link`] and [`listener`] are our side.
-//! - [`live`]: devices that come, go and change while the machine runs; pure, too.
+//! - [`hotplug`]: devices that come, go and change while the machine runs; pure, too.
 //! - [`session`]: all decisions, pure; [`event`]: what goes in and out. [`cause`]: which sign of a failure is its cause.
 //! - [`spawn`]: processes of local nodes. [`report`]: counters at the end.
 //! - [`Coordinator`]: the loop in the middle of the picture.
 
 pub mod cause;
 pub mod event;
+pub mod hotplug;
 pub mod link;
 pub mod listener;
-pub mod live;
 pub mod report;
 pub mod session;
 pub mod spawn;
@@ -37,9 +37,9 @@ use crate::operator;
 use crate::operator::server::Asked;
 use crate::terminal;
 use event::{Action, Event, Interrupt, LinkId, Outcome};
+use hotplug::AskerId;
 use link::Link;
 use listener::Acceptor;
-use live::AskerId;
 use machine::config::{CheckedMachine, MachineConfig};
 use machine::control::wire::{self, Answer, Assigned, Hello};
 use machine::control::{FromCoordinator, Machine};
@@ -77,7 +77,7 @@ pub enum CoordinatorError {
     Io(#[from] io::Error),
 }
 
-/// What the coordinator is connected to on the operator's side.
+/// The operator's side of the coordinator: terminal, wishes and requests.
 pub struct Console {
     /// Bytes typed; a bounded channel, so that a pipe is read no faster than the guest takes it. A closed
     /// channel is the end of input, not of the machine.
@@ -112,10 +112,10 @@ pub struct Coordinator {
     spawner: Box<dyn Spawner>,
 }
 
-/// What wakes the loop.
+/// A wake-up of the coordinator's loop.
 enum Wake {
     Event(Event),
-    Hello(TcpStream, Box<wire::Session>, Hello, SocketAddr),
+    Hello(TcpStream, Box<wire::ControlChannel>, Hello, SocketAddr),
 }
 
 impl Coordinator {
@@ -216,7 +216,7 @@ struct Driver {
     session: Session,
     tell: Sender<Wake>,
     /// Introduced, not answered yet.
-    waiting: HashMap<LinkId, (TcpStream, Box<wire::Session>)>,
+    waiting: HashMap<LinkId, (TcpStream, Box<wire::ControlChannel>)>,
     links: HashMap<LinkId, Link>,
     processes: Processes,
     next_link: LinkId,
@@ -278,7 +278,7 @@ impl Driver {
 
     fn knock(
         &mut self,
-        who: (TcpStream, Box<wire::Session>),
+        who: (TcpStream, Box<wire::ControlChannel>),
         hello: Hello,
         from: SocketAddr,
     ) -> Result<(), CoordinatorError> {

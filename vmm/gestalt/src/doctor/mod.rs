@@ -340,5 +340,4 @@ fn limits(facts: &HostFacts, findings: &mut Vec<Finding>) {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
 mod tests;

@@ -1,4 +1,4 @@
-//! What an operator says to a running machine: `gestalt device`.
+//! The operator's words to a running machine: `gestalt device`.
 //!
 //! ```text
 //!  gestalt device ── client ══ Unix socket ══ server ── requests ──> coordinator ── orders ──> nodes
@@ -30,7 +30,7 @@ use machine::control::GivenUp;
 /// Longest request or answer, in bytes.
 pub const MAX_LINE: u64 = 1 << 20;
 
-/// What an operator wants.
+/// A request of an operator.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
@@ -55,7 +55,7 @@ pub enum Request {
     },
 }
 
-/// What becomes of it.
+/// The answer to a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Answer {

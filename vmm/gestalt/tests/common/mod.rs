@@ -5,7 +5,7 @@
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use machine::config::{MachineConfig, NodeConfig, Place};
+use machine::config::{MachineConfig, NodeConfig, NodeHost};
 use machine::control::join::{JoinOptions, Watchdog, join};
 use machine::control::wire::Hello;
 use machine::control::{
@@ -20,8 +20,8 @@ use machine::config::devices::PlacedKind;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// `nodes` nodes named n0, n1, ..
-pub fn machine(nodes: usize, place: Place) -> MachineConfig {
-    let node = |index| NodeConfig { place, ..NodeConfig::new(&format!("n{index}"), 1, 256 << 20) };
+pub fn machine(nodes: usize, host: NodeHost) -> MachineConfig {
+    let node = |index| NodeConfig { host, ..NodeConfig::new(&format!("n{index}"), 1, 256 << 20) };
     MachineConfig {
         kernel: "vmlinuz".into(),
         listen: Some("127.0.0.1:0".parse().unwrap()),

@@ -11,7 +11,7 @@ use firmware::pci::HOT_SLOTS;
 use super::devices::{DeviceRequest, PlacedDevice, check_share, place, place_next};
 use super::rdma::FabricKind;
 use super::units::{check_name, check_word};
-use super::{ConfigError, MAX_HOLD, MAX_SHARDS, MIN_SILENCE, MachineConfig, NodeConfig, Place, wrong};
+use super::{ConfigError, MAX_HOLD, MAX_SHARDS, MIN_SILENCE, MachineConfig, NodeConfig, NodeHost, wrong};
 use crate::control::Machine;
 
 /// A machine whose description has been checked, with every device in its place; what a coordinator starts. It reads like
@@ -162,7 +162,7 @@ impl MachineConfig {
         {
             return wrong("a rail must be the address of a network card: 0.0.0.0 is all of them");
         }
-        let remote = self.nodes.iter().find(|node| node.place == Place::Remote);
+        let remote = self.nodes.iter().find(|node| node.host == NodeHost::Remote);
         let Some(remote) = remote.map(|node| &node.spec.name) else { return Ok(()) };
         if self.key.is_none() {
             return wrong(format!(
@@ -177,7 +177,7 @@ impl MachineConfig {
             ));
         };
         let nowhere = |node: &&NodeConfig| {
-            node.place == Place::Local
+            node.host == NodeHost::Local
                 && node.fabric_listen.first().is_none_or(|address| address.ip().is_unspecified())
         };
         if listen.ip().is_unspecified()
@@ -202,8 +202,8 @@ mod tests {
     use super::*;
     use crate::config::devices::{PlacedKind, parse_disk};
 
-    fn node(name: &str, place: Place) -> NodeConfig {
-        NodeConfig { place, ..NodeConfig::new(name, 1, 256 << 20) }
+    fn node(name: &str, host: NodeHost) -> NodeConfig {
+        NodeConfig { host, ..NodeConfig::new(name, 1, 256 << 20) }
     }
 
     fn machine(nodes: Vec<NodeConfig>) -> MachineConfig {
@@ -216,20 +216,21 @@ mod tests {
 
     #[test]
     fn a_plain_machine_passes() {
-        let checked = machine(vec![node("n0", Place::Local), node("n1", Place::Local)]).check().unwrap();
+        let checked =
+            machine(vec![node("n0", NodeHost::Local), node("n1", NodeHost::Local)]).check().unwrap();
         assert_eq!((checked.placed(), checked.rails()), (&[][..], 1));
     }
 
     #[test]
     fn each_thing_wrong_has_its_own_sentence() {
-        let good = machine(vec![node("n0", Place::Local)]);
+        let good = machine(vec![node("n0", NodeHost::Local)]);
         let cases: Vec<(MachineConfig, &str)> = vec![
             (MachineConfig { kernel: PathBuf::new(), ..good.clone() }, "no kernel"),
             (
                 MachineConfig {
                     kernel: PathBuf::new(),
                     devices: vec![parse_disk("a.img,node=n1").unwrap()],
-                    ..machine(vec![node("n0", Place::Local), node("n1", Place::Local)])
+                    ..machine(vec![node("n0", NodeHost::Local), node("n1", NodeHost::Local)])
                 },
                 "no kernel",
             ),
@@ -238,17 +239,20 @@ mod tests {
             (MachineConfig { silence: Duration::from_millis(100), ..good.clone() }, "too short"),
             (MachineConfig { hold: Duration::from_secs(1), ..good.clone() }, "stall every other node"),
             (
-                machine(vec![NodeConfig { budget: Some(256 << 20), ..node("b", Place::Local) }]),
+                machine(vec![NodeConfig { budget: Some(256 << 20), ..node("b", NodeHost::Local) }]),
                 "256 MiB, is too small",
             ),
-            (machine(vec![node("a b", Place::Local)]), "cannot be a node's name"),
-            (machine(vec![node("n0", Place::Local), node("n0", Place::Local)]), "n0"),
+            (machine(vec![node("a b", NodeHost::Local)]), "cannot be a node's name"),
+            (machine(vec![node("n0", NodeHost::Local), node("n0", NodeHost::Local)]), "n0"),
             (machine(vec![]), "no node"),
-            (machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]), "must prove who it is"),
+            (
+                machine(vec![node("n0", NodeHost::Local), node("n1", NodeHost::Remote)]),
+                "must prove who it is",
+            ),
             (
                 MachineConfig {
                     key: Some("k".into()),
-                    ..machine(vec![node("n0", Place::Local), node("n1", Place::Remote)])
+                    ..machine(vec![node("n0", NodeHost::Local), node("n1", NodeHost::Remote)])
                 },
                 "needs to know where",
             ),
@@ -263,7 +267,7 @@ mod tests {
     fn a_disk_of_the_first_node_takes_the_place_of_a_kernel() {
         for disk in ["a.img", "a.img,node=n0"] {
             let devices = vec![parse_disk(disk).unwrap()];
-            let nodes = vec![node("n0", Place::Local)];
+            let nodes = vec![node("n0", NodeHost::Local)];
             let config = MachineConfig { kernel: PathBuf::new(), devices, ..machine(nodes) };
             config.check().unwrap();
         }
@@ -271,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_wildcard_address_needs_fabric_addresses_when_others_join() {
-        let mut config = machine(vec![node("n0", Place::Local), node("n1", Place::Remote)]);
+        let mut config = machine(vec![node("n0", NodeHost::Local), node("n1", NodeHost::Remote)]);
         config.key = Some("machine.key".into());
         config.listen = Some("0.0.0.0:7700".parse().unwrap());
         assert!(refusal(&config).contains("cannot reach node \"n0\""));
@@ -281,7 +285,7 @@ mod tests {
 
     #[test]
     fn all_nodes_have_as_many_rails() {
-        let mut config = machine(vec![node("n0", Place::Local), node("n1", Place::Local)]);
+        let mut config = machine(vec![node("n0", NodeHost::Local), node("n1", NodeHost::Local)]);
         let rails = |addresses: &[&str]| addresses.iter().map(|address| address.parse().unwrap()).collect();
         config.nodes[0].fabric_listen = rails(&["192.0.2.1:0", "198.51.100.1:0"]);
         assert!(refusal(&config).contains("node \"n1\" has 1 rails and another node 2"));
@@ -293,7 +297,7 @@ mod tests {
 
     #[test]
     fn a_device_without_a_place_makes_no_machine() {
-        let nodes = || vec![node("n0", Place::Local)];
+        let nodes = || vec![node("n0", NodeHost::Local)];
         let with = |devices: &[&str]| MachineConfig {
             devices: devices.iter().map(|text| parse_disk(text).unwrap()).collect(),
             ..machine(nodes())
@@ -309,7 +313,7 @@ mod tests {
     fn a_running_machine_places_one_more_device_beside_those_it_has() {
         let config = MachineConfig {
             devices: vec![parse_disk("a.img").unwrap()],
-            ..machine(vec![node("n0", Place::Local)])
+            ..machine(vec![node("n0", NodeHost::Local)])
         };
         let checked = config.check().unwrap();
         let more = checked.place_more(&parse_disk("b.img").unwrap(), checked.placed()).unwrap();

@@ -63,7 +63,7 @@ impl Seed {
             }
         }
         let network_config = self.network_config.as_deref().map(read).transpose()?;
-        // What is told anew must have a new id, or cloud-init believes that it knows it.
+        // What is told again must have a new id, or cloud-init believes that it knows it.
         let network = network_config.as_deref().unwrap_or_default();
         let id = fnv(&[user_data.as_bytes(), meta_data.as_bytes(), network.as_bytes()]);
         let meta_data = format!("instance-id: gestalt-{id:016x}\n{meta_data}");
@@ -114,7 +114,7 @@ mod tests {
         assert!(id.starts_with("instance-id: gestalt-"));
         assert_eq!(rest, "local-hostname: big\npublic-keys:\n  - \"ssh-ed25519 AAAA \\\"me\\\"\"\n");
         let other = told(&Seed { hostname: Some("small".into()), ..seed });
-        assert_ne!(other.1.lines().next(), Some(id), "what is told anew has a new id");
+        assert_ne!(other.1.lines().next(), Some(id), "what is told again has a new id");
     }
 
     #[test]

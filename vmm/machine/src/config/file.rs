@@ -9,7 +9,7 @@
 //! listen = "192.0.2.1:7700"           # default: loopback, any port
 //! silence = "3s"                      # a node that says nothing for so long is lost
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
-//! hold = "100us"                      # how long a node keeps a page it just won
+//! hold = "0us"                        # how long a node keeps a page it just won at least; 0: as long as is right
 //! join_timeout = "10min"
 //! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
 //! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own
@@ -79,7 +79,7 @@ use crate::config::devices::{DeviceRequest, RequestedKind, parse_mac};
 use crate::config::limits::{Capacity, Limits};
 use crate::config::rdma::{FabricKind, RdmaForm};
 use crate::config::units::{parse_duration, parse_size};
-use crate::config::{ConfigError, MachineConfig, NodeConfig, Place};
+use crate::config::{ConfigError, MachineConfig, NodeConfig, NodeHost};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -183,7 +183,7 @@ struct NodeForm {
     net_iops: Option<u64>,
     net_bandwidth: Option<SizeForm>,
     #[serde(default, rename = "where")]
-    place: PlaceForm,
+    host: HostForm,
     #[serde(default)]
     fabric: RailsForm,
 }
@@ -219,7 +219,7 @@ impl SizeForm {
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
-enum PlaceForm {
+enum HostForm {
     #[default]
     Local,
     Remote,
@@ -354,12 +354,12 @@ fn node(form: NodeForm) -> Result<NodeConfig, ConfigError> {
     };
     let rails = rails.iter().map(|address| parse_fabric(address));
     let fabric_listen = rails.collect::<Result<_, _>>().map_err(at)?;
-    let place = match form.place {
-        PlaceForm::Local => Place::Local,
-        PlaceForm::Remote => Place::Remote,
+    let host = match form.host {
+        HostForm::Local => NodeHost::Local,
+        HostForm::Remote => NodeHost::Remote,
     };
     let spec = NodeSpec { name: form.name, cpus: form.cpus, memory };
-    Ok(NodeConfig { spec, budget, capacity, place, fabric_listen })
+    Ok(NodeConfig { spec, budget, capacity, host, fabric_listen })
 }
 
 /// A fabric address: with a port, or without one (the kernel chooses).
@@ -446,7 +446,7 @@ mod tests {
         assert_eq!(config.listen, Some("127.0.0.1:7700".parse().unwrap()));
         assert_eq!(config.silence, Duration::from_secs(4));
         assert_eq!(config.nodes[0].spec, NodeSpec { name: "n0".into(), cpus: 2, memory: 512 << 20 });
-        assert_eq!(config.nodes[0].place, Place::Local);
+        assert_eq!(config.nodes[0].host, NodeHost::Local);
         assert_eq!(config.nodes[1].spec.memory, 128 << 20);
         assert_eq!([0, 1].map(|node| config.nodes[node].budget), [None, Some(150 << 20)]);
         let disks = Limits { iops: Some(800), bandwidth: None };
@@ -455,7 +455,7 @@ mod tests {
             [0, 1].map(|node| config.nodes[node].capacity),
             [Capacity::default(), Capacity { disks, cards }]
         );
-        assert_eq!(config.nodes[1].place, Place::Remote);
+        assert_eq!(config.nodes[1].host, NodeHost::Remote);
         assert_eq!(config.nodes[0].fabric_listen, []);
         assert_eq!(config.nodes[1].fabric_listen, ["192.0.2.2:0".parse().unwrap()]);
         assert_eq!((config.key.as_deref(), config.plaintext_fabric), (Some(Path::new("machine.key")), true));

@@ -1,5 +1,5 @@
-//! What a device may do: requests and bytes each second, of its own or as its part of what the devices of a node may do
-//! together. The crate `devices` keeps it.
+//! Limits of a device: requests and bytes each second, of its own or as its part of what the devices of a node may do
+//! together. The crate `devices` enforces them.
 //!
 //! ```text
 //!  --disk x.img,iops=500,bandwidth=20M   gestalt device set disk0 iops=none
@@ -44,7 +44,7 @@ pub fn check_share(share: u32) -> Result<(), ConfigError> {
     Err(ConfigError(format!("a share of {share} is not possible: choose 1 to {MAX_SHARE}")))
 }
 
-/// What the devices of one node may do each second all together, split by their shares.
+/// A node's capacity: the limits of all its devices together, split by their shares.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capacity {
     /// All disks.
@@ -75,7 +75,7 @@ impl Capacity {
     }
 }
 
-/// What a device may do each second; `None`: as much as it can.
+/// A device's limits for each second; `None`: as much as it can.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Requests or packets each second, at least 1.

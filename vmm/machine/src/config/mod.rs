@@ -8,7 +8,7 @@
 //! | file | concept |
 //! |---|---|
 //! | this one | the structure that files and flags fill |
-//! | [`file`] | machine files |
+//! | [`mod@file`] | machine files |
 //! | [`units`] | sizes, durations and names |
 //! | [`check`] | the checks that need no host, and the machine that has passed them |
 //! | [`devices`] | disks, network cards and the like: asked for, and placed |
@@ -39,8 +39,9 @@ use self::rdma::{FabricKind, RdmaConfig};
 pub const DEFAULT_SILENCE: Duration = Duration::from_secs(3);
 /// The shortest silence that can be told from a busy host: several heartbeats (every 0.5 s) must fit.
 pub const MIN_SILENCE: Duration = Duration::from_secs(1);
-/// How long a node keeps a page that it just won, unless the machine file says otherwise.
-pub const DEFAULT_HOLD: Duration = Duration::from_micros(100);
+/// How long a node keeps a page that it just won at least, unless the machine file says otherwise: as long as the engine
+/// finds right.
+pub const DEFAULT_HOLD: Duration = Duration::ZERO;
 /// The longest hold: every other node's access to the page waits for it.
 pub const MAX_HOLD: Duration = Duration::from_millis(100);
 /// CPUs of the largest node for each coherence shard, unless the machine file says how many shards there are: one
@@ -57,18 +58,18 @@ pub const DEFAULT_JOIN_REMOTE: Duration = Duration::from_secs(600);
 /// The guest's command line if none is given: Linux then speaks on the terminal.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
-/// What is wrong with a machine's description, in a sentence that says what to do.
+/// A mistake in a machine's description, in a sentence that says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
 
-/// Who starts a node's process.
+/// The host of a node, which says who starts its process.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Default)]
-pub enum Place {
-    /// `gestalt run` does, on its own host.
+pub enum NodeHost {
+    /// The host of `gestalt run`, which starts it.
     #[default]
     Local,
-    /// Somebody runs `gestalt node` on another host.
+    /// Another, where somebody runs `gestalt node`.
     Remote,
 }
 
@@ -82,8 +83,8 @@ pub struct NodeConfig {
     pub budget: Option<u64>,
     /// What its devices may do all together.
     pub capacity: Capacity,
-    /// Who starts it.
-    pub place: Place,
+    /// Where it runs.
+    pub host: NodeHost,
     /// Where its fabric listens, an address for each rail. Without any it is the one that its control connection
     /// comes from, which is loopback as long as everything is on one host.
     pub fabric_listen: Vec<SocketAddr>,
@@ -96,7 +97,7 @@ impl NodeConfig {
             spec: NodeSpec { name: name.into(), cpus, memory },
             budget: None,
             capacity: Capacity::default(),
-            place: Place::Local,
+            host: NodeHost::Local,
             fabric_listen: Vec::new(),
         }
     }
@@ -135,7 +136,7 @@ pub struct MachineConfig {
     pub plaintext_fabric: bool,
     /// How long the nodes may take to join; `None` for [`DEFAULT_JOIN_LOCAL`] or [`DEFAULT_JOIN_REMOTE`].
     pub join_timeout: Option<Duration>,
-    /// What carries the fabric's frames.
+    /// The carrier of the fabric's frames.
     pub fabric: FabricKind,
     /// Which RDMA ports, if RDMA does.
     pub rdma: RdmaConfig,
@@ -204,7 +205,7 @@ impl MachineConfig {
 
     /// Whether somebody has to start nodes elsewhere.
     pub fn has_remote_nodes(&self) -> bool {
-        self.nodes.iter().any(|node| node.place == Place::Remote)
+        self.nodes.iter().any(|node| node.host == NodeHost::Remote)
     }
 
     /// Where to listen.

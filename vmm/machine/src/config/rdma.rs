@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ConfigError;
 
-/// What carries the fabric's frames.
+/// The carrier of the fabric's frames.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FabricKind {

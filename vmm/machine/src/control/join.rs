@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use base::lock;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
-use super::wire::{self, Answer, Assigned, HEARTBEAT, Hello, MAX_FRAME, Session, WireError};
+use super::wire::{self, Answer, Assigned, ControlChannel, HEARTBEAT, Hello, MAX_FRAME, WireError};
 use crate::control::{Assignment, Control, ControlEnd, FromCoordinator, Outgoing, Stop, ToCoordinator};
 use crate::keys::NodeKey;
 
@@ -37,7 +37,7 @@ pub struct JoinOptions {
     pub watchdog: Watchdog,
 }
 
-/// What ends a node that does not end by itself.
+/// The watchdog that ends a node which does not end by itself.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Watchdog {
     /// The process is ended, [`ORPHAN_GRACE`] after the coordinator was lost or [`Stop::grace`] after Stop.
@@ -147,11 +147,11 @@ fn connect(address: &str, deadline: Instant) -> Result<io::Result<TcpStream>, Jo
 
 fn open(
     stream: TcpStream,
-    session: Session,
+    session: ControlChannel,
     assigned: Assigned,
     options: &JoinOptions,
 ) -> io::Result<(Assignment, Control)> {
-    let Session { sender, receiver } = session;
+    let ControlChannel { sender, receiver } = session;
     let silence = assigned.machine.silence;
     stream.set_read_timeout(Some(silence))?;
     stream.set_write_timeout(Some(silence))?;

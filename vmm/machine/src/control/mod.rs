@@ -75,7 +75,7 @@ pub struct Machine {
     pub plaintext_fabric: bool,
 }
 
-/// What a node is told when the coordinator accepts it.
+/// A node's assignment: the coordinator's answer when it accepts the node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Assignment {
     /// This node's index in `machine.spec.nodes`.
@@ -86,7 +86,7 @@ pub struct Assignment {
     pub fabric_listen: Vec<SocketAddr>,
 }
 
-/// What a node contributes to the decisions that need all of them.
+/// A node's contribution to the decisions that need all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joined {
     /// Where its peers reach its fabric, by rail.
@@ -145,7 +145,7 @@ impl Stop {
 pub enum Exit {
     /// The machine is over.
     End,
-    /// The machine starts again: a node that `gestalt run` did not start itself joins anew.
+    /// The machine starts again: a node that `gestalt run` did not start itself joins again.
     Restart,
 }
 
@@ -167,7 +167,7 @@ pub struct SlotId {
     pub slot: u8,
 }
 
-/// What the guest is told of a slot. Its number is what the AML notifies the slot's object of (ACPI 6.5, 5.6.6).
+/// The news of a slot for the guest. Its number is what the AML notifies the slot's object of (ACPI 6.5, 5.6.6).
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
     /// A device has come: "device check".
@@ -176,7 +176,7 @@ pub enum Change {
     Leave = 3,
 }
 
-/// What a guest has given up.
+/// The memory that a guest has given up.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GivenUp {
@@ -186,7 +186,7 @@ pub struct GivenUp {
     pub reported: u64,
 }
 
-/// What can be changed of a device while it is used.
+/// A setting of a device that can be changed while it is used.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Setting {
     /// A disk or a network card is held to these limits.
@@ -200,7 +200,7 @@ pub enum Setting {
     Size(u64),
 }
 
-/// What is asked of a node's devices while the machine runs.
+/// An order to a node's devices while the machine runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceOrder {
     /// Open this device, which is to be on this node, and put it into its slot.
@@ -231,10 +231,10 @@ pub enum DeviceOrder {
     },
 }
 
-/// What a node has measured, if that is what it was asked for; or why it cannot do what it was asked for, a sentence.
+/// The result of an order: a measurement, if one was asked for; or why the node cannot obey, a sentence.
 pub type DeviceResult = Result<Option<GivenUp>, String>;
 
-/// What a node says to the coordinator.
+/// A message from a node to the coordinator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToCoordinator {
     /// Sent by [`Control`] itself; nobody else needs it.
@@ -278,7 +278,7 @@ pub enum ToCoordinator {
     Dump(String),
 }
 
-/// What the coordinator says to a node.
+/// A message from the coordinator to a node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FromCoordinator {
     /// Consumed by [`Control`] itself; never returned by it.
@@ -324,7 +324,7 @@ pub enum ControlError {
     Unexpected(&'static str),
 }
 
-/// What goes to the thread that writes to the coordinator.
+/// An item for the thread that writes to the coordinator.
 #[derive(Debug)]
 pub enum Outgoing {
     /// A message, in order.

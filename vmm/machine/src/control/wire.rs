@@ -128,7 +128,7 @@ pub enum WireError {
     /// Its handshake or one of its frames does not prove that it is who it should be.
     #[error("{0}")]
     Secure(#[from] SecureError),
-    /// Its key is sound, and that of no node of this machine.
+    /// Its key is valid, and that of no node of this machine.
     #[error(
         "its key is of no node of this machine: see that it has this machine's key and one of its nodes' names"
     )]
@@ -207,23 +207,23 @@ fn read_exactly(stream: &mut impl Read, length: usize) -> Result<Vec<u8>, WireEr
     Ok(payload)
 }
 
-/// The sending direction of a session whose handshake is done.
+/// The sending direction of a control connection.
 pub struct Sender(Sealer);
 
 /// The receiving direction.
 pub struct Receiver(Opener);
 
-/// A session whose handshake is done.
-pub struct Session {
+/// A control connection whose handshake is done.
+pub struct ControlChannel {
     /// What this side says.
     pub sender: Sender,
     /// What it hears.
     pub receiver: Receiver,
 }
 
-impl Session {
-    fn new(SecureChannel { sealer, opener }: SecureChannel) -> Session {
-        Session { sender: Sender(sealer), receiver: Receiver(opener) }
+impl ControlChannel {
+    fn new(SecureChannel { sealer, opener }: SecureChannel) -> ControlChannel {
+        ControlChannel { sender: Sender(sealer), receiver: Receiver(opener) }
     }
 }
 
@@ -318,7 +318,11 @@ fn check_preamble(bytes: &[u8]) -> Result<(), WireError> {
 ///
 /// # Errors
 /// What the coordinator does wrong, as a clause about it.
-pub fn introduce(stream: &TcpStream, key: &NodeKey, hello: &Hello) -> Result<(Answer, Session), WireError> {
+pub fn introduce(
+    stream: &TcpStream,
+    key: &NodeKey,
+    hello: &Hello,
+) -> Result<(Answer, ControlChannel), WireError> {
     let mut stream = Deadline::new(stream, HANDSHAKE_TIME)?;
     let preamble = preamble();
     let mut shake = Handshake::call(PATTERN, &key.private, &key.coordinator, &preamble)?;
@@ -331,7 +335,7 @@ pub fn introduce(stream: &TcpStream, key: &NodeKey, hello: &Hello) -> Result<(An
     let mut session = match greeting.split_first() {
         Some((&GREETED, message)) => {
             shake.read(message)?;
-            Session::new(shake.finish()?)
+            ControlChannel::new(shake.finish()?)
         }
         Some((&tag @ (REFUSED | REFUSED_FOR_NOW), why)) => {
             return Err(WireError::Refused { why: printable(why), later: tag == REFUSED_FOR_NOW });
@@ -359,7 +363,10 @@ fn printable(text: &[u8]) -> String {
 ///
 /// # Errors
 /// What the stranger does wrong, as a clause about it. It has been told.
-pub fn receive_hello(stream: &TcpStream, keys: &CoordinatorKeys) -> Result<(Hello, Session), WireError> {
+pub fn receive_hello(
+    stream: &TcpStream,
+    keys: &CoordinatorKeys,
+) -> Result<(Hello, ControlChannel), WireError> {
     let mut guarded = Deadline::new(stream, HANDSHAKE_TIME)?;
     let (mut session, name) = greet(&mut guarded, keys).inspect_err(|error| {
         let why = match error {
@@ -388,7 +395,7 @@ pub fn receive_hello(stream: &TcpStream, keys: &CoordinatorKeys) -> Result<(Hell
 }
 
 /// The handshake proper: the session, and whose key the node has.
-fn greet(stream: &mut Deadline, keys: &CoordinatorKeys) -> Result<(Session, String), WireError> {
+fn greet(stream: &mut Deadline, keys: &CoordinatorKeys) -> Result<(ControlChannel, String), WireError> {
     let preamble = read_frame(stream, MAX_HELLO).map_err(|error| match error {
         WireError::Length { .. } => WireError::Stranger,
         other => other,
@@ -400,7 +407,7 @@ fn greet(stream: &mut Deadline, keys: &CoordinatorKeys) -> Result<(Session, Stri
     let name = shake.peer().and_then(|key| keys.name_of(&key).map(str::to_owned));
     let name = name.ok_or(WireError::UnknownKey)?;
     write_frame(stream, &[&[GREETED][..], &shake.write()?].concat())?;
-    Ok((Session::new(shake.finish()?), name))
+    Ok((ControlChannel::new(shake.finish()?), name))
 }
 
 /// Answers a [`Hello`].
@@ -502,13 +509,13 @@ mod tests {
     }
 
     /// Both ends of a session.
-    fn sessions() -> (Session, Session) {
+    fn sessions() -> (ControlChannel, ControlChannel) {
         let key = |byte| fabric::secure::PrivateKey::from_bytes([byte; 32]);
         let mut near = Handshake::call(PATTERN, &key(1), &key(2).public(), b"").unwrap();
         let mut far = Handshake::answer(PATTERN, &key(2), None, b"").unwrap();
         far.read(&near.write().unwrap()).unwrap();
         near.read(&far.write().unwrap()).unwrap();
-        (Session::new(near.finish().unwrap()), Session::new(far.finish().unwrap()))
+        (ControlChannel::new(near.finish().unwrap()), ControlChannel::new(far.finish().unwrap()))
     }
 
     #[test]

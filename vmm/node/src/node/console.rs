@@ -49,7 +49,7 @@ pub fn output(mut sink: impl FnMut(Vec<u8>) + Send + 'static) -> io::Result<(Con
     Ok((ConsoleOut(sender), thread))
 }
 
-/// What the input thread is told.
+/// A message for the input thread.
 pub enum Input {
     /// Somebody typed.
     Typed(Vec<u8>),

@@ -1,4 +1,4 @@
-//! What one node does, from its assignment to the machine's end.
+//! The life of one node, from its assignment to the machine's end.
 //!
 //! ```text
 //! run ─ Joined ─> Start ─ mesh ─ memory ─ engine ─ devices ─ clock ─ vCPUs ─> Ready ─> Go ─ watch ─> Stop ─> report
@@ -8,20 +8,20 @@
 //! |---|---|
 //! | this one | the order of things |
 //! | [`parts`] | the node's parts, built one after the other |
-//! | [`board`] | node 0's devices |
+//! | [`platform`] | node 0's devices |
 //! | [`boot_disk`] | the kernel, named or out of a disk |
-//! | [`peripherals`] | this node's disks and network cards |
-//! | [`live`] | devices that come, go or change while the machine runs |
+//! | [`pci_devices`] | this node's disks and network cards |
+//! | [`orders`] | devices that come, go or change while the machine runs |
 //! | [`console`] | COM1 and the coordinator's terminal |
 //! | [`counters`] | the report |
 
-pub mod board;
 pub mod boot_disk;
 pub mod console;
 pub mod counters;
-pub mod live;
+pub mod orders;
 pub mod parts;
-pub mod peripherals;
+pub mod pci_devices;
+pub mod platform;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +47,7 @@ const FLUSH: Duration = Duration::from_millis(500);
 /// How long vCPUs may take to leave the guest at the end, or to show their registers.
 const VCPUS: Duration = Duration::from_millis(300);
 
-/// What happens to a running node.
+/// An event in the life of a running node.
 #[derive(Debug)]
 pub enum Event {
     /// The guest switched the machine off or asked for a reboot.

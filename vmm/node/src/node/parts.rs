@@ -17,11 +17,11 @@ use fabric::{NodeId, Transport};
 use firmware::{Layout, acpi, boot, cpuid};
 use kvm_ioctls::Kvm;
 
-use super::board::Board;
 use super::boot_disk::BootPaths;
 use super::console::{self, Input};
-use super::peripherals::Peripherals;
-use super::{Event, StateText, VCPUS, counters, live};
+use super::pci_devices::PciDevices;
+use super::platform::Platform;
+use super::{Event, StateText, VCPUS, counters, orders};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
 use crate::disk_search;
@@ -48,7 +48,7 @@ const SPIN: Duration = Duration::from_micros(50);
 /// Events of the trace in a dump.
 const TRACE: usize = 4000;
 
-/// What this host contributes, before the others are known.
+/// This host's contribution, before the others are known.
 pub struct Host {
     kvm: Kvm,
     cpu: HostCpu,
@@ -144,20 +144,20 @@ impl Node {
 
         let (input, inputs) = unbounded();
         let (mut local, hotplug) = match node.0 {
-            0 => board(&router, control, events, input.clone(), inputs)?,
+            0 => platform(&router, control, events, input.clone(), inputs)?,
             _ => (LocalDevices::default(), None),
         };
-        let mut peripherals = None;
+        let mut pci = None;
         if machine.spec.pci {
             let capacity = machine.capacities.get(node.index()).copied().unwrap_or_default();
-            let devices = Peripherals::new(assignment.node, capacity, &ram, &router);
-            peripherals = devices.map(Arc::new);
+            let devices = PciDevices::new(assignment.node, capacity, &ram, &router);
+            pci = devices.map(Arc::new);
             for place in machine.devices.iter().filter(|place| place.node == assignment.node) {
-                peripherals.as_ref().context("this node has no PCI bus")?.add(place)?;
+                pci.as_ref().context("this node has no PCI bus")?.add(place)?;
             }
-            local.pci = peripherals.as_ref().map(|devices| devices.bus().clone());
+            local.pci = pci.as_ref().map(|devices| devices.bus().clone());
         }
-        let orders = live::start(live::Subjects { peripherals, hotplug }, control.clone())?;
+        let orders = orders::start(orders::Subjects { pci, hotplug }, control.clone())?;
         let local = Arc::new(local);
         let buses = if machine.spec.pci { firmware::pci::buses(layout.nodes()) } else { 0 };
         let devices = Arc::new(AllDevices::new(router.clone(), buses, local.clone()));
@@ -334,8 +334,8 @@ fn align(
     Ok(stop)
 }
 
-/// Node 0's board.
-fn board(
+/// Node 0's platform.
+fn platform(
     router: &Arc<Router>,
     control: &Control,
     events: &Sender<Event>,
@@ -346,19 +346,19 @@ fn board(
     // A coordinator that is gone ends the machine; its terminal needs no more output.
     let (out, _) = console::output(move |batch| drop(terminal.send(ToCoordinator::Console(batch))))?;
     let (route, power, ejected) = (router.clone(), events.clone(), control.clone());
-    let board = Board::new(
+    let platform = Platform::new(
         out,
         room,
         move |message| route.deliver_message(message),
         move |event| drop(power.send(Event::Power(event))),
         move |slot| drop(ejected.send(ToCoordinator::Ejected(slot))),
     )?;
-    router.set_ioapic(&board.ioapic);
-    let com1 = board.com1();
+    router.set_ioapic(&platform.ioapic);
+    let com1 = platform.com1();
     std::thread::Builder::new()
         .name("console input".into())
         .spawn(move || console::feed(&inputs, |bytes| lock(&com1).enqueue(bytes)))?;
-    Ok((board.buses, Some(board.hotplug)))
+    Ok((platform.buses, Some(platform.hotplug)))
 }
 
 /// The guest's memory slots.

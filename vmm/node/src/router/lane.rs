@@ -153,7 +153,7 @@ impl LaneConfig {
         }
     }
 
-    /// Acts on a message. An error is a clause about a sender that is not sound.
+    /// Acts on a message. An error is a clause about a sender that makes no sense.
     fn handle(&self, from: NodeId, message: NodeMsg, now: u64) -> Result<(), String> {
         let router = &self.router;
         match message {

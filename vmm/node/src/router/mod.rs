@@ -42,7 +42,7 @@ pub const CONTROL_LANE: fabric::LaneId = 0;
 /// Why the machine must end.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkFailure {
-    /// A peer is gone, silent, or not sound.
+    /// A peer is gone, silent, or sends what makes no sense.
     #[error("{peer} was lost: {why}")]
     PeerLost {
         /// Who.

@@ -17,10 +17,10 @@ use devices::platform::bus::Bus;
 
 /// Longest wait for another node's answer to one access.
 const ANSWER: Duration = Duration::from_secs(10);
-/// How often a waiting vCPU looks whether the machine has ended.
+/// How often a waiting vCPU checks whether the machine has ended.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// A node's own devices: node 0's board, and the PCI bus that each node has.
+/// A node's own devices: node 0's platform devices, and the PCI bus that each node has.
 #[derive(Default)]
 pub struct LocalDevices {
     /// Ports.
@@ -117,7 +117,7 @@ pub struct DeviceQueue {
 
 impl DeviceQueue {
     /// Queues an access; a doorbell, which nobody waits for and which never blocks, is rung at once. `false` if no
-    /// sound node sends it: more than one of each CPU, or posted to anything but a doorbell.
+    /// correct node sends it: more than one of each CPU, or posted to anything but a doorbell.
     pub fn push(&self, from: NodeId, access: Access) -> bool {
         if access.posted {
             let doorbell = access.memory && bus_of(access.addr).is_some() && is_doorbell(access.addr);

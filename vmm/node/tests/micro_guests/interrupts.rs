@@ -364,7 +364,7 @@ fn a_level_triggered_interrupt_is_finished_at_the_ioapic() {
     parts.router.set_ioapic(&ioapic);
     {
         // Pin 9: vector 0x44, level-triggered, for APIC id 0, not masked.
-        use devices::platform::Device;
+        use devices::platform::BusDevice;
         let mut ioapic = lock(&ioapic);
         ioapic.write(0, &(0x10u32 + 18).to_le_bytes());
         ioapic.write(0x10, &0x8044u32.to_le_bytes());

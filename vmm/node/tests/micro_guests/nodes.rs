@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use base::lock;
 use crossbeam::channel;
-use devices::platform::Device;
+use devices::platform::BusDevice;
 use devices::platform::bus::share;
 use devices::platform::ioapic::IoApicDevice;
 use fabric::{Transport, sim};

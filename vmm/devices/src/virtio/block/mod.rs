@@ -8,7 +8,7 @@
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
 //! The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait for each
-//! other's requests nor share the pages of a ring. Each queue has several threads ([`super::crew`]), so that its requests
+//! other's requests nor share the pages of a ring. Each queue has several threads ([`super::shared_queue`]), so that its requests
 //! do not wait for each other either: for the storage, or for pages on other nodes.
 
 pub mod disk;
@@ -25,8 +25,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
 pub use self::qcow2::{Qcow2Disk, is_qcow2, open};
 use self::request::Server;
-use super::crew::Crew;
-use super::{Device, GuestRam, Session, Workers, read_block};
+use super::shared_queue::SharedQueue;
+use super::{Activation, GuestRam, VirtioDevice, Workers, read_block};
 use crate::rate_limit::Limiter;
 use machine::config::devices::MAX_DISK_QUEUES;
 
@@ -110,7 +110,7 @@ impl Block {
     }
 }
 
-impl Device for Block {
+impl VirtioDevice for Block {
     fn id(&self) -> u16 {
         VIRTIO_ID_BLOCK as u16
     }
@@ -142,15 +142,15 @@ impl Device for Block {
         read_block(&self.registers(), offset, data);
     }
 
-    fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
+    fn activate(&mut self, activation: Activation, workers: &mut Workers) -> io::Result<()> {
         let threads = (THREADS / usize::from(self.config.queues)).max(LEAST_THREADS);
-        for queue in session.queues.into_iter().flatten() {
-            let crew = Crew::new(queue);
+        for queue in activation.queues.into_iter().flatten() {
+            let shared = SharedQueue::new(queue);
             for _ in 0..threads {
-                let (crew, limiter, pause) = (crew.clone(), self.limiter.clone(), crew.pause());
-                let mut server = self.server(crew.memory().clone());
+                let (shared, limiter, pause) = (shared.clone(), self.limiter.clone(), shared.pause());
+                let mut server = self.server(shared.memory().clone());
                 workers.spawn(move || {
-                    crew.serve(|chain| {
+                    shared.serve(|chain| {
                         pause.admitted(&limiter, request::data_len(chain));
                         server.serve(chain)
                     });
@@ -165,9 +165,5 @@ fn bit(feature: u32) -> u64 {
     1 << feature
 }
 
-#[cfg(test)]
-mod coherent;
-#[cfg(test)]
-mod limited;
 #[cfg(test)]
 mod tests;

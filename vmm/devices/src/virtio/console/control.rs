@@ -63,14 +63,14 @@ impl Control {
     }
 }
 
-/// Tells the driver what there is to tell, until it is stopped. A driver that is not sound gives the device up.
+/// Tells the driver what there is to tell, until it is stopped. A driver that breaks the rules stops the device.
 pub fn tell(mut queue: LiveQueue, port: &Port) {
-    if let Err(error) = tell_soundly(&mut queue, port) {
+    if let Err(error) = tell_until_stopped(&mut queue, port) {
         queue.signals().give_up(&error.to_string());
     }
 }
 
-fn tell_soundly(queue: &mut LiveQueue, port: &Port) -> Result<(), QueueError> {
+fn tell_until_stopped(queue: &mut LiveQueue, port: &Port) -> Result<(), QueueError> {
     let memory = queue.memory().clone();
     let mut news: Option<Vec<u8>> = None;
     while !queue.stopped() {
@@ -85,9 +85,9 @@ fn tell_soundly(queue: &mut LiveQueue, port: &Port) -> Result<(), QueueError> {
             let written = chain.writable.write(message) as u32;
             news = None;
             queue.push(chain.head, written)?;
-        } else if !queue.ask()? {
+        } else if !queue.enable_notification()? {
             queue.sleep(&[], None);
-            queue.hush()?;
+            queue.disable_notification()?;
         }
     }
     Ok(())

@@ -9,7 +9,7 @@
 //! | [`transmit`] | bytes from the guest |
 //! | [`control`] | what driver and device tell each other of a named port |
 //!
-//! Nobody can make the guest or the node wait for ever, whoever does not read:
+//! Nobody can make the guest or the node wait forever, whoever does not read:
 //!
 //! | | console | channel |
 //! |---|---|---|
@@ -29,7 +29,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use self::control::{Control, tell};
 pub use self::port::{Port, PortError};
-use super::{Device, Session, Workers, read_block};
+use super::{Activation, VirtioDevice, Workers, read_block};
 
 /// Feature (5.3.3): there are named ports, and queues to speak of them.
 const MULTIPORT: u64 = 1 << 1;
@@ -58,7 +58,7 @@ impl Console {
     }
 }
 
-impl Device for Console {
+impl VirtioDevice for Console {
     fn id(&self) -> u16 {
         VIRTIO_ID_CONSOLE as u16
     }
@@ -83,10 +83,10 @@ impl Device for Console {
         read_block(&bytes, offset, data);
     }
 
-    fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
-        let mut queues = session.queues.into_iter();
+    fn activate(&mut self, activation: Activation, workers: &mut Workers) -> io::Result<()> {
+        let mut queues = activation.queues.into_iter();
         let mut pair = || (queues.next().flatten(), queues.next().flatten());
-        let named = session.features & MULTIPORT != 0;
+        let named = activation.features & MULTIPORT != 0;
         self.port.begin(self.name.is_none());
         let (receive, transmit) = match &self.name {
             None => pair(),

@@ -108,7 +108,7 @@ impl Port {
         self.lock().connected.clone()
     }
 
-    /// A driver begins anew; `open` if it needs not say that the port is used.
+    /// A driver begins again; `open` if it needs not say that the port is used.
     pub fn begin(&self, open: bool) {
         let mut state = self.lock();
         (state.open, state.told) = (open, false);

@@ -23,7 +23,7 @@ impl Receiver {
         Receiver { queue, port, bytes: Vec::new() }
     }
 
-    /// Works until it is stopped. A driver that is not sound gives the device up.
+    /// Works until it is stopped. A driver that breaks the rules stops the device.
     pub fn run(mut self) {
         if let Err(error) = self.work() {
             self.queue.signals().give_up(&error.to_string());
@@ -47,9 +47,9 @@ impl Receiver {
             }
             if !self.bytes.is_empty() {
                 // The driver's next buffer rings the bell.
-                if !self.queue.ask()? {
+                if !self.queue.enable_notification()? {
                     self.sleep(None);
-                    self.queue.hush()?;
+                    self.queue.disable_notification()?;
                 }
                 continue;
             }

@@ -14,8 +14,8 @@ const PIECE: u64 = 4096;
 /// A channel's reader that takes nothing for so long is disconnected.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Writes what the driver puts into the queue to whoever is connected, until it is stopped. A driver that is not sound
-/// gives the device up.
+/// Writes what the driver puts into the queue to whoever is connected, until it is stopped. A driver that breaks the
+/// rules stops the device.
 pub fn run(mut queue: LiveQueue, port: &Port, console: bool) {
     if let Err(error) = work(&mut queue, port, console) {
         queue.signals().give_up(&error.to_string());
@@ -25,7 +25,7 @@ pub fn run(mut queue: LiveQueue, port: &Port, console: bool) {
 fn work(queue: &mut LiveQueue, port: &Port, console: bool) -> Result<(), QueueError> {
     let memory = queue.memory().clone();
     loop {
-        queue.hush()?;
+        queue.disable_notification()?;
         while let Some(mut chain) = queue.pop(&memory)? {
             write(queue, port, console, &mut chain);
             queue.push(chain.head, 0)?;
@@ -33,7 +33,7 @@ fn work(queue: &mut LiveQueue, port: &Port, console: bool) -> Result<(), QueueEr
                 return Ok(());
             }
         }
-        if !queue.ask()? && !queue.wait() {
+        if !queue.enable_notification()? && !queue.wait() {
             return Ok(());
         }
     }

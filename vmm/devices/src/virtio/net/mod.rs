@@ -26,7 +26,7 @@ use virtio_bindings::virtio_net as net;
 
 pub use self::tap::Tap;
 use super::queue::{ISR_CONFIG, Signals};
-use super::{Device, Session, Workers, read_block};
+use super::{Activation, VirtioDevice, Workers, read_block};
 use crate::rate_limit::Limiter;
 use machine::config::devices::MAX_QUEUE_PAIRS;
 
@@ -115,7 +115,7 @@ impl Net {
     }
 }
 
-impl Device for Net {
+impl VirtioDevice for Net {
     fn id(&self) -> u16 {
         VIRTIO_ID_NET as u16
     }
@@ -155,11 +155,11 @@ impl Device for Net {
         read_block(&self.registers(), offset, data);
     }
 
-    fn start(&mut self, session: Session, workers: &mut Workers) -> io::Result<()> {
-        let has = |bit: u32| session.features & 1 << bit != 0;
+    fn activate(&mut self, activation: Activation, workers: &mut Workers) -> io::Result<()> {
+        let has = |bit: u32| activation.features & 1 << bit != 0;
         let (tcp4, tcp6) = (has(net::VIRTIO_NET_F_GUEST_TSO4), has(net::VIRTIO_NET_F_GUEST_TSO6));
         if let Err(error) = self.port.set_offloads(has(net::VIRTIO_NET_F_GUEST_CSUM), tcp4, tcp6)
-            && let Some(queue) = session.queues.iter().flatten().next()
+            && let Some(queue) = activation.queues.iter().flatten().next()
         {
             self.cable.cut(queue.signals(), &error);
         }
@@ -170,7 +170,7 @@ impl Device for Net {
         let merge = has(net::VIRTIO_NET_F_MRG_RXBUF);
         // Without several pairs the control queue would follow the first one.
         let used = if has(net::VIRTIO_NET_F_MQ) { self.pairs } else { 1 };
-        let mut queues = session.queues.into_iter();
+        let mut queues = activation.queues.into_iter();
         for pair in 0..used {
             let (port, cable) = (self.port.clone(), self.cable.clone());
             if let Some(queue) = queues.next().flatten() {
@@ -194,7 +194,5 @@ impl Device for Net {
     }
 }
 
-#[cfg(test)]
-mod limited;
 #[cfg(test)]
 mod tests;

@@ -41,7 +41,7 @@ impl Receiver {
         Receiver { queue, port, pair, merge, cable, limiter, packet: vec![0; LARGEST], waiting: 0 }
     }
 
-    /// Works until it is stopped. A driver that is not sound gives the device up.
+    /// Works until it is stopped. A driver that breaks the rules stops the device.
     pub fn run(mut self) {
         if let Err(error) = self.work() {
             self.queue.signals().give_up(&error.to_string());
@@ -49,7 +49,7 @@ impl Receiver {
     }
 
     fn work(&mut self) -> Result<(), QueueError> {
-        self.queue.hush()?;
+        self.queue.disable_notification()?;
         while !self.queue.stopped() {
             if self.waiting == 0 {
                 self.waiting = self.receive();
@@ -62,9 +62,9 @@ impl Receiver {
                 self.sleep(!self.cable.is_cut());
             } else if self.deliver()? {
                 self.waiting = 0;
-            } else if !self.queue.ask()? {
+            } else if !self.queue.enable_notification()? {
                 self.sleep(false);
-                self.queue.hush()?;
+                self.queue.disable_notification()?;
             }
         }
         Ok(())

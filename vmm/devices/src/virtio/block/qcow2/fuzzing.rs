@@ -12,7 +12,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::*;
 use crate::virtio::block::SECTOR;
-use crate::virtio::hostile::Input;
+use crate::virtio::testing::hostile::Input;
 
 /// Steps of one input at most.
 const MOST_STEPS: u8 = 24;

@@ -5,7 +5,7 @@
 //! interrupts do not exist: their bits are kept and nothing comes of them. "Update in progress" is never set, because
 //! every read sees a whole second. Register 0x32 is the century (the FADT must say so).
 
-use super::{Device, offsets};
+use super::{BusDevice, offsets};
 
 const SECONDS: u8 = 0x00;
 const MINUTES: u8 = 0x02;
@@ -188,7 +188,7 @@ impl Rtc {
     }
 }
 
-impl Device for Rtc {
+impl BusDevice for Rtc {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         for (byte, offset) in data.iter_mut().zip(offsets(offset)) {
             *byte = match offset {

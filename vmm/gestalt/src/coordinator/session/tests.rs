@@ -12,15 +12,15 @@ struct Run {
     links: Vec<LinkId>,
 }
 
-fn config(places: &[Place]) -> MachineConfig {
-    let node = |(index, place): (usize, &Place)| NodeConfig {
-        place: *place,
+fn config(hosts: &[NodeHost]) -> MachineConfig {
+    let node = |(index, host): (usize, &NodeHost)| NodeConfig {
+        host: *host,
         ..NodeConfig::new(&format!("n{index}"), 1, 256 << 20)
     };
     MachineConfig {
         kernel: "vmlinuz".into(),
         listen: Some("192.0.2.1:7700".parse().unwrap()),
-        nodes: places.iter().enumerate().map(node).collect(),
+        nodes: hosts.iter().enumerate().map(node).collect(),
         key: Some("machine.key".into()),
         ..MachineConfig::default()
     }
@@ -42,11 +42,11 @@ fn fabric(port: u16) -> Joined {
 }
 
 impl Run {
-    fn new(places: &[Place]) -> (Run, Vec<Action>) {
+    fn new(hosts: &[NodeHost]) -> (Run, Vec<Action>) {
         let now = Instant::now();
-        let mut session = Session::new(config(places).check().unwrap(), "192.0.2.1:7700".into(), now);
+        let mut session = Session::new(config(hosts).check().unwrap(), "192.0.2.1:7700".into(), now);
         let actions = session.start(now);
-        (Run { session, now, links: (0..places.len() as u64).collect() }, actions)
+        (Run { session, now, links: (0..hosts.len() as u64).collect() }, actions)
     }
 
     fn handle(&mut self, event: Event) -> Vec<Action> {
@@ -108,8 +108,8 @@ impl Run {
     }
 }
 
-fn running(places: &[Place]) -> Run {
-    let (mut run, _) = Run::new(places);
+fn running(hosts: &[NodeHost]) -> Run {
+    let (mut run, _) = Run::new(hosts);
     run.boot();
     run
 }
@@ -146,11 +146,11 @@ fn failure(actions: &[Action]) -> &str {
     }
 }
 
-const LOCAL2: &[Place] = &[Place::Local, Place::Local];
+const LOCAL2: &[NodeHost] = &[NodeHost::Local, NodeHost::Local];
 
 #[test]
 fn a_start_spawns_local_nodes_and_names_the_command_for_remote_ones() {
-    let (_, actions) = Run::new(&[Place::Local, Place::Remote]);
+    let (_, actions) = Run::new(&[NodeHost::Local, NodeHost::Remote]);
     assert_eq!(actions[0], Action::NewRun);
     assert_eq!(actions[1], Action::Spawn { node: 0, life: 1 });
     let Action::Say(text) = &actions[2] else { panic!("{actions:?}") };
@@ -221,7 +221,7 @@ fn a_silent_node_is_noticed_stopped_and_killed_within_five_seconds() {
 
 #[test]
 fn a_remote_node_that_stays_silent_is_given_up() {
-    let mut run = running(&[Place::Local, Place::Remote]);
+    let mut run = running(&[NodeHost::Local, NodeHost::Remote]);
     run.pass(Duration::from_millis(3500), &[0]);
     run.closed(0);
     let actions = run.ended(0, ProcessEnd::Code(0));
@@ -240,7 +240,7 @@ fn the_coordinators_own_sleep_is_not_the_nodes_silence() {
 
 #[test]
 fn a_closed_connection_alone_is_a_loss() {
-    let mut run = running(&[Place::Local, Place::Remote]);
+    let mut run = running(&[NodeHost::Local, NodeHost::Remote]);
     run.closed(1);
     run.pass(SETTLE, &[0]);
     run.closed(0);
@@ -261,7 +261,7 @@ fn a_loss_seen_only_by_a_peer_names_both() {
 
 #[test]
 fn a_reboot_starts_the_machine_again() {
-    let mut run = running(&[Place::Local, Place::Remote]);
+    let mut run = running(&[NodeHost::Local, NodeHost::Remote]);
     let actions = run.said(0, ToCoordinator::Reset);
     assert!(stops(&actions).iter().all(|stop| stop.restart));
     // The remote node is quick and knocks before the old one has been cleared away.
@@ -290,7 +290,7 @@ fn a_node_that_dies_before_it_joins_ends_the_start_at_once() {
 
 #[test]
 fn a_process_that_cannot_be_started_is_the_cause() {
-    let (mut run, _) = Run::new(&[Place::Local]);
+    let (mut run, _) = Run::new(&[NodeHost::Local]);
     run.handle(Event::NotSpawned { node: 0, why: "no such file".into() });
     let actions = run.pass(SETTLE + super::super::TICK, &[]);
     assert_eq!(failure(&actions), "node n0 could not be started: no such file");
@@ -298,7 +298,7 @@ fn a_process_that_cannot_be_started_is_the_cause() {
 
 #[test]
 fn nodes_that_do_not_join_are_named_with_the_command() {
-    let (mut run, _) = Run::new(&[Place::Local, Place::Remote]);
+    let (mut run, _) = Run::new(&[NodeHost::Local, NodeHost::Remote]);
     run.hello(0, "n0");
     run.said(0, ToCoordinator::Joined(fabric(9000)));
     run.pass(machine::config::DEFAULT_JOIN_REMOTE, &[0]);
@@ -374,7 +374,7 @@ fn a_signal_ends_the_machine_and_a_second_one_at_once() {
 
 #[test]
 fn a_node_that_ends_badly_after_power_off_is_mentioned() {
-    let mut run = running(&[Place::Local]);
+    let mut run = running(&[NodeHost::Local]);
     run.said(0, ToCoordinator::PowerOff);
     run.closed(0);
     let actions = run.ended(0, ProcessEnd::Signal(11));
@@ -387,7 +387,7 @@ fn a_node_that_ends_badly_after_power_off_is_mentioned() {
 
 #[test]
 fn a_fabric_that_listens_everywhere_is_reached_where_the_node_came_from() {
-    let (mut run, _) = Run::new(&[Place::Local]);
+    let (mut run, _) = Run::new(&[NodeHost::Local]);
     run.hello(0, "n0");
     let everywhere = Joined { fabric: vec!["0.0.0.0:9000".parse().unwrap()], ..fabric(0) };
     let actions = run.said(0, ToCoordinator::Joined(everywhere));
@@ -397,7 +397,7 @@ fn a_fabric_that_listens_everywhere_is_reached_where_the_node_came_from() {
 
 #[test]
 fn a_node_with_another_number_of_rails_fails_the_machine() {
-    let (mut run, _) = Run::new(&[Place::Local]);
+    let (mut run, _) = Run::new(&[NodeHost::Local]);
     run.hello(0, "n0");
     let two = Joined { fabric: [fabric(1).fabric, fabric(2).fabric].concat(), ..fabric(1) };
     run.said(0, ToCoordinator::Joined(two));
@@ -409,7 +409,7 @@ fn a_node_with_another_number_of_rails_fails_the_machine() {
 #[test]
 fn orders_about_devices_go_to_the_nodes_of_a_running_machine() {
     let now = Instant::now();
-    let mut config = config(&[Place::Local, Place::Local]);
+    let mut config = config(&[NodeHost::Local, NodeHost::Local]);
     config.devices.push(machine::config::devices::parse_disk("a,node=n1").unwrap());
     let mut session = Session::new(config.check().unwrap(), "192.0.2.1:7700".into(), now);
     session.start(now);

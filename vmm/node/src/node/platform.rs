@@ -9,7 +9,7 @@ use firmware::addresses;
 use super::console::{ConsoleOut, Input};
 use crate::router::remote::LocalDevices;
 use devices::irq::Message;
-use devices::platform::Device;
+use devices::platform::BusDevice;
 use devices::platform::bus::{Bus, BusError, Shared, share};
 use devices::platform::hotplug::{self, HotPlug};
 use devices::platform::ioapic::IoApicDevice;
@@ -19,7 +19,7 @@ use devices::platform::serial::Com1;
 use machine::control::SlotId;
 
 /// Node 0's devices.
-pub struct Board {
+pub struct Platform {
     /// Port and memory buses.
     pub buses: LocalDevices,
     /// The I/O APIC, to which EOIs go.
@@ -29,7 +29,7 @@ pub struct Board {
     com1: Shared<Com1<ConsoleOut>>,
 }
 
-impl Board {
+impl Platform {
     /// COM1, the real-time clock, ACPI's registers and the I/O APIC. `route` delivers what the I/O APIC
     /// sends, `room` learns when COM1 can take more input, `power` what the guest wants of the power, `ejected` which PCI
     /// device it has let go of.
@@ -42,7 +42,7 @@ impl Board {
         route: impl Fn(Message) + Send + 'static,
         power: impl Fn(PowerEvent) + Send + 'static,
         ejected: impl Fn(SlotId) + Send + 'static,
-    ) -> Result<Board, BusError> {
+    ) -> Result<Platform, BusError> {
         let ioapic = share(IoApicDevice::new(addresses::IOAPIC_ID, route));
         let pin = ioapic.clone();
         let com1 = share(Com1::new(
@@ -63,7 +63,7 @@ impl Board {
         ports.insert(addresses::PIT_CHANNEL2_PORT.into(), 1, share(NoTimer))?;
         let mut memory = Bus::new();
         memory.insert(addresses::IOAPIC_ADDR, addresses::IOAPIC_LEN, ioapic.clone())?;
-        Ok(Board { buses: LocalDevices { ports, memory, pci: None }, ioapic, hotplug, com1 })
+        Ok(Platform { buses: LocalDevices { ports, memory, pci: None }, ioapic, hotplug, com1 })
     }
 
     /// COM1, to offer input to.
@@ -76,7 +76,7 @@ impl Board {
 /// like an empty bus, 0xff, it tries a hundred thousand times.
 struct NoTimer;
 
-impl Device for NoTimer {
+impl BusDevice for NoTimer {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

@@ -16,9 +16,9 @@ use super::chain::Chain;
 use super::memory::GuestRam;
 use super::queue::{LiveQueue, Pause, QueueError};
 
-/// A queue and what its threads share. Clones are the same.
+/// A queue that several threads share. Clones are the same queue.
 #[derive(Clone)]
-pub struct Crew {
+pub struct SharedQueue {
     memory: GuestRam,
     rings: Arc<Mutex<LiveQueue>>,
     /// Who has it takes requests.
@@ -26,10 +26,10 @@ pub struct Crew {
     pause: Arc<Pause>,
 }
 
-impl Crew {
+impl SharedQueue {
     /// For a queue that nobody serves yet.
-    pub fn new(queue: LiveQueue) -> Crew {
-        Crew {
+    pub fn new(queue: LiveQueue) -> SharedQueue {
+        SharedQueue {
             memory: queue.memory().clone(),
             pause: Arc::new(queue.pause()),
             rings: Arc::new(Mutex::new(queue)),
@@ -38,14 +38,14 @@ impl Crew {
     }
 
     /// Serves the queue, with all others who do, until it is stopped: `handle` does a request and says how many bytes it
-    /// wrote. A driver that is not sound gives the device up.
+    /// wrote. A driver that breaks the rules stops the device.
     pub fn serve(self, mut handle: impl FnMut(&mut Chain) -> u32) {
-        if let Err(error) = self.serve_soundly(&mut handle) {
+        if let Err(error) = self.serve_until_stopped(&mut handle) {
             lock(&self.rings).signals().give_up(&error.to_string());
         }
     }
 
-    fn serve_soundly(&self, handle: &mut impl FnMut(&mut Chain) -> u32) -> Result<(), QueueError> {
+    fn serve_until_stopped(&self, handle: &mut impl FnMut(&mut Chain) -> u32) -> Result<(), QueueError> {
         while let Some(mut chain) = self.next()? {
             let written = handle(&mut chain);
             lock(&self.rings).push(chain.head, written)?;
@@ -72,13 +72,13 @@ impl Crew {
                 if let Some(chain) = rings.pop(&self.memory)? {
                     return Ok(Some(chain));
                 }
-                if rings.ask()? {
-                    rings.hush()?;
+                if rings.enable_notification()? {
+                    rings.disable_notification()?;
                     continue;
                 }
             }
             self.pause.wait();
-            lock(&self.rings).hush()?;
+            lock(&self.rings).disable_notification()?;
         }
     }
 

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{ISR_CONFIG, LiveQueue, QueueContext, Signals};
 use super::registers::{self, Registers, Request};
-use super::{Device, GuestRam, Session, Workers};
+use super::{Activation, GuestRam, VirtioDevice, Workers};
 use crate::irq::Message;
 use crate::pci::config_space::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Interrupts};
@@ -32,7 +32,7 @@ const OWN: u64 = 0x2000;
 /// Bytes of the device's own registers.
 const OWN_LEN: u64 = 0x1000;
 
-/// How often a device that is taken away looks whether its threads have ended.
+/// How often a device that is taken away checks whether its threads have ended.
 const CLOSING: Duration = Duration::from_millis(2);
 
 /// Kinds of virtio capability (4.1.4).
@@ -42,7 +42,7 @@ const ISR_CFG: u8 = 3;
 const DEVICE_CFG: u8 = 4;
 const PCI_CFG: u8 = 5;
 
-/// What a device needs of its node.
+/// A device's context: the memory of its node's guest, and the way of its interrupts.
 #[derive(Clone)]
 pub struct DeviceContext {
     /// Guest memory.
@@ -52,7 +52,7 @@ pub struct DeviceContext {
 }
 
 /// A virtio device in a PCI slot.
-pub struct Transport {
+pub struct VirtioPciDevice {
     state: Mutex<State>,
     /// Rung without the lock.
     bells: Vec<Arc<EventFd>>,
@@ -68,7 +68,7 @@ pub struct Transport {
 struct State {
     space: ConfigSpace,
     registers: Registers,
-    device: Box<dyn Device>,
+    device: Box<dyn VirtioDevice>,
     workers: Workers,
     context: QueueContext,
     /// The driver has asked for a reset, and not all workers have ended.
@@ -77,17 +77,17 @@ struct State {
     closed: bool,
 }
 
-impl Transport {
+impl VirtioPciDevice {
     /// `device`, called `name` in messages, with its registers at the 32-bit address `base`.
     ///
     /// # Errors
     /// The system has no more file descriptors.
     pub fn new(
         name: &str,
-        device: Box<dyn Device>,
+        device: Box<dyn VirtioDevice>,
         base: u64,
         around: &DeviceContext,
-    ) -> std::io::Result<Transport> {
+    ) -> std::io::Result<VirtioPciDevice> {
         let queues = device.queues();
         let vectors = (queues.len() + 1).min(msix::MOST);
         let deliver = around.deliver.clone();
@@ -109,7 +109,14 @@ impl Transport {
         let context = QueueContext { memory: around.memory.clone(), signals: signals.clone() };
         let workers = Workers::new(name, bells.clone());
         let state = State { space, registers, device, workers, context, resetting: false, closed: false };
-        Ok(Transport { state: Mutex::new(state), bells, base: AtomicU64::new(0), signals, window, msix })
+        Ok(VirtioPciDevice {
+            state: Mutex::new(state),
+            bells,
+            base: AtomicU64::new(0),
+            signals,
+            window,
+            msix,
+        })
     }
 
     /// Ends the device for good: its threads are told to end, and what its driver still writes is lost. `false` if some
@@ -149,8 +156,8 @@ impl Transport {
         }
         let bar = space.word(self.window + 4) & 0xff;
         let (at, wanted) = (space.long(self.window + 8), space.long(self.window + 12));
-        let sound = bar == 0 && matches!(wanted, 1 | 2 | 4) && wanted as usize <= len && at % wanted == 0;
-        (sound && u64::from(at) + u64::from(wanted) <= REGISTERS).then_some((at.into(), wanted as usize))
+        let valid = bar == 0 && matches!(wanted, 1 | 2 | 4) && wanted as usize <= len && at % wanted == 0;
+        (valid && u64::from(at) + u64::from(wanted) <= REGISTERS).then_some((at.into(), wanted as usize))
     }
 
     fn ring(&self, doorbell: u64) {
@@ -206,7 +213,7 @@ impl State {
         let started = match queues {
             Ok(queues) => self
                 .device
-                .start(Session { features, queues }, &mut self.workers)
+                .activate(Activation { features, queues }, &mut self.workers)
                 .map_err(|error| format!("it could not be started: {error}")),
             Err(error) => Err(error.to_string()),
         };
@@ -217,7 +224,7 @@ impl State {
     }
 }
 
-impl Function for Transport {
+impl Function for VirtioPciDevice {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();
         state.space.read(offset, data);
@@ -294,7 +301,7 @@ const DOORBELL_END: u64 = DOORBELLS.end;
 
 /// Configuration space with all capabilities; the offsets of that for access through configuration space and of MSI-X.
 fn space(
-    device: &dyn Device,
+    device: &dyn VirtioDevice,
     queues: usize,
     base: u64,
     interrupts: &Interrupts,

@@ -1,3 +1,5 @@
+mod limited;
+
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Mutex;

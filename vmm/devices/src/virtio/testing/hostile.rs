@@ -1,13 +1,13 @@
 //! A driver that does anything: what a guest's kernel could do to a device, read from bytes, so that a fuzzer and the
 //! property tests choose it alike.
 //!
-//! Whatever it did, the device must come back with a reset, and then do a sound driver's request.
+//! Whatever it did, the device must come back with a reset, and then do a correct driver's request.
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Device;
-use super::testing::{DATA, Driver, INDIRECT, NEXT, RAM, SIZE, WRITE, rings};
+use super::{DATA, Driver, INDIRECT, NEXT, RAM, SIZE, WRITE, rings};
 use crate::pci::{DOORBELL_STRIDE, DOORBELLS, REGISTERS, RootBus};
+use crate::virtio::VirtioDevice;
 
 /// Steps of one input at most: enough for a reset and a start between any two deeds.
 const MOST_STEPS: usize = 200;
@@ -73,7 +73,7 @@ impl Input<'_> {
 /// Has a driver do to `device` what `input` says, and everything else that may happen to the device with `outside`.
 /// Then the device is reset, started as `features` say and shown to `sound`.
 pub fn drive(
-    device: Box<dyn Device>,
+    device: Box<dyn VirtioDevice>,
     mut input: Input,
     mut outside: impl FnMut(&mut Input),
     features: u64,
@@ -189,7 +189,7 @@ fn step(
         11 => outside(input),
         12 => ring(driver, input.number(1) as u16),
         _ => {
-            // A chain that is mostly sound.
+            // A chain that is mostly correct.
             let (queue, count, indirect) = (queue(input), 1 + input.byte() % MOST_BUFFERS, input.byte());
             let table = if indirect.is_multiple_of(4) { DATA + 0x8000 } else { rings(queue)[0] };
             for index in 0..count {

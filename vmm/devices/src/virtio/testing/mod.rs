@@ -1,4 +1,8 @@
 //! A small driver for tests: sets a device up through its registers, as Linux does, and puts requests into its queues.
+//!
+//! [`hostile`] is one that does anything at all.
+
+pub mod hostile;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -6,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::Device;
-use super::memory::GuestRam;
-use super::transport::{DeviceContext, Transport};
 use crate::irq::{Message, Mode};
 use crate::pci::{DOORBELLS, Function, MSIX_TABLE};
+use crate::virtio::VirtioDevice;
+use crate::virtio::memory::GuestRam;
+use crate::virtio::pci_device::{DeviceContext, VirtioPciDevice};
 
 /// Bytes of guest memory.
 pub const RAM: u64 = 1 << 20;
@@ -28,7 +32,7 @@ pub const INDIRECT: u16 = 4;
 
 /// A device with its driver.
 pub struct Driver {
-    pub transport: Arc<Transport>,
+    pub transport: Arc<VirtioPciDevice>,
     pub memory: GuestRam,
     messages: Receiver<Message>,
     /// The next index of each available ring, and how much of each used ring has been seen.
@@ -37,14 +41,14 @@ pub struct Driver {
 
 impl Driver {
     /// A device that has not been touched yet.
-    pub fn new(device: Box<dyn Device>) -> Driver {
+    pub fn new(device: Box<dyn VirtioDevice>) -> Driver {
         let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
         let memory = GuestRam::plain(map);
         Driver::with(device, memory.clone(), memory)
     }
 
     /// The same, where device and driver see the memory each in its own way.
-    pub fn with(device: Box<dyn Device>, devices: GuestRam, memory: GuestRam) -> Driver {
+    pub fn with(device: Box<dyn VirtioDevice>, devices: GuestRam, memory: GuestRam) -> Driver {
         let queues = device.queues().len();
         let (sender, messages): (Sender<Message>, _) = channel();
         let sender = Mutex::new(sender);
@@ -55,7 +59,7 @@ impl Driver {
                 let _ = sender.lock().unwrap().send(message);
             }),
         };
-        let transport = Arc::new(Transport::new("the device", device, 0xc000_0000, &around).unwrap());
+        let transport = Arc::new(VirtioPciDevice::new("the device", device, 0xc000_0000, &around).unwrap());
         Driver { transport, memory, messages, indices: vec![(0, 0); queues] }
     }
 

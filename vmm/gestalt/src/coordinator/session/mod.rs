@@ -24,10 +24,10 @@ use std::time::{Duration, Instant};
 
 use super::cause::{Cause, Evidence};
 use super::event::{Action, Event, Interrupt, LinkId, Outcome, ProcessEnd};
-use super::live::{Live, Step};
+use super::hotplug::{Hotplug, Step};
 use super::report::Tally;
 use machine::config::devices::PlacedDevice;
-use machine::config::{CheckedMachine, Place};
+use machine::config::{CheckedMachine, NodeHost};
 use machine::control::wire::Hello;
 use machine::control::{FromCoordinator, Joined, Start, Stop, ToCoordinator};
 
@@ -81,14 +81,23 @@ pub struct Session {
     life: u32,
     last_tick: Instant,
     tally: Tally,
-    live: Live,
+    hotplug: Hotplug,
 }
 
 impl Session {
     /// A session whose operator reads that nodes join at `join`.
     pub fn new(config: CheckedMachine, join: String, now: Instant) -> Session {
-        let (tally, live) = (Tally::new(&config), Live::new(&config));
-        Session { config, join, nodes: Vec::new(), phase: Phase::Over, life: 0, last_tick: now, tally, live }
+        let (tally, hotplug) = (Tally::new(&config), Hotplug::new(&config));
+        Session {
+            config,
+            join,
+            nodes: Vec::new(),
+            phase: Phase::Over,
+            life: 0,
+            last_tick: now,
+            tally,
+            hotplug,
+        }
     }
 
     /// Begins.
@@ -98,18 +107,18 @@ impl Session {
         self.phase = Phase::Joining { until: now + self.config.join_timeout() };
         let mut actions = vec![Action::NewRun];
         for (index, node) in self.config.nodes.iter().enumerate() {
-            match node.place {
-                Place::Local => {
+            match node.host {
+                NodeHost::Local => {
                     self.nodes[index].process = true;
                     actions.push(Action::Spawn { node: index, life: self.life });
                 }
-                Place::Remote if self.life == 1 => actions.push(Action::Say(format!(
+                NodeHost::Remote if self.life == 1 => actions.push(Action::Say(format!(
                     "waiting for node {}: on its host run `{}`",
                     node.spec.name,
                     self.join_command(index)
                 ))),
                 // It comes back by itself.
-                Place::Remote => {}
+                NodeHost::Remote => {}
             }
         }
         actions
@@ -130,7 +139,7 @@ impl Session {
 
     /// The devices that the machine starts with, and starts again with.
     pub fn devices(&self) -> Vec<PlacedDevice> {
-        self.live.devices()
+        self.hotplug.devices()
     }
 
     /// Takes one event and says what follows from it.
@@ -164,12 +173,12 @@ impl Session {
             Event::Interrupted(who) => self.interrupted(who, now, &mut actions),
             Event::Asked { asker, request } => {
                 let running = matches!(self.phase, Phase::Running);
-                let steps = self.live.ask(asker, request, running, now);
+                let steps = self.hotplug.ask(asker, request, running, now);
                 self.steps(steps, &mut actions);
             }
             Event::Tick => {
                 self.tick(now);
-                let steps = self.live.tick(now);
+                let steps = self.hotplug.tick(now);
                 self.steps(steps, &mut actions);
             }
         }
@@ -221,7 +230,7 @@ impl Session {
                 state.heard = Some(now);
                 self.tally.host(node, hello);
                 out.push(Action::Admit { link, node });
-                if self.config.nodes[node].place == Place::Remote {
+                if self.config.nodes[node].host == NodeHost::Remote {
                     out.push(Action::Say(format!("node {name} joined from {} ({})", hello.host, from.ip())));
                 }
             }
@@ -265,7 +274,7 @@ impl Session {
             }
             (ToCoordinator::Ready, Phase::Preparing { .. }) => self.nodes[node].ready = true,
             (ToCoordinator::DeviceDone { id, result }, Phase::Running) => {
-                match self.live.done(node, id, result) {
+                match self.hotplug.done(node, id, result) {
                     Some(steps) => self.steps(steps, out),
                     None => {
                         let why = "it answered an order about a device that it was not given".to_string();
@@ -274,7 +283,7 @@ impl Session {
                 }
             }
             (ToCoordinator::Ejected(slot), Phase::Running) if node == 0 => {
-                let steps = self.live.ejected(slot);
+                let steps = self.hotplug.ejected(slot);
                 self.steps(steps, out);
             }
             (ToCoordinator::PowerOff, Phase::Running) if node == 0 => {
@@ -464,7 +473,7 @@ impl Session {
         self.tally.stopped(now);
         match ending {
             Ending::Restart => {
-                let steps = self.live.restart();
+                let steps = self.hotplug.restart();
                 self.steps(steps, out);
                 out.extend(self.start(now));
             }
@@ -511,5 +520,4 @@ impl Session {
 }
 
 #[cfg(test)]
-#[path = "session_tests.rs"]
 mod tests;

@@ -54,7 +54,7 @@ impl Nodes {
             let on_failure = move |error: EngineError| {
                 if !ended.load(SeqCst) {
                     eprintln!("an engine failed: {error}");
-                    // Threads that wait for its pages would wait for ever.
+                    // Threads that wait for its pages would wait forever.
                     std::process::abort();
                 }
             };

@@ -14,8 +14,8 @@ use devices::virtio::block::{self, Block, BlockConfig, MemoryDisk};
 use devices::virtio::console::{Console, Port};
 use devices::virtio::entropy::Entropy;
 use devices::virtio::net::{Net, Tap};
-use devices::virtio::transport::DeviceContext;
-use devices::virtio::{Device, GuestRam, Transport};
+use devices::virtio::pci_device::DeviceContext;
+use devices::virtio::{GuestRam, VirtioDevice, VirtioPciDevice};
 use machine::config::devices::{PlacedDevice, PlacedKind};
 use machine::config::limits::Capacity;
 use machine::control::{GivenUp, Setting};
@@ -24,7 +24,7 @@ use machine::control::{GivenUp, Setting};
 const CLOSE: Duration = Duration::from_secs(20);
 
 /// The devices of this node.
-pub struct Peripherals {
+pub struct PciDevices {
     number: u8,
     bus: Arc<RootBus>,
     context: DeviceContext,
@@ -32,7 +32,7 @@ pub struct Peripherals {
     present: Mutex<BTreeMap<u8, Present>>,
 }
 
-/// What devices do together where that is limited.
+/// The pools from which devices take what they may do together, where that is limited.
 struct Pools {
     disks: Option<Arc<Pool>>,
     receive: Option<Arc<Pool>>,
@@ -42,11 +42,11 @@ struct Pools {
 /// A device in its slot.
 struct Present {
     name: String,
-    transport: Arc<Transport>,
+    function: Arc<VirtioPciDevice>,
     handles: Handles,
 }
 
-/// By what a device is changed while it is used.
+/// The handles by which a device is changed while it is used.
 enum Handles {
     /// One for each direction of a network card.
     Limits(Vec<Arc<Limiter>>),
@@ -54,10 +54,10 @@ enum Handles {
     None,
 }
 
-impl Peripherals {
+impl PciDevices {
     /// The bus of node `node`, with nothing on it; `None` for a node beyond the last bus. All devices on it may do what
     /// `capacity` says.
-    pub fn new(node: u16, capacity: Capacity, ram: &GuestRam, router: &Arc<Router>) -> Option<Peripherals> {
+    pub fn new(node: u16, capacity: Capacity, ram: &GuestRam, router: &Arc<Router>) -> Option<PciDevices> {
         let number = u8::try_from(node).ok()?;
         let router = router.clone();
         let context = DeviceContext {
@@ -70,7 +70,7 @@ impl Peripherals {
             receive: Pool::new(capacity.cards),
             transmit: Pool::new(capacity.cards),
         };
-        Some(Peripherals { number, bus, context, pools, present: Mutex::default() })
+        Some(PciDevices { number, bus, context, pools, present: Mutex::default() })
     }
 
     /// The bus.
@@ -89,9 +89,9 @@ impl Peripherals {
         }
         let opened = open(device, &self.pools)?;
         let base = RootBus::registers_of(self.number, slot);
-        let transport = Arc::new(Transport::new(&opened.title, opened.device, base, &self.context)?);
-        self.bus.insert(slot, transport.clone());
-        let present = Present { name: device.name.clone(), transport, handles: opened.handles };
+        let function = Arc::new(VirtioPciDevice::new(&opened.title, opened.device, base, &self.context)?);
+        self.bus.insert(slot, function.clone());
+        let present = Present { name: device.name.clone(), function, handles: opened.handles };
         self.lock().insert(slot, present);
         Ok(())
     }
@@ -103,7 +103,7 @@ impl Peripherals {
     pub fn remove(&self, slot: u8) -> anyhow::Result<()> {
         let gone = self.lock().remove(&slot).with_context(|| format!("slot {slot} has no device"))?;
         self.bus.remove(slot);
-        if !gone.transport.close(CLOSE) {
+        if !gone.function.close(CLOSE) {
             bail!(
                 "{} is gone from the guest, but its host has not finished its last request within {} s: its file or \
                  interface stays in use until it has",
@@ -130,7 +130,7 @@ impl Peripherals {
             }
             (Handles::Balloon(account), Setting::Size(size)) => {
                 account.set_size(size);
-                device.transport.changed();
+                device.function.changed();
             }
             _ => bail!("{} cannot be changed in that way", device.name),
         }
@@ -157,12 +157,13 @@ impl Peripherals {
 struct Opened {
     /// Its name in messages.
     title: String,
-    device: Box<dyn Device>,
+    device: Box<dyn VirtioDevice>,
     handles: Handles,
 }
 
 fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
-    let fixed = |title: String, device: Box<dyn Device>| Opened { title, device, handles: Handles::None };
+    let fixed =
+        |title: String, device: Box<dyn VirtioDevice>| Opened { title, device, handles: Handles::None };
     let limiter = |pool: &Option<Arc<Pool>>| {
         let member = pool.as_ref().map(|pool| pool.join(device.share));
         Arc::new(Limiter::new(device.limits, member))

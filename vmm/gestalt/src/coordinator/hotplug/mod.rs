@@ -27,10 +27,10 @@ use machine::control::{Change, DeviceOrder, DeviceResult, GivenUp, Setting, Slot
 /// waits is told.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Who asks; never reused.
+/// The number of an operator who waits for an answer; never reused.
 pub type AskerId = u64;
 
-/// What is to be done.
+/// A step that follows from an event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
     /// Give a node an order.
@@ -89,7 +89,7 @@ impl Entry {
     }
 }
 
-/// What a node has been asked to do.
+/// An order that a node has not answered yet.
 #[derive(Debug)]
 enum Given {
     Open(String),
@@ -102,7 +102,7 @@ enum Given {
 
 /// All devices, and what is being done to them.
 #[derive(Debug)]
-pub struct Live {
+pub struct Hotplug {
     config: CheckedMachine,
     entries: Vec<Entry>,
     given: BTreeMap<u32, (usize, Given)>,
@@ -111,12 +111,12 @@ pub struct Live {
     known: BTreeMap<String, PlacedKind>,
 }
 
-impl Live {
+impl Hotplug {
     /// The devices that a machine begins with.
-    pub fn new(config: &CheckedMachine) -> Live {
+    pub fn new(config: &CheckedMachine) -> Hotplug {
         let entry = |device| Entry { device, state: State::Present, asker: None };
         let entries = config.placed().iter().cloned().map(entry).collect();
-        Live { config: config.clone(), entries, given: BTreeMap::new(), next: 0, known: BTreeMap::new() }
+        Hotplug { config: config.clone(), entries, given: BTreeMap::new(), next: 0, known: BTreeMap::new() }
     }
 
     /// The devices that the machine has when it starts again.
@@ -453,7 +453,7 @@ fn wanted(
     }
 }
 
-/// A device that had this name before keeps by what the guest knows it, unless it is given anew.
+/// A device that had this name before keeps by what the guest knows it, unless the request says otherwise.
 fn keep_identity(kind: &mut RequestedKind, known: &PlacedKind) {
     match (kind, known) {
         (RequestedKind::Disk { serial, .. }, PlacedKind::Disk { serial: old, .. }) => {
@@ -480,5 +480,4 @@ fn refuse<T>(why: impl Into<String>) -> Result<T, ConfigError> {
 }
 
 #[cfg(test)]
-#[path = "live_tests.rs"]
 mod tests;

@@ -1,3 +1,6 @@
+mod coherent;
+mod limited;
+
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What the coordinator asks of this node's devices while the machine runs: one order after the other, on a thread of its
+//! Orders of the coordinator to this node's devices while the machine runs: one after the other, on a thread of their
 //! own, since a host may take its time over a file.
 
 use std::sync::Arc;
@@ -7,15 +7,15 @@ use anyhow::Context;
 use base::lock;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
-use super::peripherals::Peripherals;
+use super::pci_devices::PciDevices;
 use devices::platform::bus::Shared;
 use devices::platform::hotplug::HotPlug;
 use machine::control::{Control, DeviceOrder, GivenUp, ToCoordinator};
 
-/// What orders are about.
+/// The subjects of orders.
 pub struct Subjects {
     /// This node's devices; `None` if it has no bus.
-    pub peripherals: Option<Arc<Peripherals>>,
+    pub pci: Option<Arc<PciDevices>>,
     /// At node 0: the way to tell the guest.
     pub hotplug: Option<Shared<HotPlug>>,
 }
@@ -38,7 +38,7 @@ pub fn start(subjects: Subjects, control: Control) -> std::io::Result<Sender<(u3
 
 impl Subjects {
     fn obey(&self, order: &DeviceOrder) -> anyhow::Result<Option<GivenUp>> {
-        let devices = || self.peripherals.as_ref().context("this node has no PCI bus");
+        let devices = || self.pci.as_ref().context("this node has no PCI bus");
         match order {
             DeviceOrder::Add(device) => devices()?.add(device)?,
             DeviceOrder::Remove { slot } => devices()?.remove(*slot)?,

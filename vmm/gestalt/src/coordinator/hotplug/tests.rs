@@ -17,17 +17,17 @@ fn machine(devices: &[&str]) -> MachineConfig {
 
 /// A machine whose operator number 7 asks at the same moment again and again.
 struct Desk {
-    live: Live,
+    hotplug: Hotplug,
     now: Instant,
 }
 
 impl Desk {
     fn new(devices: &[&str]) -> Desk {
-        Desk { live: Live::new(&machine(devices).check().unwrap()), now: Instant::now() }
+        Desk { hotplug: Hotplug::new(&machine(devices).check().unwrap()), now: Instant::now() }
     }
 
     fn ask(&mut self, request: Request) -> Vec<Step> {
-        self.live.ask(7, request, true, self.now)
+        self.hotplug.ask(7, request, true, self.now)
     }
 
     fn add(&mut self, disk: &str) -> Vec<Step> {
@@ -53,11 +53,11 @@ impl Desk {
     /// The node does what it is told in the one step.
     fn obey(&mut self, steps: Vec<Step>) -> Vec<Step> {
         let (node, id, _) = order(&steps);
-        self.live.done(node, id, Ok(None)).unwrap()
+        self.hotplug.done(node, id, Ok(None)).unwrap()
     }
 
     fn states(&self) -> Vec<(String, String)> {
-        self.live.list(None).into_iter().map(|device| (device.name, device.state)).collect()
+        self.hotplug.list(None).into_iter().map(|device| (device.name, device.state)).collect()
     }
 }
 
@@ -98,7 +98,7 @@ fn a_device_that_cannot_be_opened_is_forgotten() {
     let mut desk = Desk::new(&["a"]);
     let steps = desk.add("b");
     let (node, id, _) = order(&steps);
-    let steps = desk.live.done(node, id, Err("no such file".into())).unwrap();
+    let steps = desk.hotplug.done(node, id, Err("no such file".into())).unwrap();
     assert_eq!(Desk::refusal(&steps), "no such file");
     assert_eq!(desk.states().len(), 1);
 }
@@ -112,10 +112,10 @@ fn a_device_goes_when_the_guest_has_let_go_of_it() {
     assert!(desk.obey(steps).is_empty());
     assert_eq!(desk.states()[1].1, "leaving");
     assert!(Desk::refusal(&desk.remove("disk1")).contains("another command"));
-    let steps = desk.live.ejected(slot);
+    let steps = desk.hotplug.ejected(slot);
     assert_eq!(order(&steps).0, 1);
     assert_eq!(order(&steps).2, &DeviceOrder::Remove { slot: 0 });
-    assert!(desk.live.ejected(slot).is_empty(), "twice");
+    assert!(desk.hotplug.ejected(slot).is_empty(), "twice");
     assert_eq!(done(&desk.obey(steps)), "disk1 is gone");
     assert_eq!(desk.states().len(), 1);
 }
@@ -125,25 +125,25 @@ fn a_guest_that_does_not_let_go_in_time_may_do_so_later() {
     let mut desk = Desk::new(&["a"]);
     let steps = desk.remove("disk0");
     desk.obey(steps);
-    assert!(desk.live.tick(desk.now + PATIENCE / 2).is_empty());
-    assert!(Desk::refusal(&desk.live.tick(desk.now + PATIENCE)).contains("within 30 s"));
-    assert!(desk.live.tick(desk.now + 2 * PATIENCE).is_empty(), "once");
+    assert!(desk.hotplug.tick(desk.now + PATIENCE / 2).is_empty());
+    assert!(Desk::refusal(&desk.hotplug.tick(desk.now + PATIENCE)).contains("within 30 s"));
+    assert!(desk.hotplug.tick(desk.now + 2 * PATIENCE).is_empty(), "once");
     assert!(Desk::refusal(&desk.set("disk0", &["iops=1"])).contains("leaving"));
     // Asked again, it is told again.
     let steps = desk.remove("disk0");
     desk.obey(steps);
-    let steps = desk.live.ejected(SlotId { bus: 0, slot: 0 });
+    let steps = desk.hotplug.ejected(SlotId { bus: 0, slot: 0 });
     assert_eq!(done(&desk.obey(steps)), "disk0 is gone");
 }
 
 #[test]
 fn a_guest_may_let_go_of_what_nobody_wanted() {
     let mut desk = Desk::new(&["a"]);
-    let steps = desk.live.ejected(SlotId { bus: 0, slot: 0 });
+    let steps = desk.hotplug.ejected(SlotId { bus: 0, slot: 0 });
     assert!(matches!(&steps[0], Step::Say(text) if text.contains("disk0")));
     assert!(desk.obey(steps[1..].to_vec()).is_empty());
-    assert!(desk.live.ejected(SlotId { bus: 0, slot: 0 }).is_empty());
-    assert!(desk.live.ejected(SlotId { bus: 9, slot: 200 }).is_empty());
+    assert!(desk.hotplug.ejected(SlotId { bus: 0, slot: 0 }).is_empty());
+    assert!(desk.hotplug.ejected(SlotId { bus: 9, slot: 200 }).is_empty());
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn by_what_the_guest_knows_a_device_stays_with_its_name() {
     for (name, slot) in [("x", 0), ("y", 1)] {
         let steps = desk.remove(name);
         desk.obey(steps);
-        let steps = desk.live.ejected(SlotId { bus: 0, slot });
+        let steps = desk.hotplug.ejected(SlotId { bus: 0, slot });
         desk.obey(steps);
     }
     let added = |steps: Vec<Step>| match order(&steps).2 {
@@ -178,16 +178,16 @@ fn limits_change_one_by_one_and_count_once_the_node_has_them() {
         order(&steps).2,
         &DeviceOrder::Set { slot: 0, setting: Setting::Limits { limits, share: DEFAULT_SHARE } }
     );
-    assert_eq!(desk.live.list(None)[0].limits.bandwidth, None);
+    assert_eq!(desk.hotplug.list(None)[0].limits.bandwidth, None);
     assert_eq!(done(&desk.obey(steps)), "disk0 is held to iops=5 bandwidth=1048576");
-    assert_eq!(desk.live.devices()[0].limits, limits);
+    assert_eq!(desk.hotplug.devices()[0].limits, limits);
 }
 
 #[test]
 fn a_share_changes_where_the_node_has_something_to_share() {
     let mut machine = machine(&["a", "b,node=n1"]);
     machine.nodes[1].capacity.disks.bandwidth = Some(1 << 20);
-    let mut desk = Desk { live: Live::new(&machine.check().unwrap()), now: Instant::now() };
+    let mut desk = Desk { hotplug: Hotplug::new(&machine.check().unwrap()), now: Instant::now() };
     assert!(Desk::refusal(&desk.set("disk0", &["share=300"])).contains("disk_bandwidth"));
     assert!(Desk::refusal(&desk.set("disk1", &["share=0"])).contains("1 to 10000"));
     for (text, share) in [("share=300", Some(300)), ("share=none", None)] {
@@ -195,7 +195,7 @@ fn a_share_changes_where_the_node_has_something_to_share() {
         let setting = Setting::Limits { limits: Limits::default(), share: share.unwrap_or(DEFAULT_SHARE) };
         assert_eq!(order(&steps), (1, order(&steps).1, &DeviceOrder::Set { slot: 0, setting }));
         assert_eq!(done(&desk.obey(steps)).contains("share=300"), share.is_some());
-        assert_eq!(desk.live.list(None)[1].share, share);
+        assert_eq!(desk.hotplug.list(None)[1].share, share);
     }
 }
 
@@ -203,7 +203,7 @@ fn a_share_changes_where_the_node_has_something_to_share() {
 fn a_balloon_gets_another_size_and_is_listed_with_what_the_guest_has_given_up() {
     let mut machine = machine(&["a"]);
     machine.devices.push(parse_balloon("64M,node=n1").unwrap());
-    let mut desk = Desk { live: Live::new(&machine.check().unwrap()), now: Instant::now() };
+    let mut desk = Desk { hotplug: Hotplug::new(&machine.check().unwrap()), now: Instant::now() };
     let steps = desk.set("balloon0", &["size=128M"]);
     let setting = Setting::Size(128 << 20);
     assert_eq!(order(&steps), (1, 0, &DeviceOrder::Set { slot: 0, setting }));
@@ -220,18 +220,21 @@ fn a_balloon_gets_another_size_and_is_listed_with_what_the_guest_has_given_up() 
         other => panic!("{other:?}"),
     };
     let size = 128 << 20;
-    assert_eq!(balloon(desk.live.done(1, id, Ok(given_up)).unwrap()), Some(BalloonState { size, given_up }));
+    assert_eq!(
+        balloon(desk.hotplug.done(1, id, Ok(given_up)).unwrap()),
+        Some(BalloonState { size, given_up })
+    );
 
     // A node that does not answer in time may do so later.
     let steps = desk.ask(Request::List);
     let (_, id, _) = order(&steps);
-    assert!(desk.live.tick(desk.now + PATIENCE / 2).is_empty());
-    assert_eq!(balloon(desk.live.tick(desk.now + PATIENCE)), Some(BalloonState { size, given_up: None }));
-    assert_eq!(desk.live.done(1, id, Ok(given_up)), Some(Vec::new()));
+    assert!(desk.hotplug.tick(desk.now + PATIENCE / 2).is_empty());
+    assert_eq!(balloon(desk.hotplug.tick(desk.now + PATIENCE)), Some(BalloonState { size, given_up: None }));
+    assert_eq!(desk.hotplug.done(1, id, Ok(given_up)), Some(Vec::new()));
 
     desk.ask(Request::List);
-    assert_eq!(balloon(desk.live.restart()), Some(BalloonState { size, given_up: None }));
-    assert_eq!(desk.live.devices()[1].kind, PlacedKind::Balloon { size });
+    assert_eq!(balloon(desk.hotplug.restart()), Some(BalloonState { size, given_up: None }));
+    assert_eq!(desk.hotplug.devices()[1].kind, PlacedKind::Balloon { size });
 }
 
 #[test]
@@ -244,7 +247,7 @@ fn what_cannot_be_is_refused_with_a_reason() {
         (desk.add("b,name=disk0"), "disk0 already"),
         (desk.add("b,node=n7"), "n7"),
         (desk.add(""), "no file"),
-        (desk.live.ask(7, Request::Remove { name: "disk0".into() }, false, desk.now), "does not run"),
+        (desk.hotplug.ask(7, Request::Remove { name: "disk0".into() }, false, desk.now), "does not run"),
     ] {
         assert!(Desk::refusal(&steps).contains(part), "{steps:?} does not contain {part:?}");
     }
@@ -259,10 +262,10 @@ fn nodes_that_answer_what_they_were_not_asked_are_found_out() {
     let mut desk = Desk::new(&["a,node=n1"]);
     let steps = desk.set("disk0", &["iops=1"]);
     let (node, id, _) = order(&steps);
-    assert_eq!(desk.live.done(0, id, Ok(None)), None);
-    assert_eq!(desk.live.done(node, id + 1, Ok(None)), None);
-    assert!(desk.live.done(node, id, Ok(None)).is_some());
-    assert_eq!(desk.live.done(node, id, Ok(None)), None);
+    assert_eq!(desk.hotplug.done(0, id, Ok(None)), None);
+    assert_eq!(desk.hotplug.done(node, id + 1, Ok(None)), None);
+    assert!(desk.hotplug.done(node, id, Ok(None)).is_some());
+    assert_eq!(desk.hotplug.done(node, id, Ok(None)), None);
 }
 
 #[test]
@@ -271,11 +274,11 @@ fn a_machine_that_starts_again_has_what_was_there() {
     let steps = desk.add("c");
     desk.obey(steps);
     desk.remove("disk0");
-    desk.live.ask(8, Request::Add { device: Box::new(parse_disk("d").unwrap()) }, true, desk.now);
-    let steps = desk.live.restart();
+    desk.hotplug.ask(8, Request::Add { device: Box::new(parse_disk("d").unwrap()) }, true, desk.now);
+    let steps = desk.hotplug.restart();
     assert!(matches!(&steps[0], Step::Answer(7, Answer::Done(text)) if text.contains("disk0")), "{steps:?}");
     assert!(matches!(&steps[1], Step::Answer(8, Answer::Refused(_))), "{steps:?}");
-    let names: Vec<_> = desk.live.devices().into_iter().map(|device| device.name).collect();
+    let names: Vec<_> = desk.hotplug.devices().into_iter().map(|device| device.name).collect();
     assert_eq!(names, ["disk1", "disk2"]);
 }
 
@@ -312,38 +315,38 @@ proptest! {
     ) {
         let mut machine = machine(&["a", "b,node=n1"]);
         machine.devices.push(parse_balloon("").unwrap());
-        let mut live = Live::new(&machine.check().unwrap());
+        let mut hotplug = Hotplug::new(&machine.check().unwrap());
         let (mut now, mut asker) = (Instant::now(), 0);
         let mut waiting = std::collections::BTreeSet::new();
         // What the nodes have: (bus, slot).
         let mut there = std::collections::BTreeSet::from([(0u16, 0u8), (0, 1), (1, 0)]);
         let mut orders: Vec<(usize, u32, DeviceOrder)> = Vec::new();
         for happening in happenings {
-            let name = |live: &Live, which: usize| {
-                let list = live.list(None);
+            let name = |hotplug: &Hotplug, which: usize| {
+                let list = hotplug.list(None);
                 list.get(which % list.len().max(1)).map_or("none".into(), |device| device.name.clone())
             };
-            let mut ask = |live: &mut Live, request| {
+            let mut ask = |hotplug: &mut Hotplug, request| {
                 asker += 1;
                 waiting.insert(asker);
-                live.ask(asker, request, true, now)
+                hotplug.ask(asker, request, true, now)
             };
             let steps = match happening {
                 Happening::Add => {
                     let node = ["n0", "n1"][there.len() % 2];
                     let disk = parse_disk(&format!("x,node={node}")).unwrap();
-                    ask(&mut live, Request::Add { device: Box::new(disk) })
+                    ask(&mut hotplug, Request::Add { device: Box::new(disk) })
                 }
                 Happening::Remove(which) => {
-                    let name = name(&live, which);
-                    ask(&mut live, Request::Remove { name })
+                    let name = name(&hotplug, which);
+                    ask(&mut hotplug, Request::Remove { name })
                 }
                 Happening::Set(which) => {
-                    let name = name(&live, which);
-                    ask(&mut live, Request::Set { name, settings: vec!["iops=9".into()] })
+                    let name = name(&hotplug, which);
+                    ask(&mut hotplug, Request::Set { name, settings: vec!["iops=9".into()] })
                 }
-                Happening::List => ask(&mut live, Request::List),
-                Happening::Ejected(bus, slot) => live.ejected(SlotId { bus, slot }),
+                Happening::List => ask(&mut hotplug, Request::List),
+                Happening::Ejected(bus, slot) => hotplug.ejected(SlotId { bus, slot }),
                 Happening::Done(which, well) => {
                     if orders.is_empty() {
                         continue;
@@ -359,16 +362,16 @@ proptest! {
                         _ => {}
                     }
                     let result = if well { Ok(None) } else { Err("no".into()) };
-                    live.done(node, id, result).expect("it was asked")
+                    hotplug.done(node, id, result).expect("it was asked")
                 }
                 Happening::Wait => {
                     now += PATIENCE;
-                    live.tick(now)
+                    hotplug.tick(now)
                 }
                 Happening::Restart => {
                     orders.clear();
-                    let steps = live.restart();
-                    there = live.devices().iter().map(|device| (device.node, device.slot)).collect();
+                    let steps = hotplug.restart();
+                    there = hotplug.devices().iter().map(|device| (device.node, device.slot)).collect();
                     steps
                 }
             };
@@ -379,12 +382,12 @@ proptest! {
                     Step::Say(_) => {}
                 }
             }
-            for entry in &live.entries {
+            for entry in &hotplug.entries {
                 let here = there.contains(&(entry.device.node, entry.device.slot));
                 prop_assert!(here || matches!(entry.state, State::Opening | State::Closing), "{entry:?}");
             }
         }
-        let last = live.tick(now + PATIENCE);
+        let last = hotplug.tick(now + PATIENCE);
         for step in last {
             if let Step::Answer(asker, _) = step {
                 prop_assert!(waiting.remove(&asker), "answered twice");
