@@ -161,7 +161,7 @@ mod tests {
         let number = || prop_oneof![any::<u128>(), 0..4u128, Just(u128::MAX), Just(1 << 63)];
         (0..9usize, 0..5, offset, number(), number()).prop_map(
             |(action, width, offset, operand, expected)| {
-                let width = Width::of(1 << width).unwrap();
+                let width = Width::of(1usize << width).unwrap();
                 let (action, alignment) = match width {
                     Width::Sixteen => (Action::CompareExchange, 16),
                     _ => (Action::ALL[action], 1),
