@@ -18,6 +18,7 @@ use serde::Serialize;
 
 #[derive(Serialize)]
 struct Report {
+    cpu: String,
     cpus: usize,
     rounds: usize,
     seconds: f64,
@@ -52,14 +53,15 @@ fn main() -> Result<()> {
     }
     let (local, shmem_enabled) = home::measure(rounds + 2)?;
     rows.extend(local);
+    println!("{}, {} CPUs", place::cpu_model(), plan.cpus.len());
     println!("{}", report::table(&rows));
     println!("huge pages for shared memory: {shmem_enabled}");
     left_out.iter().for_each(|what| println!("not measured: {what}"));
     let picture = plot::svg("page faults that another node answers: time by the floor's", &rows);
     std::fs::write(report::path("fault_path.svg")?, picture)?;
     let seconds = begin.elapsed().as_secs_f64();
-    let cpus = plan.cpus.len();
-    let report = Report { cpus, rounds, seconds, rows, phases: steps, left_out, shmem_enabled };
+    let (cpu, cpus) = (place::cpu_model(), plan.cpus.len());
+    let report = Report { cpu, cpus, rounds, seconds, rows, phases: steps, left_out, shmem_enabled };
     let path = report::write("fault_path", &report)?;
     println!("{} ({seconds:.0} s)", path.display());
     Ok(())

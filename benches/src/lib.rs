@@ -3,6 +3,7 @@
 //!
 //! - [`fault_path`]: what a page fault costs that another node must answer (`cargo bench -p benches --bench
 //!   fault_path`).
+//! - [`handover`]: what it costs that several nodes write one word (`cargo bench -p benches --bench handover`).
 //! - [`fabric`]: round trips and throughput of the fabric beside bare sockets (`cargo bench -p benches --bench fabric`).
 //! - [`rdma`], [`perftest`]: the fabric over RDMA beside perftest (`cargo bench -p benches --bench rdma`).
 //! - [`choice`]: what the command line asks for.
@@ -15,6 +16,7 @@
 pub mod choice;
 pub mod fabric;
 pub mod fault_path;
+pub mod handover;
 pub mod perftest;
 pub mod place;
 pub mod plot;

@@ -12,6 +12,23 @@ pub fn cpus() -> Vec<usize> {
     }
 }
 
+/// The CPU's model, as Linux calls it: ratios depend on it too.
+pub fn cpu_model() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = text.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name))?;
+        line.split_once(':').map(|(_, value)| value.trim().to_owned())
+    };
+    let number = |name| field(name).unwrap_or_else(|| "?".into());
+    let name = field("model name").unwrap_or_else(|| "an unknown CPU".into());
+    format!(
+        "{name}, family {} model {} stepping {}",
+        number("cpu family"),
+        number("model"),
+        number("stepping")
+    )
+}
+
 /// The CPUs of node `node` among `all`: each node has its own while there are enough, else they take turns.
 pub fn share(all: &[usize], node: usize, nodes: usize) -> Vec<usize> {
     match all.len() / nodes.max(1) {

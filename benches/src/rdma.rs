@@ -1,6 +1,5 @@
 //! Our own times over RDMA: both nodes are threads here, connected through one port of this host.
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -63,9 +62,7 @@ impl Side {
             }
             ensure!(Instant::now() < until, "nothing came within {PATIENCE:?}");
             if self.blocking && !self.receiver.arm()? {
-                // SAFETY: the receiver keeps its descriptor open during the call.
-                let fd = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
-                poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::from(1000u16))?;
+                poll(&mut [PollFd::new(self.receiver.fd(), PollFlags::POLLIN)], PollTimeout::from(1000u16))?;
             }
         }
     }

@@ -6,6 +6,7 @@
 //! - [`cluster`]: several protocols as one value, for the model checker, the tests and the simulator.
 //! - [`simulator`]: hundreds of nodes in virtual time, by seed.
 //! - [`memory`]: guest RAM as one file mapped twice, the guest view and the engine view.
+//! - [`execution`]: a shipped operation, done to a frame.
 //! - [`uffd`]: the kernel's userfaultfd.
 //! - [`engine`]: the threads that connect these with the fabric.
 //! - [`stats`]: what is counted.
@@ -27,10 +28,12 @@
 
 pub mod cluster;
 pub mod engine;
+pub mod execution;
 pub mod memory;
 pub mod node_set;
 pub mod page;
 pub mod protocol;
 pub mod simulator;
 pub mod stats;
+mod trace;
 pub mod uffd;

@@ -14,8 +14,9 @@ use std::ptr::NonNull;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
+use crate::execution::execute;
 use crate::page::{PAGE_SIZE, Page};
-use crate::protocol::Rights;
+use crate::protocol::{Operation, Rights};
 
 /// The two mappings and their file.
 #[derive(Debug)]
@@ -163,6 +164,14 @@ impl DualMemory {
         // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest accesses the page at the same time,
         // as what a device writes may.
         unsafe { std::ptr::copy_nonoverlapping(bytes, self.frame_ptr(page), 1) };
+    }
+
+    /// Carries an operation out on the page through the engine view, atomically with whoever accesses it through the guest
+    /// view, and tells the old bytes (0 of a store). Whether this node may read and write the page is the caller's to know.
+    pub fn operate(&self, page: Page, operation: &Operation) -> u128 {
+        // SAFETY: inside the mapping, which can be read and written; references to its frames are made only while nobody
+        // writes them, which is their makers' contract.
+        unsafe { execute(self.frame_ptr(page), operation) }
     }
 
     /// Makes sure that the page is in the file, so that a touch of the guest view raises a minor fault and is

@@ -1,4 +1,4 @@
-//! What one look for news costs: asking epoll, or trying every socket.
+//! The cost of one look for news: asking epoll, or trying every socket.
 //!
 //! The TCP receiver does the second for few peers and the first for many; this shows where the border is.
 //! Run it with `cargo run --release -p fabric --example poll_cost`. Each line is for one number of peers:

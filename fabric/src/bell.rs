@@ -1,4 +1,4 @@
-//! Wakes the thread that works on a lane.
+//! The bell that wakes the thread which works on a lane.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};

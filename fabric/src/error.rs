@@ -1,16 +1,16 @@
-//! What can go wrong between nodes, in sentences for the operator.
+//! Errors between nodes, as sentences for the operator.
 
 use crate::NodeId;
 
 /// An error of the fabric.
 #[derive(Debug, thiserror::Error)]
 pub enum FabricError {
-    /// The peer is gone: it closed the connection, fell silent, or sent what no sound peer sends.
+    /// The peer is gone: it closed the connection, fell silent, or broke the protocol.
     #[error("{peer} was lost: {why}")]
     PeerLost {
-        /// Who.
+        /// The peer.
         peer: NodeId,
-        /// What was seen, as the end of a sentence.
+        /// The reason, as the end of a sentence.
         why: String,
     },
     /// The mesh could not be set up.

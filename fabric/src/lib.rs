@@ -1,15 +1,13 @@
 //! The fabric moves frames between the nodes of one machine.
 //!
-//! It knows nothing of what a frame means, of guest pages, or of KVM. Its users see four things:
+//! It knows nothing of what a frame means, of guest pages, or of KVM. Its users see three things:
 //!
 //! - [`Transport`]: the sending side, shared by every thread of the node. A frame goes to one peer on
 //!   one *lane*; frames of one lane to one peer arrive whole and in the order in which they were sent.
 //!   Nothing is promised between lanes, or between peers.
 //! - [`Receiver`]: the receiving side of one lane from all peers, owned by the one thread that works on
 //!   that lane. It polls without blocking, and offers a file descriptor to sleep on.
-//! - [`secure`]: how peers prove who they are, and what only the two of them read; sessions of other crates use it too.
-//! - [`trace`]: the bounded in-memory trace that every crate of the node writes to and that is dumped
-//!   when something goes wrong. It lives here because this is the crate that everybody depends on.
+//! - [`secure`]: how peers prove their identity, and channels that only the two of them read; other crates use it too.
 //!
 //! # The way of one frame (TCP)
 //!
@@ -32,15 +30,13 @@ mod bell;
 mod error;
 #[cfg(fuzzing)]
 pub mod fuzzing;
-mod priority;
 mod rails;
 pub mod rdma;
+mod resend;
 pub mod secure;
 pub mod sim;
 pub mod tcp;
-pub mod trace;
 mod transport;
 
 pub use error::FabricError;
-pub use priority::urgent;
 pub use transport::{LaneId, MAX_BACKLOG, MAX_FRAME, MAX_NODES, NodeId, Receiver, Transport, TransportStats};

@@ -5,9 +5,9 @@
 //! were taken from it) is lost to the others, like a node whose process died.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -77,7 +77,7 @@ impl Inbox {
 
     fn lock(&self) -> MutexGuard<'_, InboxState> {
         // A sink that panics does so outside the lock; the state behind a poisoned one is whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.state)
     }
 
     fn push(&self, state: &mut InboxState, from: NodeId, arrival: Arrival) -> Result<(), FabricError> {
@@ -208,7 +208,7 @@ impl SimReceiver {
 
 impl Receiver for SimReceiver {
     fn poll(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError> {
-        // Not more than what is there now: a sink that provokes new frames must not keep us for ever.
+        // Not more than what is there now: a sink that provokes new frames must not keep this going without end.
         let most = self.inbox().lock().queue.len();
         let mut frames = 0;
         for _ in 0..most {
@@ -225,8 +225,8 @@ impl Receiver for SimReceiver {
         Ok(frames)
     }
 
-    fn fd(&self) -> RawFd {
-        self.inbox().ready.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.inbox().ready.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

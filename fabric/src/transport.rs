@@ -1,8 +1,8 @@
-//! What every transport offers: frames to a peer on a lane, in order.
+//! The contract of every transport: frames to a peer on a lane, in order.
 
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
 
 use crate::FabricError;
 
@@ -40,6 +40,11 @@ pub(crate) const ENVELOPE: usize = 1;
 /// further behind is lost.
 pub const MAX_BACKLOG: usize = 64 << 20;
 
+/// The end of a sentence about a peer that is further behind than [`MAX_BACKLOG`].
+pub(crate) fn too_far_behind() -> String {
+    format!("it is more than {} MiB behind with what was sent to it", MAX_BACKLOG >> 20)
+}
+
 /// Totals since the transport was opened.
 #[derive(Copy, Clone, Debug, Default, Eq, PartialEq)]
 pub struct TransportStats {
@@ -67,11 +72,11 @@ pub trait Transport: Send + Sync {
     /// Sends one frame, the concatenation of `parts` (at most [`MAX_FRAME`] bytes).
     ///
     /// Never blocks: what the wire does not take at once is kept and sent by the lane's [`Receiver`], so
-    /// somebody must poll that receiver. Frames on the same lane to the same peer stay in order, whichever
+    /// that receiver must be polled. Frames on the same lane to the same peer stay in order, whichever
     /// threads send them.
     ///
     /// # Errors
-    /// [`FabricError::PeerLost`] once the peer is gone or its backlog has grown past every reason;
+    /// [`FabricError::PeerLost`] once the peer is gone or its backlog exceeds [`MAX_BACKLOG`];
     /// [`FabricError::Refused`] for a frame that is empty or too long, or is for this node itself, or for a
     /// peer or lane that does not exist.
     fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError>;
@@ -106,13 +111,13 @@ pub trait Receiver: Send {
 
     /// A descriptor that becomes readable (level-triggered, for `poll` or `epoll`) when [`Receiver::poll`]
     /// may have something to do. Meaningful once [`Receiver::arm`] has said `false`.
-    fn fd(&self) -> RawFd;
+    fn fd(&self) -> BorrowedFd<'_>;
 
     /// Call before sleeping on [`Receiver::fd`]; `true` means there is work already and sleeping is wrong.
     fn arm(&mut self) -> Result<bool, FabricError>;
 
     /// The next peer that was lost and that [`Transport::send`] reaches again. What was under way when it was lost is
-    /// not sent again. `None` for ever on transports on which a lost peer stays lost: all but those that are rails of
+    /// not sent again. Always `None` on transports on which a lost peer stays lost: all but those that are rails of
     /// another one.
     fn returned(&mut self) -> Option<NodeId> {
         None
@@ -124,7 +129,7 @@ pub(crate) struct Receivers<R>(Mutex<Vec<Option<R>>>);
 
 impl<R: Receiver + 'static> Receivers<R> {
     pub(crate) fn take(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
-        let mut receivers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut receivers = base::lock(&self.0);
         let receiver = receivers.get_mut(usize::from(lane))?.take()?;
         Some(Box::new(receiver))
     }

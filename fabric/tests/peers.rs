@@ -1,4 +1,4 @@
-//! Who is let in, what is believed, and what leaves a node: handshakes and frames in the hands of others.
+//! Handshakes and frames in the hands of others: admission, trust, and the secrecy of what leaves a node.
 
 mod common;
 
@@ -228,13 +228,13 @@ fn with_raw_peers() -> (TcpTransport, Raw, Raw) {
     })
 }
 
-/// What node 1 sends after a sound frame; it must lose node 1, with `why`, and leave node 2 alone.
+/// What node 1 sends after a valid frame; it must lose node 1, with `why`, and leave node 2 alone.
 fn expect_loss_of_one(why: &str, nonsense: impl FnOnce(&mut Raw) -> Vec<u8>) {
     let (zero, mut one, mut two) = with_raw_peers();
     let mut tap = Tap::new(&zero, 0);
-    let sound = one.frame(b"sound");
-    one.socket.write_all(&sound).unwrap();
-    assert_eq!(tap.take(1), [(NodeId(1), b"sound".to_vec())]);
+    let valid = one.frame(b"valid");
+    one.socket.write_all(&valid).unwrap();
+    assert_eq!(tap.take(1), [(NodeId(1), b"valid".to_vec())]);
     let nonsense = nonsense(&mut one);
     one.socket.write_all(&nonsense).unwrap();
     let _ = one.socket.shutdown(Shutdown::Write);

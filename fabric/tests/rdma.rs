@@ -1,4 +1,4 @@
-//! What is particular to RDMA: what is said where there is none, and how connections end.
+//! Particular to RDMA: errors where there is none, and the ends of connections.
 
 mod common;
 

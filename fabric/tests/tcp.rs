@@ -1,10 +1,10 @@
-//! What only TCP has: building the mesh among strangers, and peers that break the framing.
+//! Particular to TCP: building the mesh among strangers, and peers that break the framing.
 
 mod common;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -227,7 +227,7 @@ fn a_peer_that_comes_late_is_waited_for() {
     thread::scope(|scope| {
         let meshing = scope.spawn(move || one.mesh(one_config));
         for _ in 0..3 {
-            assert!(readable(other.as_raw_fd(), PATIENCE.as_millis() as u16), "node 1 does not try again");
+            assert!(readable(other.as_fd(), PATIENCE.as_millis() as u16), "node 1 does not try again");
             let (mut socket, _) = other.accept().unwrap();
             socket.set_read_timeout(Some(PATIENCE)).unwrap();
             socket.read_exact(&mut [0; 128 + 48]).unwrap();

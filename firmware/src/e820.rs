@@ -1,6 +1,7 @@
 //! The memory map in the form the BIOS call e820 gave it, which Linux's boot protocol still uses.
 
-use crate::layout::{BIOS_END, LOW_MEMORY_END, RamRange};
+use crate::addresses::{BIOS_END, LOW_MEMORY_END};
+use crate::layout::Layout;
 use std::ops::Range;
 
 /// What a range of guest physical memory is for; the value is the e820 type (ACPI 6.5, 15.1).
@@ -26,8 +27,9 @@ pub struct Entry {
     pub kind: Kind,
 }
 
-/// The map of RAM at `ram` with the ACPI tables at `acpi`.
-pub(crate) fn map(ram: &[RamRange], acpi: &Range<u64>) -> Vec<Entry> {
+/// The memory map of a machine for its kernel, in address order.
+pub fn map(layout: &Layout) -> Vec<Entry> {
+    let acpi = layout.acpi_range();
     let mut entries = Vec::new();
     let mut push = |range: Range<u64>, kind| {
         if range.start < range.end {
@@ -36,7 +38,7 @@ pub(crate) fn map(ram: &[RamRange], acpi: &Range<u64>) -> Vec<Entry> {
     };
     push(0..LOW_MEMORY_END, Kind::Usable);
     push(LOW_MEMORY_END..BIOS_END, Kind::Reserved);
-    for range in ram {
+    for range in layout.ram_ranges() {
         let (start, end) = (range.gpa.max(BIOS_END), range.gpa + range.len);
         if acpi.start >= start && acpi.end <= end {
             push(start..acpi.start, Kind::Usable);

@@ -1,4 +1,4 @@
-//! What can be wrong with a machine or its kernel, in sentences for the operator.
+//! Errors in a machine's description or its kernel, as sentences for the operator.
 
 /// An error of the firmware crate.
 #[derive(Debug, thiserror::Error)]

@@ -1,4 +1,4 @@
-//! Where PCI is: one root bus per node, with its configuration space and its window for device registers.
+//! The PCI address map: one root bus per node, with its configuration space and its window for device registers.
 //!
 //! Bus `n` belongs to node `n`, so that the node that owns an address can be told from the address alone, and the
 //! guest learns from the bus (`_PXM` of its host bridge) which NUMA node a device is near to. All of it lies in the
@@ -53,7 +53,7 @@ pub fn bus_of(gpa: u64) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{HOLE_END, HOLE_START, IOAPIC_ADDR};
+    use crate::addresses::{HOLE_END, HOLE_START, IOAPIC_ADDR};
 
     #[test]
     fn every_address_of_a_bus_leads_back_to_it() {

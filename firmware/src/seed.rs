@@ -1,4 +1,5 @@
-//! What cloud-init reads at a guest's first start: a small FAT file system labelled `CIDATA` (its data source NoCloud).
+//! The seed disk that cloud-init reads at a guest's first start: a small FAT file system labelled `CIDATA` (its data
+//! source NoCloud).
 
 use std::io::{Cursor, Write};
 

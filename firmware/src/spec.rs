@@ -1,7 +1,7 @@
 //! The machine as its owner describes it: nodes with CPUs and memory.
 
 use crate::FirmwareError;
-use crate::layout::{PAGE_SIZE, apic_id_shift};
+use crate::addresses::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
 /// Most nodes one machine may have.
@@ -88,6 +88,12 @@ impl MachineSpec {
         given.unwrap_or(if from == to { LOCAL_DISTANCE } else { REMOTE_DISTANCE })
     }
 
+    /// Low bits of an APIC id that number the CPUs within a node: enough for the largest one.
+    pub(crate) fn apic_id_shift(&self) -> u32 {
+        let largest = self.nodes.iter().map(|node| node.cpus).max().unwrap_or(0);
+        u64::from(largest.max(1)).next_power_of_two().trailing_zeros()
+    }
+
     fn check_memory(&self) -> Result<(), FirmwareError> {
         let wrong = |why: String| Err(FirmwareError::Spec(why));
         let mut total = 0u64;
@@ -137,7 +143,7 @@ impl MachineSpec {
                 self.nodes[0].name
             ));
         }
-        let shift = apic_id_shift(self);
+        let shift = self.apic_id_shift();
         for (id, node) in self.nodes.iter().enumerate().filter(|(_, node)| node.cpus > 0) {
             let highest = ((id as u64) << shift) + u64::from(node.cpus) - 1;
             if highest > u64::from(MAX_APIC_ID) {

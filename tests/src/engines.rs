@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -52,7 +52,7 @@ impl Engines {
                     return;
                 }
                 eprintln!("an engine failed: {error}");
-                failures.lock().unwrap_or_else(PoisonError::into_inner).push(error.to_string());
+                base::lock(&failures).push(error.to_string());
             });
             engines.push(Engine::start(config, memory.clone(), Arc::new(transport), on_failure)?);
             memories.push(memory);
@@ -161,7 +161,7 @@ impl Engines {
     /// # Errors
     /// Why one does not.
     pub fn check(&self) -> Result<()> {
-        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let failures = base::lock(&self.failures);
         if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
     }
 }

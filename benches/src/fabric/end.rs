@@ -2,7 +2,6 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::BorrowedFd;
 use std::sync::mpsc::{Receiver as Inbox, Sender, TryRecvError, channel};
 use std::time::Duration;
 
@@ -133,9 +132,8 @@ impl Ours {
                 return Ok(());
             }
         }
-        // SAFETY: the receivers, which own the descriptors, are borrowed meanwhile.
-        let fds = self.receivers.iter().map(|receiver| unsafe { BorrowedFd::borrow_raw(receiver.fd()) });
-        let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let fds = self.receivers.iter().map(|receiver| PollFd::new(receiver.fd(), PollFlags::POLLIN));
+        let mut fds: Vec<PollFd<'_>> = fds.collect();
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(error) => Err(error.into()),

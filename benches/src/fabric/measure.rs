@@ -151,7 +151,7 @@ pub fn cipher(size: usize, rounds: usize) -> Result<f64> {
     let mut called = Handshake::answer(Pattern::BothKnown, far, Some(&near.public()), &[])?;
     called.read(&caller.write()?)?;
     caller.read(&called.write()?)?;
-    let ((mut sealer, _), (_, mut opener)) = (caller.finish()?, called.finish()?);
+    let (mut sealer, mut opener) = (caller.finish()?.sealer, called.finish()?.opener);
     let mut record = vec![7; size + TAG];
     let mut best = f64::INFINITY;
     for _ in 0..rounds {

@@ -2,10 +2,11 @@
 //! operation needs, once, and make the system calls that land them.
 
 use std::net::TcpListener;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use coherence::memory::DualMemory;
@@ -28,7 +29,12 @@ const UPGRADE: u8 = 3;
 const FORWARD: u8 = 4;
 /// Pour that many pages.
 const POUR: u8 = 5;
-const ANSWER: u8 = 6;
+/// Answer with as many bytes as were sent.
+const ECHO: u8 = 6;
+const ANSWER: u8 = 7;
+
+/// What makes a message of 64 bytes.
+const SMALL: [u8; 48] = [0x55; 48];
 
 /// Pages poured with one call.
 const GULP: usize = 64;
@@ -88,7 +94,7 @@ impl Bare {
         } else {
             let (nodes, busy) = (setup.pages.len() as u16, setup.polling == Polling::Busy);
             bare.thread = Some(std::thread::Builder::new().name("server".into()).spawn(move || {
-                fabric::urgent();
+                base::thread::make_urgent();
                 serve(&mut *wire, &memory, nodes, busy)?;
                 Ok(wire)
             })?);
@@ -121,7 +127,7 @@ impl Bare {
         };
         let (orders, polling) = (self.orders.clone(), self.setup.polling);
         self.thread = Some(std::thread::Builder::new().name("handler".into()).spawn(move || {
-            fabric::urgent();
+            base::thread::make_urgent();
             handler.run(&orders, polling)?;
             Ok(handler.wire)
         })?);
@@ -146,6 +152,33 @@ impl Bare {
             }
         }
         Ok(())
+    }
+
+    /// Sends 64 bytes to node 1 and back, `count` times; how long each took, in nanoseconds.
+    ///
+    /// # Errors
+    /// The handler failed, or the home is gone.
+    pub fn round_trips(&mut self, count: u64) -> Result<Vec<u64>> {
+        self.halt()?;
+        let mut wire = self.wire.take().context("only node 0 asks")?;
+        let busy = self.setup.polling == Polling::Busy;
+        let thread = std::thread::Builder::new().name("round trips".into()).spawn(move || {
+            base::thread::make_urgent();
+            let mut times = Vec::new();
+            for i in 0..count {
+                let begin = Instant::now();
+                wire.send(1, &head(ECHO, i), &SMALL)?;
+                let mut answered = false;
+                while !answered {
+                    wire.receive(!busy, &mut |_, head, _| answered |= page(head) == i)?;
+                }
+                times.push(begin.elapsed().as_nanos() as u64);
+            }
+            anyhow::Ok((wire, times))
+        })?;
+        let (wire, times) = thread.join().map_err(|_| anyhow::anyhow!("the round trips panicked"))??;
+        self.wire = Some(wire);
+        Ok(times)
     }
 
     /// Ends node 0's handler and gets the wire back.
@@ -189,6 +222,7 @@ fn serve(wire: &mut dyn Wire, memory: &DualMemory, nodes: u16, busy: bool) -> Re
             match kind {
                 GET => wire.send(0, &head(ANSWER, page), frame(page))?,
                 ACK => wire.send(0, &head(ANSWER, page), &[])?,
+                ECHO => wire.send(0, &head(ANSWER, page), &SMALL)?,
                 UPGRADE => {
                     for sharer in 2..nodes {
                         wire.send(sharer, &head(ACK, page), &[])?;
@@ -229,10 +263,8 @@ impl Handler {
             let (faults, answers) = (self.waiting.len() < self.threads, !self.waiting.is_empty());
             let mut look = faults;
             if polling == Polling::Blocking && faults {
-                // SAFETY: both descriptors are open as long as their owners, which outlive the call.
-                let [uffd, lane] =
-                    [self.uffd.as_raw_fd(), self.wire.fd()].map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
-                let mut fds = [uffd, orders.bell.as_fd(), lane].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+                let mut fds = [self.uffd.as_fd(), orders.bell.as_fd(), self.wire.fd()]
+                    .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
                 let most = if answers { 3 } else { 2 };
                 match poll(&mut fds[..most], PollTimeout::NONE) {
                     Ok(_) | Err(nix::Error::EINTR) => {}

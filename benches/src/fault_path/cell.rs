@@ -8,6 +8,7 @@ use super::command::{Command, Op, Pages, Polling, Reply, Setup, Side, Times};
 use super::peers::Peer;
 use super::worker::Worker;
 use crate::choice::Net;
+use crate::handover::guest;
 use crate::place;
 
 /// Pages whose home is node 1; what is measured uses them one after the other.
@@ -54,7 +55,7 @@ impl Cell {
                 }
             }
             Net::InProcess => {
-                let mut transports = fabric::sim::cluster(kind.nodes, 1)?.into_iter();
+                let mut transports = fabric::sim::cluster(kind.nodes, guest::LANE + 1)?.into_iter();
                 peers.push(Peer::Here(Box::new(Worker::new(transports.next()))));
                 peers.extend(transports.map(Peer::thread));
             }
@@ -97,6 +98,32 @@ impl Cell {
     /// What the node says.
     pub fn tell(&mut self, node: usize, command: Command) -> Result<Reply> {
         self.peers[node].call(command)
+    }
+
+    /// Tells each node its own command, at the same time; their answers.
+    ///
+    /// # Errors
+    /// What a node says.
+    pub fn tell_all(&mut self, commands: &[Command]) -> Result<Vec<Reply>> {
+        for (peer, command) in self.peers.iter_mut().zip(commands).skip(1) {
+            peer.begin(command)?;
+        }
+        let mut replies = Vec::new();
+        if let Some(command) = commands.first() {
+            replies.push(self.peers[0].call(command.clone())?);
+        }
+        for peer in self.peers.iter_mut().take(commands.len()).skip(1) {
+            replies.push(peer.finish()?);
+        }
+        Ok(replies)
+    }
+
+    /// The first page of a node's own memory.
+    pub fn own_page(node: usize) -> u64 {
+        match node {
+            0 | 1 => node as u64 * OTHER_PAGES,
+            _ => HOME_PAGES + (node as u64 - 1) * OTHER_PAGES,
+        }
     }
 
     /// So many pages of the home that nobody has touched.

@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::handover::code::Program;
+use crate::handover::guest::Job;
+
 /// How threads wait.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Polling {
@@ -119,6 +122,12 @@ pub enum Command {
         /// 0 or 1.
         turn: u64,
     },
+    /// Send 64 bytes to node 1 and back, so often.
+    RoundTrips(u64),
+    /// Write a micro guest's page tables and code into the guest's memory.
+    Code(Program),
+    /// Run the code on this node's vCPU.
+    Run(Job),
     /// The last events of the node's trace.
     Trace,
     /// The node's counters.
@@ -136,6 +145,8 @@ pub enum Reply {
     Done,
     /// How long it took.
     Times(Times),
+    /// Operations that the vCPU did.
+    Count(u64),
     /// The trace's text.
     Trace(String),
     /// Counters by name.

@@ -1,6 +1,6 @@
 //! The node as it is in production: the coherence engine over the fabric.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -15,6 +15,7 @@ use super::command::{Polling, Setup};
 pub struct Ours {
     memory: Arc<DualMemory>,
     engine: Engine,
+    transport: Arc<dyn Transport>,
     failure: Arc<Mutex<Option<String>>>,
 }
 
@@ -41,15 +42,25 @@ impl Ours {
         let failure = Arc::new(Mutex::new(None));
         let tell = failure.clone();
         let on_failure = Arc::new(move |error: EngineError| {
-            *tell.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            *base::lock(&tell) = Some(error.to_string());
         });
-        let engine = Engine::start(config, memory.clone(), transport, on_failure)?;
-        Ok(Ours { memory, engine, failure })
+        let engine = Engine::start(config, memory.clone(), transport.clone(), on_failure)?;
+        Ok(Ours { memory, engine, transport, failure })
     }
 
     /// The node's memory.
     pub fn memory(&self) -> &Arc<DualMemory> {
         &self.memory
+    }
+
+    /// What the engine's messages travel over.
+    pub fn transport(&self) -> &Arc<dyn Transport> {
+        &self.transport
+    }
+
+    /// The calling thread's vCPU has nothing to do.
+    pub fn idle(&self) {
+        self.engine.idle(nix::unistd::gettid().as_raw() as u32);
     }
 
     /// The engine's counters.
@@ -62,7 +73,7 @@ impl Ours {
     /// # Errors
     /// Why it does not.
     pub fn check(&self) -> Result<()> {
-        match &*self.failure.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &*base::lock(&self.failure) {
             Some(why) => bail!("the engine failed: {why}"),
             None => Ok(()),
         }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use fabric::trace;
+use base::trace;
 use serde::Serialize;
 
 use super::cell::{Cell, Kind};

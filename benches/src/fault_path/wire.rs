@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -49,7 +49,7 @@ pub trait Wire: Send {
     /// A peer is gone.
     fn receive(&mut self, wait: bool, sink: Sink<'_>) -> Result<()>;
     /// Readable when something has arrived.
-    fn fd(&self) -> RawFd;
+    fn fd(&self) -> BorrowedFd<'_>;
     /// Sends bytes without frames.
     ///
     /// # Errors
@@ -171,9 +171,9 @@ impl Wire for Sockets {
         Ok(())
     }
 
-    fn fd(&self) -> RawFd {
+    fn fd(&self) -> BorrowedFd<'_> {
         let only = self.only.and_then(|only| self.connections[only].as_ref());
-        only.map_or(self.epoll.0.as_raw_fd(), |connection| connection.socket.as_raw_fd())
+        only.map_or(self.epoll.0.as_fd(), |connection| connection.socket.as_fd())
     }
 
     fn pour(&mut self, to: u16, bytes: &[u8]) -> Result<()> {
@@ -205,9 +205,7 @@ impl Queues {
 }
 
 /// Waits until the descriptor is readable.
-fn sleep(fd: RawFd) -> Result<()> {
-    // SAFETY: the caller's receiver keeps its descriptor open, and outlives the call.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+fn sleep(fd: BorrowedFd<'_>) -> Result<()> {
     match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::NONE) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(error) => Err(error.into()),
@@ -231,7 +229,7 @@ impl Wire for Queues {
         Ok(())
     }
 
-    fn fd(&self) -> RawFd {
+    fn fd(&self) -> BorrowedFd<'_> {
         self.receiver.fd()
     }
 

@@ -6,16 +6,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use base::trace;
 use coherence::memory::DualMemory;
 use coherence::page::PAGE_SIZE;
 use fabric::secure::PrivateKey;
 use fabric::sim::SimTransport;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys};
-use fabric::{NodeId, Transport, trace};
+use fabric::{NodeId, Transport};
 
 use super::bare::Bare;
 use super::command::{Command, Op, Pages, Polling, Reply, Setup, Side, Times};
 use super::ours::Ours;
+use crate::handover::guest::{self, Guest, Job};
 use crate::place;
 use crate::report::quantiles;
 
@@ -34,6 +36,8 @@ enum Door {
 
 /// One node.
 pub struct Worker {
+    /// Before the memory that it uses.
+    guest: Option<Guest>,
     transport: Option<SimTransport>,
     door: Option<Door>,
     part: Option<Part>,
@@ -43,7 +47,7 @@ pub struct Worker {
 impl Worker {
     /// A node that talks over `transport`, or over TCP.
     pub fn new(transport: Option<SimTransport>) -> Worker {
-        Worker { transport, door: None, part: None, polling: Polling::Blocking }
+        Worker { guest: None, transport, door: None, part: None, polling: Polling::Blocking }
     }
 
     /// Does what it is told; a failure is an answer too.
@@ -99,7 +103,26 @@ impl Worker {
                     Part::Bare(_) => Vec::new(),
                 }));
             }
-            Command::Quit => self.part = None,
+            Command::RoundTrips(count) => {
+                let Part::Bare(bare) = self.part()? else { bail!("round trips are the floor's") };
+                let (median_us, p99_us) = quantiles(&mut bare.round_trips(count)?);
+                return Ok(Reply::Times(Times { median_us, p99_us, ..Times::default() }));
+            }
+            Command::Code(program) => {
+                let memory = self.memory()?;
+                let write = |at: usize, word| address(memory, at).store(word, Ordering::SeqCst);
+                ::tests::cpl3::tables().for_each(|(at, word)| write(at, word));
+                for (i, bytes) in program.code().chunks(8).enumerate() {
+                    let mut word = [0; 8];
+                    word[..bytes.len()].copy_from_slice(bytes);
+                    write(guest::CODE as usize + i * 8, u64::from_le_bytes(word));
+                }
+            }
+            Command::Run(job) => return self.run(&job),
+            Command::Quit => {
+                self.guest = None;
+                self.part = None;
+            }
         }
         if let Some(Part::Ours(ours)) = &self.part {
             ours.check()?;
@@ -118,7 +141,7 @@ impl Worker {
                 let transport: Arc<dyn Transport> = Arc::new(listener.mesh(MeshConfig {
                     node: NodeId(setup.node),
                     addresses: setup.addresses.clone(),
-                    lanes: 1,
+                    lanes: guest::LANE + 1,
                     machine: [7; 16],
                     version: "bench".into(),
                     keys: keys(setup.node, setup.addresses.len()),
@@ -137,6 +160,18 @@ impl Worker {
             _ => bail!("a node must listen before it starts"),
         });
         Ok(())
+    }
+
+    /// Runs the code on this node's vCPU, which is made when it is needed first.
+    fn run(&mut self, job: &Job) -> Result<Reply> {
+        let Some(Part::Ours(ours)) = &self.part else { bail!("a guest needs an engine") };
+        if self.guest.is_none() {
+            self.guest = Some(Guest::new(ours.memory(), ours.transport().clone())?);
+        }
+        let guest = self.guest.as_mut().context("there is no guest")?;
+        guest.run(job, || ours.idle())?;
+        ours.check()?;
+        Ok(Reply::Count(address(ours.memory(), job.count as usize).load(Ordering::SeqCst)))
     }
 
     fn part(&mut self) -> Result<&mut Part> {
@@ -181,8 +216,12 @@ fn per_operation(elapsed: Duration, count: u64) -> Times {
 
 /// A word of the page, not its first, as this node's CPUs see it.
 fn word(memory: &DualMemory, page: u64) -> &AtomicU64 {
-    let offset = page as usize * PAGE_SIZE + 64;
-    assert!(offset < memory.len(), "page {page} is beyond the node's memory");
+    address(memory, page as usize * PAGE_SIZE + 64)
+}
+
+/// The word at that offset, which is a multiple of 8, as this node's CPUs see it.
+fn address(memory: &DualMemory, offset: usize) -> &AtomicU64 {
+    assert!(offset.is_multiple_of(8) && offset < memory.len(), "there is no word at {offset:#x}");
     // SAFETY: aligned and inside the guest view, which lives as long as the memory; atomics may alias.
     unsafe { &*memory.guest_view().add(offset).cast::<AtomicU64>() }
 }

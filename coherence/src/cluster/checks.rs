@@ -16,6 +16,15 @@ pub enum Broken {
     /// A read found an old page.
     #[error("node {0} read an old copy of page {1:?}")]
     StaleRead(usize, Page),
+    /// A copy that is said to be the last write has another byte for CPUs to operate on.
+    #[error("the copy of page {1:?} of node {0} has lost an operation")]
+    LostOperation(usize, Page),
+    /// An operation was carried out that nobody waits for, or once more.
+    #[error("the operation of CPU {1} of node {0} on page {2:?} was carried out when it must not be")]
+    NotAsked(usize, u32, Page),
+    /// A CPU was told of its operation what is not true.
+    #[error("CPU {1} of node {0} was told what is not true of its operation on page {2:?}")]
+    WrongAnswer(usize, u32, Page),
     /// Bytes landed under a mapping.
     #[error("bytes landed in page {1:?} of node {0} while it was mapped")]
     LandedUnderMapping(usize, Page),
@@ -51,6 +60,9 @@ impl Broken {
         match self {
             Broken::TwoWriters(page, ..) | Broken::Directory(page, _) => Some(*page),
             Broken::StaleRead(_, page)
+            | Broken::LostOperation(_, page)
+            | Broken::NotAsked(_, _, page)
+            | Broken::WrongAnswer(_, _, page)
             | Broken::LandedUnderMapping(_, page)
             | Broken::AnsweredTooEarly(_, page, _)
             | Broken::Freed(_, page)
@@ -79,6 +91,16 @@ impl Cluster {
         }
     }
 
+    /// What a node accesses must be the last write.
+    pub(super) fn check_current(&self, node: usize, page: Page) -> Result<(), Broken> {
+        let copy = self.copies[self.at(node, page)];
+        match copy.current {
+            false => Err(Broken::StaleRead(node, page)),
+            true if copy.value != self.values[page.0 as usize] => Err(Broken::LostOperation(node, page)),
+            true => Ok(()),
+        }
+    }
+
     pub(super) fn check_single_writer(&self, page: Page) -> Result<(), Broken> {
         let (mut writers, mut readers) = (0, 0);
         for copy in self.of_page(page) {
@@ -103,6 +125,11 @@ impl Cluster {
         for (node, waiting) in self.waiting.iter().enumerate() {
             if let Some(&(page, _)) = waiting.first() {
                 return Err(Broken::Unanswered(node, page));
+            }
+        }
+        for (node, cpus) in self.cpus.iter().enumerate() {
+            if let Some(cpu) = cpus.first() {
+                return Err(Broken::Unanswered(node, cpu.page));
             }
         }
         for (n, node) in self.nodes.iter().enumerate() {

@@ -1,9 +1,10 @@
 //! A whole cluster of protocols as one value: what the property tests, the model checker and the simulator
 //! drive, and what they check.
 //!
-//! There is no time and no data here. A frame is *current* or it is not: a write makes every other copy of
+//! There is no time here, and hardly any data. A frame is *current* or it is not: a write makes every other copy of
 //! the page, in frames and in flight, stale; a read must find a current one. That keeps the state finite, so
-//! that the model checker can exhaust it.
+//! that the model checker can exhaust it. Only what CPUs *operate* on has a value, one byte a page, to which each
+//! operation that writes adds one, wherever it is carried out; it wraps at [`VALUES`] ([`operations`]).
 //!
 //! [`checks`] says what must hold.
 //!
@@ -19,6 +20,8 @@ mod checks;
 mod mistakes;
 #[cfg(test)]
 mod model;
+mod operations;
+mod step;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -26,8 +29,11 @@ use std::sync::Arc;
 use fabric::NodeId;
 
 pub use self::checks::Broken;
+use self::operations::Cpu;
+pub use self::operations::VALUES;
+pub use self::step::{Seen, Step};
 use crate::page::{Homes, Page};
-use crate::protocol::{Effect, Eviction, Kind, Message, Protocol, Rights, RunPolicy};
+use crate::protocol::{Class, Effect, Eviction, Kind, Message, Protocol, Rights, RunPolicy, Shipping};
 
 /// One node's copy of a page.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
@@ -38,6 +44,8 @@ pub struct Copy {
     pub current: bool,
     /// Whether there is a frame; always at home.
     pub frame: bool,
+    /// The byte that CPUs operate on.
+    pub value: u8,
 }
 
 /// A message under way, and whether its bytes are the last write.
@@ -47,131 +55,8 @@ pub struct Flight {
     pub message: Message,
     /// Whether its body, if it has one, holds the last write.
     pub current: bool,
-}
-
-/// One thing that can happen.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Step {
-    /// A CPU of the node touches the page.
-    Access {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-        /// How.
-        write: bool,
-    },
-    /// The node asks for a page that it may need.
-    Prefetch {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-        /// How.
-        write: bool,
-    },
-    /// The oldest message from one node to another arrives.
-    Deliver {
-        /// Sender.
-        from: NodeId,
-        /// Receiver.
-        to: NodeId,
-    },
-    /// A page has been held long enough.
-    Release {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-    /// The node makes room.
-    Evict {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-    /// The node learns that nobody needs what is in the page.
-    Discard {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-    /// A device of the node reads the page where it is.
-    Load {
-        /// Where the device is.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-    /// A device of the node overwrites the page at its home.
-    Store {
-        /// Where the device is.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-}
-
-/// What a step brought about, for who counts and who plans what comes next.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Seen {
-    /// A message went out.
-    Sent {
-        /// Sender.
-        from: NodeId,
-        /// Receiver.
-        to: NodeId,
-        /// What is said.
-        kind: Kind,
-    },
-    /// A page was won: [`Step::Release`] must follow.
-    Held {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-    /// An access was done, by a CPU that had waited for it or not.
-    Done {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-        /// How.
-        write: bool,
-    },
-    /// A node unmapped a page to see whether it is used.
-    Probed {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-    /// A page was discarded for a node.
-    Discarded {
-        /// Which.
-        node: usize,
-        /// What.
-        page: Page,
-    },
-    /// A device's access to a page that was not here is done, or must be done as a CPU would.
-    Direct {
-        /// Where the device is.
-        node: usize,
-        /// What.
-        page: Page,
-        /// Whether it was done.
-        done: bool,
-    },
-    /// A demand waits for the release of a held page.
-    Deferred {
-        /// Where.
-        node: usize,
-        /// What.
-        page: Page,
-    },
+    /// The byte in it that CPUs operate on.
+    pub value: u8,
 }
 
 /// Nodes, what they have mapped, and what is between them.
@@ -187,6 +72,10 @@ pub struct Cluster {
     held: Vec<Vec<Page>>,
     /// Accesses that wait, by node, in order: equal states compare equal, however they came about.
     waiting: Vec<Vec<(Page, bool)>>,
+    /// CPUs that operate, by node, in order.
+    cpus: Vec<Vec<Cpu>>,
+    /// By page: what the byte is that CPUs operate on.
+    values: Vec<u8>,
     /// Pages that nobody has touched since power-on, or since they were discarded.
     untouched: Vec<bool>,
     /// By page: how many of the messages on their way bring its bytes.
@@ -195,6 +84,8 @@ pub struct Cluster {
     frames: Vec<usize>,
     /// How many of these a node may have.
     budget: usize,
+    /// Microseconds, if anybody says.
+    now: u64,
 }
 
 impl Cluster {
@@ -209,8 +100,8 @@ impl Cluster {
         let (nodes, pages) = (homes.nodes(), homes.pages());
         let homes = Arc::new(homes);
         let copy = |n, p| match homes.home(Page(p)) == NodeId(n as u16) {
-            true => Copy { mapped: Rights::Exclusive, current: true, frame: true },
-            false => Copy { mapped: Rights::None, current: false, frame: false },
+            true => Copy { mapped: Rights::Exclusive, current: true, frame: true, value: 0 },
+            false => Copy { mapped: Rights::None, current: false, frame: false, value: 0 },
         };
         Cluster {
             nodes: (0..nodes)
@@ -223,10 +114,13 @@ impl Cluster {
                 .collect(),
             held: vec![Vec::new(); nodes],
             waiting: vec![Vec::new(); nodes],
+            cpus: vec![Vec::new(); nodes],
+            values: vec![0; pages as usize],
             untouched: vec![true; pages as usize],
             bodies: vec![0; pages as usize],
             frames: vec![0; nodes],
             budget: usize::MAX,
+            now: 0,
             homes,
         }
     }
@@ -246,11 +140,22 @@ impl Cluster {
         self
     }
 
+    /// The same cluster, whose nodes ship operations.
+    pub fn with_shipping(mut self, shipping: Shipping) -> Cluster {
+        self.nodes.iter_mut().for_each(|node| node.set_shipping(shipping));
+        self
+    }
+
     /// The same cluster, all of whose nodes make a mistake.
     #[cfg(test)]
     pub(crate) fn with_mistake(mut self, mistake: crate::protocol::Mistake) -> Cluster {
         self.nodes.iter_mut().for_each(|node| node.build_in(mistake));
         self
+    }
+
+    /// It is so late from now on, in microseconds.
+    pub fn set_time(&mut self, microseconds: u64) {
+        self.now = microseconds;
     }
 
     /// How many nodes there are.
@@ -273,17 +178,22 @@ impl Cluster {
         self.copies[self.at(node, page)].mapped
     }
 
-    /// What is under way: deliveries and releases that can happen now.
+    /// What is under way: deliveries, releases and decisions of CPUs that can happen now.
     pub fn pending(&self) -> impl Iterator<Item = Step> {
         let lanes = self.lanes.keys().map(|&(from, to)| Step::Deliver { from, to });
         let held = self.held.iter().enumerate();
         let held = held.flat_map(|(node, held)| held.iter().map(move |&page| Step::Release { node, page }));
-        lanes.chain(held)
+        lanes.chain(held).chain(self.called())
     }
 
     /// Whether the page is as at power-on: zero, and nobody has touched it.
     pub fn is_untouched(&self, page: Page) -> bool {
         self.untouched[page.0 as usize]
+    }
+
+    /// The class of a page at its home.
+    pub fn class(&self, page: Page) -> Class {
+        self.nodes[self.homes.home(page).index()].class(page)
     }
 
     /// Whether an access of this node to this page waits already.
@@ -311,6 +221,9 @@ impl Cluster {
     /// What broke; the cluster is of no use then.
     pub fn step_seen(&mut self, step: Step, seen: &mut Vec<Seen>) -> Result<(), Broken> {
         let mut out = Vec::new();
+        let nothing = (false, 0);
+        let actor = self.actor(step);
+        self.nodes[actor].set_time(self.now);
         let (node, body) = match step {
             Step::Access { node, page, write } => {
                 let need = need(write);
@@ -326,11 +239,11 @@ impl Cluster {
                     self.hold(node, page, seen);
                 }
                 self.nodes[node].fault(page, write, &mut out);
-                (node, false)
+                (node, nothing)
             }
             Step::Prefetch { node, page, write } => {
                 self.nodes[node].prefetch(page, write, &mut out);
-                (node, false)
+                (node, nothing)
             }
             Step::Deliver { from, to } => {
                 let Some(lane) = self.lanes.get_mut(&(from, to)) else { return Ok(()) };
@@ -341,35 +254,72 @@ impl Cluster {
                 self.bodies[flight.message.page.0 as usize] -= u16::from(flight.message.kind.has_body());
                 let zeroes = self.surrender(to.index(), flight.message);
                 self.nodes[to.index()].message(from, flight.message, zeroes, &mut out)?;
-                (to.index(), flight.current)
+                (to.index(), (flight.current, flight.value))
             }
             Step::Release { node, page } => {
                 let Ok(i) = self.held[node].binary_search(&page) else { return Ok(()) };
                 self.held[node].remove(i);
                 self.nodes[node].release(page, &mut out);
-                (node, false)
+                (node, nothing)
+            }
+            Step::Operate { node, cpu, page, write } => {
+                match self.begin_operation(node, cpu, page, write, &mut out, seen)? {
+                    true => (node, nothing),
+                    false => return Ok(()),
+                }
+            }
+            Step::Ship { node, cpu } => match self.ship(node, cpu, &mut out, seen)? {
+                true => (node, nothing),
+                false => return Ok(()),
+            },
+            Step::Move { node, cpu } => match self.move_instead(node, cpu, &mut out) {
+                true => (node, nothing),
+                false => return Ok(()),
+            },
+            Step::Class { page, class } => {
+                let home = self.homes.home(page).index();
+                self.nodes[home].set_class(page, class);
+                (home, nothing)
             }
             Step::Evict { node, page } => {
                 self.nodes[node].evict(page, &mut out);
-                (node, false)
+                (node, nothing)
             }
             Step::Discard { node, page } => {
                 self.nodes[node].discard(page, 0, &mut out);
-                (node, false)
+                (node, nothing)
             }
             Step::Load { node, page } => {
                 self.nodes[node].load(page, &mut out);
-                (node, false)
+                (node, nothing)
             }
             Step::Store { node, page } => {
                 self.nodes[node].store(page, &mut out);
-                (node, false)
+                (node, nothing)
             }
         };
         if let Some(violation) = self.nodes[node].violation() {
             return Err(violation.into());
         }
         self.apply(node, out, body, seen)
+    }
+
+    /// The node whose protocol has to do with a step.
+    fn actor(&self, step: Step) -> usize {
+        match step {
+            Step::Deliver { to, .. } => to.index(),
+            Step::Class { page, .. } => self.homes.home(page).index(),
+            Step::Access { node, .. }
+            | Step::Prefetch { node, .. }
+            | Step::Release { node, .. }
+            | Step::Operate { node, .. }
+            | Step::Ship { node, .. }
+            | Step::Move { node, .. }
+            | Step::Evict { node, .. }
+            | Step::Discard { node, .. }
+            | Step::Load { node, .. }
+            | Step::Store { node, .. } => node,
+        }
     }
 
     fn at(&self, node: usize, page: Page) -> usize {
@@ -408,17 +358,20 @@ impl Cluster {
         &mut self,
         node: usize,
         effects: Vec<Effect>,
-        body: bool,
+        body: (bool, u8),
         seen: &mut Vec<Seen>,
     ) -> Result<(), Broken> {
         let from = NodeId(node as u16);
         // Accesses that were woken and cannot go on: the kernel reports them again, later.
         let mut again = Vec::new();
+        // CPUs whose operations were refused fault again as well.
+        let mut refused = Vec::new();
         for effect in effects {
             match effect {
                 Effect::Send { to, message } => {
                     self.check_given_up(node, message)?;
-                    let frame_is_current = self.copies[self.at(node, message.page)].current;
+                    let Copy { current: frame_is_current, value, .. } =
+                        self.copies[self.at(node, message.page)];
                     let current = match message.kind {
                         // The access is now; nobody looks at the bytes again.
                         Kind::Loaded { body: true } if !frame_is_current => {
@@ -428,16 +381,15 @@ impl Cluster {
                         Kind::Loaded { .. } | Kind::Store => false,
                         kind => kind.has_body() && frame_is_current,
                     };
-                    self.bodies[message.page.0 as usize] += u16::from(message.kind.has_body());
-                    self.lanes.entry((from, to)).or_default().push_back(Flight { message, current });
-                    seen.push(Seen::Sent { from, to, kind: message.kind });
+                    let value = if current { value } else { 0 };
+                    self.post(from, to, Flight { message, current, value }, seen);
                 }
                 Effect::Land(page) => {
                     let copy = self.copy(node, page);
                     if copy.mapped != Rights::None {
                         return Err(Broken::LandedUnderMapping(node, page));
                     }
-                    copy.current = body;
+                    (copy.current, copy.value) = body;
                     self.take_frame(node, page)?;
                 }
                 Effect::Map(page, rights) => {
@@ -448,7 +400,8 @@ impl Cluster {
                     for page in (first.0..first.0 + u64::from(count)).map(Page) {
                         let current = self.untouched[page.0 as usize];
                         self.take_frame(node, page)?;
-                        *self.copy(node, page) = Copy { mapped: Rights::Exclusive, current, frame: true };
+                        let mapped = Rights::Exclusive;
+                        *self.copy(node, page) = Copy { mapped, current, frame: true, value: 0 };
                         self.woken(node, page, seen, &mut again)?;
                     }
                 }
@@ -477,7 +430,7 @@ impl Cluster {
                     if copy.mapped != Rights::None || at_home {
                         return Err(Broken::Freed(node, page));
                     }
-                    copy.current = false;
+                    (copy.current, copy.value) = (false, 0);
                     self.frames[node] -= usize::from(std::mem::take(&mut self.copy(node, page).frame));
                 }
                 Effect::Clear(page) => {
@@ -485,6 +438,7 @@ impl Cluster {
                         return Err(Broken::LandedUnderMapping(node, page));
                     }
                     self.take_frame(node, page)?;
+                    self.copy(node, page).value = 0;
                     self.written(node, page);
                 }
                 Effect::Punch(first, count) => {
@@ -492,6 +446,7 @@ impl Cluster {
                         if self.homes.home(page).index() != node {
                             return Err(Broken::Freed(node, page));
                         }
+                        self.copy(node, page).value = 0;
                         self.written(node, page);
                         self.copy(node, page).mapped = Rights::Exclusive;
                         self.untouched[page.0 as usize] = true;
@@ -508,6 +463,7 @@ impl Cluster {
                     }
                 }
                 Effect::Written(page) => {
+                    self.copy(node, page).value = 0;
                     self.written(node, page);
                     self.untouched[page.0 as usize] = false;
                     // Nobody can read what was there before.
@@ -521,16 +477,42 @@ impl Cluster {
                 Effect::Loaded(page, done) | Effect::Stored(page, done) => {
                     seen.push(Seen::Direct { node, page, done });
                 }
+                Effect::Ship(page) => self.call_out(node, page, seen),
+                Effect::Operate { to, page, token, operation } => {
+                    let old = self.carry_out(node, page, to, token, operation)?;
+                    let message = Message { page, kind: Kind::Operated { token, old: Some(old) } };
+                    self.post(from, to, Flight { message, current: false, value: 0 }, seen);
+                }
+                Effect::Operated { page, token, old } => {
+                    if self.end_operation(node, page, token, old, seen)? {
+                        refused.push(token);
+                    }
+                }
                 Effect::Hold(page) => self.hold(node, page, seen),
                 Effect::Deferred(page) => seen.push(Seen::Deferred { node, page }),
             }
         }
-        for (page, write) in again {
+        for again in again {
             let mut out = Vec::new();
-            self.nodes[node].fault(page, write, &mut out);
-            self.apply(node, out, false, seen)?;
+            match again {
+                Again::Access(page, write) => self.nodes[node].fault(page, write, &mut out),
+                Again::Operation(cpu) => self.fault_again(node, cpu, &mut out),
+            }
+            self.apply(node, out, (false, 0), seen)?;
+        }
+        for cpu in refused {
+            let mut out = Vec::new();
+            self.fault_again(node, cpu, &mut out);
+            self.apply(node, out, (false, 0), seen)?;
         }
         Ok(())
+    }
+
+    fn post(&mut self, from: NodeId, to: NodeId, flight: Flight, seen: &mut Vec<Seen>) {
+        let Message { page, kind } = flight.message;
+        self.bodies[page.0 as usize] += u16::from(kind.has_body());
+        self.lanes.entry((from, to)).or_default().push_back(flight);
+        seen.push(Seen::Sent { from, to, kind });
     }
 
     fn take_frame(&mut self, node: usize, page: Page) -> Result<(), Broken> {
@@ -549,7 +531,7 @@ impl Cluster {
         node: usize,
         page: Page,
         seen: &mut Vec<Seen>,
-        again: &mut Vec<(Page, bool)>,
+        again: &mut Vec<Again>,
     ) -> Result<(), Broken> {
         self.check_single_writer(page)?;
         let mapped = self.mapped(node, page);
@@ -559,17 +541,15 @@ impl Cluster {
                 self.waiting[node].remove(i);
                 self.touch(node, page, write, seen)?;
             } else {
-                again.push((page, write));
+                again.push(Again::Access(page, write));
             }
         }
-        Ok(())
+        self.woken_operations(node, page, seen, again)
     }
 
     /// The access itself, with its rights.
     fn touch(&mut self, node: usize, page: Page, write: bool, seen: &mut Vec<Seen>) -> Result<(), Broken> {
-        if !self.copies[self.at(node, page)].current {
-            return Err(Broken::StaleRead(node, page));
-        }
+        self.check_current(node, page)?;
         seen.push(Seen::Done { node, page, write });
         self.untouched[page.0 as usize] = false;
         if write {
@@ -580,12 +560,16 @@ impl Cluster {
 
     /// The node's frame has the page's content from now on, and nobody else's has.
     fn written(&mut self, node: usize, page: Page) {
+        self.values[page.0 as usize] = self.copies[self.at(node, page)].value;
         for other in 0..self.nodes.len() {
-            self.copy(other, page).current = other == node;
+            let copy = self.copy(other, page);
+            copy.current = other == node;
+            // What is stale is not looked at: equal states compare equal.
+            copy.value = if copy.current { copy.value } else { 0 };
         }
         if self.bodies[page.0 as usize] > 0 {
-            for flight in self.lanes.values_mut().flatten() {
-                flight.current &= flight.message.page != page;
+            for flight in self.lanes.values_mut().flatten().filter(|flight| flight.message.page == page) {
+                (flight.current, flight.value) = (false, 0);
             }
         }
     }
@@ -600,6 +584,13 @@ impl Cluster {
         }
         self.check_rest()
     }
+}
+
+/// Who was woken and cannot go on.
+enum Again {
+    Access(Page, bool),
+    /// Of the CPU with that number.
+    Operation(u32),
 }
 
 /// The rights that an access needs.

@@ -24,6 +24,22 @@
 //! | 2 nodes x 2 pages of one home; memory for one copy | 53,410 | yes |
 //! | 2 nodes x 2 pages of one home; memory for one copy, prefetches | 298,588 | `--ignored` |
 //! | 2 nodes x 3 pages of one home; memory for one copy | 6,676,264 | `--ignored` |
+//! | shipping, 2 nodes x 1 page; accesses | 143,244 | yes |
+//! | shipping, 2 nodes x 1 page; 2 CPUs each, evictions | 127,638 | yes |
+//! | shipping, 3 nodes x 1 page; evictions | 69,074 | yes |
+//! | shipping, 2 nodes x 1 page; evictions, discards | 18,702 | yes |
+//! | shipping, 2 nodes x 1 page; evictions, devices of both | 7,926 | yes |
+//! | shipping, 2 nodes x 2 pages of one home, runs | 184,164 | yes |
+//! | shipping, 2 nodes x 2 pages of one home; memory for one copy | 604,420 | `--ignored` |
+//! | shipping always, 3 nodes x 1 page | 7,980 | yes |
+//! | pushing, 2 nodes x 1 page; evictions, prefetches | 15,127 | yes |
+//! | pushing, 3 nodes x 1 page | 464,561 | yes |
+//! | pushing, 2 nodes x 1 page; evictions, discards | 42,880 | yes |
+//! | pushing, 2 nodes x 1 page; evictions, devices of both | 25,694 | yes |
+//! | shipping and pushing, 2 nodes x 1 page; evictions | 27,806 | yes |
+//!
+//! "Shipping" is one CPU of each node that adds to the pages, with pages whose classes begin and end at any moment and
+//! CPUs that may want the page instead; "pushing" is CPUs that read and write, with pages that are pushed at times.
 //!
 //! The larger ones: `cargo test --release -p coherence --lib model -- --ignored --nocapture`, half a minute
 //! to two minutes each.
@@ -32,7 +48,7 @@ use stateright::{Checker, HasDiscoveries, Model, Property};
 
 use super::{Broken, Cluster, Step};
 use crate::page::{Homes, Page};
-use crate::protocol::{Eviction, RunPolicy};
+use crate::protocol::{Class, Eviction, RunPolicy, Shipping};
 
 /// A cluster whose CPUs read and write any page at any time, and whose nodes prefetch, evict, discard and use
 /// for their devices what they like.
@@ -45,12 +61,47 @@ pub(super) struct Small {
     pub discards: usize,
     /// Nodes whose devices load and store pages.
     pub directs: usize,
+    /// CPUs of each node that operate on pages.
+    pub cpus: u32,
+    /// Whether they read as well as write.
+    pub reads: bool,
+    /// Whether other accesses happen, which cannot be shipped, beside those of called-out CPUs.
+    pub accesses: bool,
+    /// Classes that pages get, and leave for others of these.
+    pub classes: &'static [Class],
 }
 
 impl Small {
     /// Nodes that do nothing but what their CPUs need.
     pub fn plain(cluster: Cluster) -> Small {
-        Small { cluster, evictions: false, prefetches: false, discards: 0, directs: 0 }
+        Small {
+            cluster,
+            evictions: false,
+            prefetches: false,
+            discards: 0,
+            directs: 0,
+            cpus: 0,
+            reads: false,
+            accesses: true,
+            classes: &[],
+        }
+    }
+
+    /// Nodes whose pages are pushed at times.
+    pub fn pushing(cluster: Cluster) -> Small {
+        let cluster = cluster.with_shipping(Shipping::Manual);
+        Small { classes: &[Class::Moving, Class::Pushed], ..Small::plain(cluster) }
+    }
+
+    /// Nodes with one CPU each that adds to the pages, and nothing else; classes begin and end.
+    pub fn shipping(cluster: Cluster) -> Small {
+        let cluster = cluster.with_shipping(Shipping::Manual);
+        Small {
+            cpus: 1,
+            accesses: false,
+            classes: &[Class::Moving, Class::Delegated],
+            ..Small::plain(cluster)
+        }
     }
 }
 
@@ -59,6 +110,7 @@ type State = Result<Cluster, Broken>;
 
 pub(super) const SINGLE_WRITER: &str = "single writer or many readers";
 pub(super) const LAST_WRITE: &str = "a read returns the last write";
+pub(super) const ONCE: &str = "an operation is done once, before its answer";
 pub(super) const ANSWERED: &str = "every request is answered";
 pub(super) const DIRECTORY: &str = "the directory agrees with the nodes at rest";
 pub(super) const BUDGET: &str = "frames are within the budget and none is kept for nothing";
@@ -69,6 +121,7 @@ pub(super) fn property(broken: &Broken) -> &'static str {
     match broken {
         Broken::TwoWriters(..) | Broken::AnsweredTooEarly(..) => SINGLE_WRITER,
         Broken::StaleRead(..) | Broken::LandedUnderMapping(..) | Broken::Freed(..) => LAST_WRITE,
+        Broken::LostOperation(..) | Broken::NotAsked(..) | Broken::WrongAnswer(..) => ONCE,
         Broken::Unanswered(..) | Broken::NotQuiet(..) => ANSWERED,
         Broken::Directory(..) => DIRECTORY,
         Broken::OverBudget(..) | Broken::Leaked(..) => BUDGET,
@@ -96,10 +149,23 @@ impl Model for Small {
     fn actions(&self, state: &State, actions: &mut Vec<Step>) {
         let Ok(cluster) = state else { return };
         actions.extend(cluster.pending());
+        for page in (0..cluster.pages()).map(Page) {
+            for &class in self.classes {
+                if cluster.class(page) != class {
+                    actions.push(Step::Class { page, class });
+                }
+            }
+        }
         for node in 0..cluster.nodes() {
+            for cpu in (0..self.cpus).filter(|&cpu| !cluster.is_operating(node, cpu)) {
+                for page in (0..cluster.pages()).map(Page) {
+                    let writes = if self.reads { &[false, true][..] } else { &[true] };
+                    actions.extend(writes.iter().map(|&write| Step::Operate { node, cpu, page, write }));
+                }
+            }
             for page in (0..cluster.pages()).map(Page) {
                 for write in [false, true] {
-                    if !cluster.is_waiting(node, page, write) {
+                    if self.accesses && !cluster.is_waiting(node, page, write) {
                         actions.push(Step::Access { node, page, write });
                     }
                     if self.prefetches {
@@ -130,6 +196,7 @@ impl Model for Small {
         vec![
             Property::always(SINGLE_WRITER, |_, s| keeps(SINGLE_WRITER, s)),
             Property::always(LAST_WRITE, |_, s| keeps(LAST_WRITE, s)),
+            Property::always(ONCE, |_, s| keeps(ONCE, s)),
             Property::always(ANSWERED, |_, s| keeps(ANSWERED, s)),
             Property::always(DIRECTORY, |_, s| keeps(DIRECTORY, s)),
             Property::always(BUDGET, |_, s| keeps(BUDGET, s)),
@@ -241,6 +308,85 @@ fn two_nodes_and_a_run_of_two_pages_that_a_device_of_one_uses() {
     exhaust(Small { directs: 1, ..Small::plain(one_home(2, 2, RUNS)) }, 2_545_556);
 }
 
+/// Other CPUs' accesses, which cannot be shipped, beside those of the CPUs that operate.
+#[test]
+fn two_nodes_and_one_page_that_is_delegated_at_times() {
+    let small = Small::shipping(Cluster::new(2, 1));
+    exhaust(Small { accesses: true, ..small }, 143_244);
+}
+
+#[test]
+fn two_nodes_with_two_cpus_each_and_one_page_that_is_delegated_at_times() {
+    exhaust(Small { evictions: true, cpus: 2, ..Small::shipping(Cluster::new(2, 1)) }, 127_638);
+}
+
+#[test]
+fn three_nodes_and_one_page_that_is_delegated_at_times() {
+    exhaust(Small { evictions: true, ..Small::shipping(Cluster::new(3, 1)) }, 69_074);
+}
+
+/// With discards and devices, of the home and of the other node.
+#[test]
+fn two_nodes_and_one_page_that_is_delegated_at_times_and_discarded() {
+    exhaust(Small { evictions: true, discards: 2, ..Small::shipping(Cluster::new(2, 1)) }, 18_702);
+}
+
+#[test]
+fn two_nodes_and_one_page_that_is_delegated_at_times_and_used_by_devices() {
+    exhaust(Small { evictions: true, directs: 2, ..Small::shipping(Cluster::new(2, 1)) }, 7_926);
+}
+
+/// An operation in a run of pages that nobody has touched.
+#[test]
+fn two_nodes_and_a_run_of_two_pages_that_are_delegated_at_times() {
+    exhaust(Small::shipping(one_home(2, 2, RUNS)), 184_164);
+}
+
+#[test]
+#[ignore = "half a minute"]
+fn two_nodes_and_two_pages_that_are_delegated_at_times_with_memory_for_one_copy() {
+    let cluster = one_home(2, 2, RunPolicy::NONE).with_budget(1, Eviction::Clock);
+    exhaust(Small::shipping(cluster), 604_420);
+}
+
+#[test]
+fn two_nodes_and_one_page_that_is_pushed_at_times() {
+    let small = Small::pushing(Cluster::new(2, 1));
+    exhaust(Small { evictions: true, prefetches: true, ..small }, 15_127);
+}
+
+#[test]
+fn three_nodes_and_one_page_that_is_pushed_at_times() {
+    exhaust(Small::pushing(Cluster::new(3, 1)), 464_561);
+}
+
+/// With discards and devices, of the home and of the other node.
+#[test]
+fn two_nodes_and_one_page_that_is_pushed_at_times_and_discarded() {
+    exhaust(Small { evictions: true, discards: 2, ..Small::pushing(Cluster::new(2, 1)) }, 42_880);
+}
+
+#[test]
+fn two_nodes_and_one_page_that_is_pushed_at_times_and_used_by_devices() {
+    exhaust(Small { evictions: true, directs: 2, ..Small::pushing(Cluster::new(2, 1)) }, 25_694);
+}
+
+/// Any class may follow any other.
+#[test]
+fn two_nodes_and_one_page_of_all_classes() {
+    let classes = &[Class::Moving, Class::Delegated, Class::Pushed];
+    let small = Small::shipping(Cluster::new(2, 1));
+    exhaust(Small { evictions: true, reads: true, classes, ..small }, 27_806);
+}
+
+/// Nothing but operations, all shipped that can be.
+#[test]
+fn three_nodes_and_a_page_that_is_always_delegated() {
+    let small = Small::shipping(Cluster::new(3, 1));
+    let cluster = small.cluster.clone().with_shipping(Shipping::Always);
+    exhaust(Small { cluster, classes: &[], ..small }, 7_980);
+}
+
 /// With room for one copy at a time, who wants two pages makes the other go.
 fn crowded(cluster: Cluster, prefetches: bool, states: usize) {
     let cluster = cluster.with_budget(1, Eviction::Clock);
@@ -268,8 +414,7 @@ fn two_nodes_and_three_pages_with_memory_for_one_copy() {
 /// bounded number of steps.
 #[test]
 fn what_is_under_way_comes_to_an_end_from_every_state() {
-    let drains = |cluster: Cluster| {
-        let small = Small { evictions: true, prefetches: true, ..Small::plain(cluster) };
+    let drains = |small: Small| {
         let visitor = |path: stateright::Path<State, Step>| {
             let mut cluster = path.last_state().clone().expect("nothing breaks");
             let mut steps = 0;
@@ -280,7 +425,9 @@ fn what_is_under_way_comes_to_an_end_from_every_state() {
             }
             cluster.check_rest().expect("all is answered");
         };
-        small.checker().visitor(visitor).spawn_dfs().join().assert_properties();
+        small.checker().visitor(visitor).spawn_bfs().join().assert_properties();
     };
-    drains(Cluster::new(2, 1));
+    drains(Small { evictions: true, prefetches: true, ..Small::plain(Cluster::new(2, 1)) });
+    let classes = &[Class::Moving, Class::Delegated, Class::Pushed];
+    drains(Small { evictions: true, reads: true, classes, ..Small::shipping(Cluster::new(2, 1)) });
 }

@@ -66,7 +66,7 @@ impl Engine {
         }
         drop(reply);
         // What this thread has won meanwhile is of no use to it before the answers are in.
-        self.idle(nix::unistd::gettid().as_raw() as u32);
+        self.idle(base::thread::id() as u32);
         for _ in 0..parts {
             // An engine that ends takes its jobs with it.
             let Ok(job) = answers.recv() else { return };

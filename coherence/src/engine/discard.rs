@@ -1,7 +1,6 @@
 //! Giving up content that nobody needs: [`Engine::discard`], for the balloon.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, unbounded};
@@ -25,7 +24,7 @@ impl Engine {
     /// # Errors
     /// [`DiscardError`]; some of the pages may have been given up, or be so later.
     pub fn discard(&self, pages: &[Range<u64>], limit: Duration) -> Result<(), DiscardError> {
-        let _turn = self.discarding.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = base::lock(&self.discarding);
         let deadline = Instant::now() + limit;
         let (done, answers) = unbounded();
         let (mut parts, mut asked) = (0, 0);

@@ -7,7 +7,6 @@
 //! Messages to one node leave in the order in which they were sent; the shard's lane promises that.
 
 use fabric::{FabricError, LaneId, NodeId, Transport};
-use zerocopy::IntoBytes;
 
 use crate::memory::DualMemory;
 use crate::page::{PAGE_SIZE, Page};

@@ -13,6 +13,7 @@
 
 use std::collections::VecDeque;
 
+use super::under_way::Want;
 use super::{Effect, Mistake, Protocol, Rights, Transient};
 use crate::page::Page;
 
@@ -38,7 +39,7 @@ pub(super) struct Budget {
     /// Where the clock's hand goes on.
     hand: Page,
     /// Faults that wait for a frame.
-    parked: VecDeque<(Page, Rights)>,
+    parked: VecDeque<(Page, Want)>,
 }
 
 impl Budget {
@@ -100,7 +101,7 @@ impl Protocol {
     }
 
     /// Whether the fault has to wait for a frame; notes it then. One that is `admitted` has waited.
-    pub(super) fn parks(&mut self, page: Page, want: Rights, admitted: bool) -> bool {
+    pub(super) fn parks(&mut self, page: Page, want: Want, admitted: bool) -> bool {
         if self.is_home(page) || self.rights(page) != Rights::None || self.makes(Mistake::IgnoreBudget) {
             return false;
         }
@@ -112,11 +113,11 @@ impl Protocol {
     }
 
     /// Whether the page waits for a frame already; notes what it is wanted for.
-    pub(super) fn is_parked(&mut self, page: Page, want: Rights) -> bool {
+    pub(super) fn is_parked(&mut self, page: Page, want: Want) -> bool {
         let Some((_, noted)) = self.budget.parked.iter_mut().find(|(parked, _)| *parked == page) else {
             return false;
         };
-        *noted = want.max(*noted);
+        *noted = want.and(*noted);
         true
     }
 

@@ -2,40 +2,43 @@
 
 use fabric::NodeId;
 
-use super::under_way::Replacement;
+use super::under_way::{Replacement, Want};
 use super::{
-    Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Mistake, Outcome, Protocol, Rights, Transient,
+    Busy, Demand, Effect, Grant, Kind, Local, MAX_RUN, Miss, Mistake, Outcome, Protocol, Rights, Transient,
 };
 use crate::page::Page;
 
 impl Protocol {
-    pub(super) fn cache_fault(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+    pub(super) fn cache_fault(&mut self, page: Page, want: Want, out: &mut Vec<Effect>) {
         if !self.is_parked(page, want) {
             self.fault_now(page, want, false, out);
         }
     }
 
     /// A fault that waited for a frame has one.
-    pub(super) fn admitted_fault(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) {
+    pub(super) fn admitted_fault(&mut self, page: Page, want: Want, out: &mut Vec<Effect>) {
         self.fault_now(page, want, true, out);
     }
 
-    fn fault_now(&mut self, page: Page, want: Rights, admitted: bool, out: &mut Vec<Effect>) {
-        if self.transient.get(page).is_none() && self.wait_for_run(page, want) {
+    fn fault_now(&mut self, page: Page, want: Want, admitted: bool, out: &mut Vec<Effect>) {
+        if self.transient.get(page).is_none() && self.wait_for_run(page, want.rights) {
             return;
         }
         let rights = self.rights(page);
+        let stays = want.may_ship && self.knows_to_ship(page);
         match self.transient.get_mut(page) {
             Some(Transient::Miss(miss)) => {
-                miss.then_write |= want > miss.want;
+                miss.then_write |= want.rights > miss.want;
                 miss.prefetch = false;
+                miss.must_move |= miss.may_ship && !want.may_ship;
             }
-            Some(Transient::Evict { refault }) => *refault = want.max(*refault),
+            Some(Transient::Evict { refault }) => *refault = want.and(*refault),
             // A late or spurious event: the right answer is the mapping that should be there.
-            None if rights >= want => {
+            None if rights >= want.rights => {
                 self.set_idle(page, false);
                 out.push(Effect::Map(page, rights));
             }
+            None if stays => out.push(Effect::Ship(page)),
             None => {
                 self.yield_deferred(page, out);
                 if !self.parks(page, want, admitted) {
@@ -48,15 +51,17 @@ impl Protocol {
     pub(super) fn cache_prefetch(&mut self, page: Page, want: Rights, out: &mut Vec<Effect>) -> bool {
         let under_way = self.transient.get(page).is_some() || self.covering_miss(page).is_some();
         let crowded = !self.is_home(page) && self.room() <= self.spare();
-        if under_way || crowded || self.rights(page) != Rights::None {
+        if under_way || crowded || self.rights(page) != Rights::None || self.knows_to_ship(page) {
             return false;
         }
+        let want = Want { rights: want, may_ship: self.ships() };
         self.start_miss(page, want, true, out);
         true
     }
 
     /// Asks the home for the page.
-    fn start_miss(&mut self, page: Page, want: Rights, prefetch: bool, out: &mut Vec<Effect>) {
+    fn start_miss(&mut self, page: Page, want: Want, prefetch: bool, out: &mut Vec<Effect>) {
+        let Want { rights: want, may_ship } = want;
         let home = self.homes.home(page);
         let run = if self.rights(page) == Rights::None && home != self.me && !prefetch {
             let room = self.room().saturating_sub(1);
@@ -69,6 +74,10 @@ impl Protocol {
             granted: false,
             acks: 0,
             then_write: false,
+            may_ship,
+            must_move: false,
+            keeps_frame: false,
+            pulls: false,
             prefetch,
             replaces: None,
             deferred: None,
@@ -77,11 +86,55 @@ impl Protocol {
             run_writes: 0,
         };
         self.transient.insert(page, Transient::Miss(miss));
+        self.ask(page, want, run, may_ship, out);
+    }
+
+    fn ask(&mut self, page: Page, want: Rights, run: u8, may_ship: bool, out: &mut Vec<Effect>) {
         let kind = match want {
-            Rights::Exclusive => Kind::GetExclusive { run },
-            _ => Kind::GetShared { run },
+            Rights::Exclusive => Kind::GetExclusive { run, may_ship },
+            _ => Kind::GetShared { run, may_ship },
         };
-        self.send(home, page, kind, out);
+        self.send(self.homes.home(page), page, kind, out);
+    }
+
+    /// This home asks for a page that another node writes, to push it.
+    pub(super) fn pull(&mut self, page: Page, out: &mut Vec<Effect>) {
+        self.start_miss(page, Want::page(Rights::Shared), true, out);
+        if let Some(Transient::Miss(miss)) = self.transient.get_mut(page) {
+            miss.pulls = true;
+        }
+    }
+
+    /// The home says that the page stays where it is: who waits for it may send what it wants to do, unless
+    /// somebody waits who cannot.
+    pub(super) fn cache_ship(&mut self, page: Page, out: &mut Vec<Effect>) -> Outcome {
+        let here = self.rights(page);
+        let forgets = self.makes(Mistake::ForgetToMove);
+        let Some(Transient::Miss(miss)) = self.transient.get_mut(page) else {
+            return Err("it would have operations sent for a page that nobody asked for".into());
+        };
+        let asked = miss.may_ship && !miss.granted && miss.acks == 0 && miss.deferred.is_none();
+        if !asked || here != Rights::None {
+            return Err("it would have operations sent where the page was asked for".into());
+        }
+        if std::mem::take(&mut miss.must_move) && !forgets {
+            miss.may_ship = false;
+            let (want, run) = (miss.want, miss.run);
+            self.ask(page, want, run, false, out);
+            return Ok(());
+        }
+        let (prefetch, faults, writes) = (miss.prefetch, miss.run_faults, miss.run_writes);
+        let keeps_frame = miss.keeps_frame;
+        self.transient.remove(page);
+        if keeps_frame {
+            out.push(Effect::Free(page));
+        }
+        self.learn_to_ship(page);
+        if !prefetch {
+            out.push(Effect::Ship(page));
+        }
+        self.fault_in_run(page, faults, writes, out);
+        Ok(())
     }
 
     pub(super) fn cache_data(
@@ -111,6 +164,7 @@ impl Protocol {
             return Err("it granted a page with fewer sharers than have answered".into());
         }
         miss.granted = true;
+        miss.keeps_frame = false;
         miss.want = rights;
         miss.then_write &= rights == Rights::Shared;
         miss.acks += i32::from(acks);
@@ -118,7 +172,7 @@ impl Protocol {
             self.land(page, out)?;
         }
         // As home, the owner's bytes are also what a reader's forward was waiting for.
-        if self.busy.get(page).is_some_and(|busy| busy.requester == self.me) {
+        if self.busy.get(page).and_then(Busy::writeback).is_some_and(|(_, requester)| requester == self.me) {
             self.home_writeback_done(page, from, out)?;
         }
         if run > 0 {
@@ -142,14 +196,14 @@ impl Protocol {
         Ok(())
     }
 
-    fn complete_if_answered(&mut self, page: Page, out: &mut Vec<Effect>) {
+    pub(super) fn complete_if_answered(&mut self, page: Page, out: &mut Vec<Effect>) {
         let Some(Transient::Miss(miss)) = self.transient.get(page) else { return };
         if !miss.granted || (miss.acks != 0 && !self.makes(Mistake::WriteBeforeAcks)) {
             return;
         }
         let (want, then_write, deferred) = (miss.want, miss.then_write, miss.deferred);
         let (run_faults, run_writes, prefetch) = (miss.run_faults, miss.run_writes, miss.prefetch);
-        let replaces = miss.replaces;
+        let (replaces, may_ship, pulls) = (miss.replaces, miss.may_ship && !miss.must_move, miss.pulls);
         self.transient.remove(page);
         let wanted = !prefetch || deferred.is_some();
         let done = match replaces {
@@ -165,23 +219,32 @@ impl Protocol {
             _ if prefetch => {}
             _ => out.push(Effect::Map(page, want)),
         }
-        self.set_local(page, want, true);
+        self.forget_to_ship(page);
+        let held = !pulls || wanted;
+        self.set_local(page, want, held);
         self.set_idle(page, prefetch);
-        out.push(Effect::Hold(page));
+        if held {
+            out.push(Effect::Hold(page));
+        }
         if let Some(demand) = deferred {
             self.deferred.insert(page, demand);
         }
         if then_write {
             self.yield_deferred(page, out);
-            self.start_miss(page, Rights::Exclusive, false, out);
+            self.start_miss(page, Want { rights: Rights::Exclusive, may_ship }, false, out);
         }
+        self.fault_in_run(page, run_faults, run_writes, out);
+    }
+
+    /// What the answer of a miss did not bring of its run is asked for now.
+    fn fault_in_run(&mut self, page: Page, run_faults: u64, run_writes: u64, out: &mut Vec<Effect>) {
         if self.makes(Mistake::ForgetRestOfRun) {
             return;
         }
-        // What the answer did not bring is asked for now.
         for i in (1..=u64::from(MAX_RUN)).filter(|i| run_faults >> (i - 1) & 1 == 1) {
             let write = run_writes >> (i - 1) & 1 == 1;
-            let want = if write { Rights::Exclusive } else { Rights::Shared };
+            // Which of them could do without the page is not known any more.
+            let want = Want::page(if write { Rights::Exclusive } else { Rights::Shared });
             self.cache_fault(Page(page.0 + i), want, out);
         }
     }
@@ -278,9 +341,14 @@ impl Protocol {
             }
         }
         let keeps = matches!(demand, Demand::ForwardShared { .. }) && !self.makes(Mistake::FreeSharedFrame);
-        // While a miss is under way its bytes will land in the frame at once: keep it.
-        if free && !keeps && home != self.me && self.transient.get(page).is_none() {
-            out.push(Effect::Free(page));
+        if !free || keeps || home == self.me {
+            return;
+        }
+        match self.transient.get_mut(page) {
+            None => out.push(Effect::Free(page)),
+            // Its bytes will land in the frame at once: keep it.
+            Some(Transient::Miss(miss)) => miss.keeps_frame = true,
+            Some(Transient::Evict { .. }) => {}
         }
     }
 
@@ -297,6 +365,7 @@ impl Protocol {
             self.deferred.remove(page);
         }
         self.yield_deferred(page, out);
+        self.home_push_own(page, out);
     }
 
     pub(super) fn cache_evict(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {
@@ -307,7 +376,7 @@ impl Protocol {
         out.push(Effect::Unmap(page, rights));
         self.set_local(page, Rights::None, false);
         if !self.makes(Mistake::ForgetBeforePutAck) {
-            self.transient.insert(page, Transient::Evict { refault: Rights::None });
+            self.transient.insert(page, Transient::Evict { refault: Want::NOTHING });
         }
         let kind = if rights == Rights::Exclusive { Kind::PutExclusive } else { Kind::PutShared };
         self.send(home, page, kind, out);
@@ -322,7 +391,7 @@ impl Protocol {
         if !self.makes(Mistake::KeepFrame) {
             out.push(Effect::Free(page));
         }
-        if refault != Rights::None && !self.makes(Mistake::ForgetRefault) {
+        if refault.rights != Rights::None && !self.makes(Mistake::ForgetRefault) {
             self.cache_fault(page, refault, out);
         }
         Ok(())

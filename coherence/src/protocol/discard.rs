@@ -18,7 +18,7 @@
 
 use fabric::NodeId;
 
-use super::under_way::{Miss, Replacement, Transient};
+use super::under_way::{Miss, Replacement, Transient, Want};
 use super::{Effect, Entry, Kind, Local, Mistake, Outcome, Protocol, Rights};
 use crate::page::{BLOCK, Page};
 
@@ -146,6 +146,10 @@ impl Protocol {
             granted: false,
             acks: 0,
             then_write: false,
+            may_ship: false,
+            must_move: false,
+            keeps_frame: false,
+            pulls: false,
             prefetch: true,
             replaces: Some(replacement),
             deferred: None,
@@ -160,7 +164,7 @@ impl Protocol {
                 self.send(owner, page, Kind::Reclaim, out);
                 Ok(())
             }
-            Entry::Shared(_) => self.home_get(page, self.me, Rights::Exclusive, out),
+            Entry::Shared(_) => self.home_get(page, self.me, Want::page(Rights::Exclusive), out),
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use fabric::NodeId;
 
+use super::under_way::{Wait, Want};
 use super::{Busy, Effect, Entry, Kind, Local, Mistake, Outcome, Protocol, Request, Rights, Wrong};
 use crate::node_set::NodeSet;
 use crate::page::{BLOCK, Page};
@@ -49,29 +50,42 @@ impl Protocol {
         &mut self,
         page: Page,
         from: NodeId,
-        want: Rights,
+        want: Want,
         out: &mut Vec<Effect>,
     ) -> Outcome {
         let ignores = self.makes(Mistake::GrantWhileBusy);
+        let passed = !self.makes(Mistake::AnswerPassedGet);
+        let ignores = ignores || self.makes(Mistake::GrantWhilePushing) && self.is_pushing(page);
         if let Some(busy) = self.busy.get_mut(page).filter(|_| !ignores) {
+            // It has passed the push, which is its answer.
+            if busy.pushes_to(from) && want.rights == Rights::Shared && passed {
+                return Ok(());
+            }
             // Who is about to read may ask to write already.
-            let reads = busy.requester == from && want == Rights::Shared;
+            let reads =
+                busy.writeback().is_some_and(|(_, reader)| reader == from) && want.rights == Rights::Shared;
             if reads || busy.queue.iter().any(|(node, request)| *node == from && *request != Request::Put) {
                 return Err("it asked twice for one page".into());
             }
             busy.queue.push_back((from, Request::Get(want)));
             return Ok(());
         }
-        match (self.directory.get(page), want) {
+        self.note_get(page, from, want);
+        match (self.directory.get(page), want.rights) {
             (Entry::Exclusive(owner), _) if owner == from => {
                 return Err("it asked for a page that it owns".into());
+            }
+            (Entry::Exclusive(_), _) if want.may_ship && self.is_delegated(page) => {
+                self.send(from, page, Kind::Ship, out);
             }
             (Entry::Exclusive(owner), Rights::Exclusive) => {
                 self.directory.set(page, Entry::Exclusive(from));
                 self.send(owner, page, Kind::ForwardExclusive { requester: from }, out);
+                self.home_will_push(page, from, None, out);
             }
             (Entry::Exclusive(owner), _) => {
-                self.busy.insert(page, Busy { owner, requester: from, queue: VecDeque::new() });
+                let wait = Wait::Writeback { owner, requester: from };
+                self.busy.insert(page, Busy { wait, queue: VecDeque::new() });
                 self.send(owner, page, Kind::ForwardShared { requester: from }, out);
             }
             (Entry::Shared(mut sharers), Rights::Exclusive) => {
@@ -87,6 +101,7 @@ impl Protocol {
                 for sharer in sharers.iter() {
                     self.send(sharer, page, Kind::Invalidate { requester: from }, out);
                 }
+                self.home_will_push(page, from, Some(sharers), out);
             }
             (Entry::Shared(mut sharers), _) => {
                 if sharers.contains(from) {
@@ -110,8 +125,8 @@ impl Protocol {
         body: bool,
         out: &mut Vec<Effect>,
     ) -> Outcome {
-        match self.busy.get(page) {
-            Some(busy) if busy.owner == from && busy.requester != self.me => {}
+        match self.busy.get(page).and_then(Busy::writeback) {
+            Some((owner, reader)) if owner == from && reader != self.me => {}
             _ => return Err("it wrote a page back that nobody waits for".into()),
         }
         if body != (from != self.me) {
@@ -130,10 +145,15 @@ impl Protocol {
         owner: NodeId,
         out: &mut Vec<Effect>,
     ) -> Outcome {
-        let Some(busy) = self.busy.remove(page) else { return Ok(()) };
-        let sharers: NodeSet = [owner, busy.requester].into_iter().collect();
+        let Some((_, reader)) = self.busy.get(page).and_then(Busy::writeback) else { return Ok(()) };
+        let sharers: NodeSet = [owner, reader].into_iter().collect();
         self.directory.set(page, Entry::Shared(sharers));
-        let mut queue = busy.queue;
+        self.home_go_on(page, out)
+    }
+
+    /// What the home waited for has come: the next request has its turn.
+    pub(super) fn home_go_on(&mut self, page: Page, out: &mut Vec<Effect>) -> Outcome {
+        let Some(Busy { mut queue, .. }) = self.busy.remove(page) else { return Ok(()) };
         while let Some((from, request)) = queue.pop_front() {
             match request {
                 Request::Get(want) => self.home_get(page, from, want, out),
@@ -145,6 +165,7 @@ impl Protocol {
                 break;
             }
         }
+        self.home_push(page, out);
         Ok(())
     }
 

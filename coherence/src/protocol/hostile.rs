@@ -6,7 +6,9 @@ use std::sync::Arc;
 use fabric::NodeId;
 use proptest::prelude::*;
 
+use super::classes::tests::classes;
 use super::message::tests::kinds;
+use super::operation::tests::operations;
 use super::*;
 
 /// Pages of each node; the node under test is the second of three.
@@ -23,6 +25,9 @@ enum Input {
     Discard(u64, u16),
     Load(u64),
     Store(u64),
+    FaultMayShip(u64, bool),
+    Operate(u64, u32, Operation),
+    Class(u64, Class),
     Message(u16, u64, Kind),
     /// What a sound peer would answer to the last question.
     Answer,
@@ -39,6 +44,10 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
         1 => (page.clone(), 0u16..3).prop_map(|(page, run)| Input::Discard(page, run)),
         1 => page.clone().prop_map(Input::Load),
         1 => page.clone().prop_map(Input::Store),
+        2 => (page.clone(), any::<bool>()).prop_map(|(page, write)| Input::FaultMayShip(page, write)),
+        2 => (page.clone(), 0u32..3, operations())
+            .prop_map(|(page, token, operation)| Input::Operate(page, token, operation)),
+        1 => (0..PAGES, classes()).prop_map(|(page, class)| Input::Class(PAGES + page, class)),
         3 => (0u16..2, page, kinds(3)).prop_map(|(from, page, kind)| Input::Message(from * 2, page, kind)),
         5 => Just(Input::Answer),
     ];
@@ -48,7 +57,11 @@ fn inputs() -> impl Strategy<Value = Vec<Input>> {
 /// What the guest view maps, as the effects say.
 struct View {
     mapped: Vec<Rights>,
+    /// What the cache has, mapped or not, is the protocol's to say.
+    rights: Vec<Rights>,
     asked: Vec<(NodeId, Message)>,
+    /// Operations of this node's CPUs that were not answered yet.
+    operations: Vec<(Page, u32)>,
 }
 
 impl View {
@@ -109,6 +122,18 @@ impl View {
                     assert!(View::home(page), "overwritten elsewhere than at home");
                 }
                 Effect::Loaded(_, found) => assert!(body || !found, "there are no bytes that were loaded"),
+                // The other nodes' views are not known here, but what this node's cache says is.
+                Effect::Operate { to, page, .. } => {
+                    assert!(to != ME);
+                    assert_eq!(self.rights[page.0 as usize], Rights::Exclusive, "operated on a copy");
+                }
+                Effect::Operated { page, token, .. } => {
+                    let at = self.operations.iter().position(|known| *known == (page, token));
+                    self.operations.remove(at.expect("a CPU waits for it"));
+                }
+                Effect::Ship(page) => {
+                    assert_eq!(self.mapped[page.0 as usize], Rights::None, "shipped though it is here");
+                }
                 Effect::Hold(_) | Effect::Deferred(_) | Effect::Discarded(..) => {}
                 Effect::Written(_) | Effect::Stored(..) => {}
             }
@@ -120,10 +145,13 @@ impl View {
 fn answer(kind: Kind) -> Option<Kind> {
     let data = |rights, run| Some(Kind::Data { rights, acks: 0, body: true, run });
     match kind {
-        Kind::GetShared { run: 0 } => data(Rights::Shared, 0),
-        Kind::GetShared { run } | Kind::GetExclusive { run } => data(Rights::Exclusive, run),
+        Kind::GetShared { may_ship: true, .. } | Kind::GetExclusive { may_ship: true, .. } => {
+            Some(Kind::Ship)
+        }
+        Kind::GetShared { run: 0, .. } => data(Rights::Shared, 0),
+        Kind::GetShared { run, .. } | Kind::GetExclusive { run, .. } => data(Rights::Exclusive, run),
         Kind::PutShared | Kind::PutExclusive => Some(Kind::PutAck),
-        Kind::Data { rights: Rights::Exclusive, .. } => Some(Kind::GetShared { run: 0 }),
+        Kind::Data { rights: Rights::Exclusive, .. } => Some(Kind::GetShared { run: 0, may_ship: false }),
         Kind::ForwardShared { .. } => data(Rights::Shared, 0),
         Kind::ForwardExclusive { .. } => data(Rights::Exclusive, 0),
         Kind::Invalidate { .. } => Some(Kind::Ack),
@@ -131,6 +159,10 @@ fn answer(kind: Kind) -> Option<Kind> {
         Kind::Discard { run } => Some(Kind::Discarded { run }),
         Kind::Load | Kind::LoadAt { .. } => Some(Kind::Loaded { body: true }),
         Kind::Store => Some(Kind::Stored { done: true }),
+        Kind::Push => Some(Kind::Pushed { taken: true }),
+        Kind::Operate { token, .. } | Kind::OperateAt { token, .. } => {
+            Some(Kind::Operated { token, old: Some(1.into()) })
+        }
         _ => None,
     }
 }
@@ -139,13 +171,16 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
     fn whatever_peers_send_nothing_unsound_is_asked_of_the_engine(
-        inputs in inputs(), first in 0u8..3, frames in 1usize..10
+        inputs in inputs(), first in 0u8..3, frames in 1usize..10, ships: bool
     ) {
         let homes = Arc::new(Homes::new([PAGES; 3]));
         let mut node = Protocol::new(ME, homes, 4, RunPolicy { first, most: 3 });
         node.set_budget(frames, Eviction::Clock);
+        node.set_shipping(if ships { Shipping::Manual } else { Shipping::Off });
         let mapped = |page| if View::home(Page(page)) { Rights::Exclusive } else { Rights::None };
-        let mut view = View { mapped: (0..3 * PAGES).map(mapped).collect(), asked: Vec::new() };
+        let mapped: Vec<_> = (0..3 * PAGES).map(mapped).collect();
+        let mut view =
+            View { rights: mapped.clone(), mapped, asked: Vec::new(), operations: Vec::new() };
         for input in inputs {
             let mut out = Vec::new();
             let mut body = false;
@@ -159,6 +194,16 @@ proptest! {
                     let run = run.min((PAGES - 1 - page % PAGES) as u16);
                     node.discard(Page(page), run, &mut out);
                 }
+                Input::FaultMayShip(page, write) => node.fault_may_ship(Page(page), write, &mut out),
+                Input::Operate(page, token, operation) => {
+                    let asked = Page(page);
+                    // Before, so that an answer that comes at once finds it.
+                    view.operations.push((asked, token));
+                    if !node.operate(asked, token, operation, &mut out) {
+                        view.operations.pop();
+                    }
+                }
+                Input::Class(page, class) => node.set_class(Page(page), class),
                 Input::Load(page) => drop(node.load(Page(page), &mut out)),
                 Input::Store(page) => body = node.store(Page(page), &mut out),
                 Input::Answer | Input::Message(..) => {
@@ -186,7 +231,9 @@ proptest! {
             if node.violation().is_some() {
                 break;
             }
+            // An input operates before it gives a page up, or not at all.
             view.carry_out(&out, body);
+            view.rights = (0..3 * PAGES).map(|page| node.rights(Page(page))).collect();
             prop_assert!(node.frames() <= frames, "{} frames", node.frames());
         }
         node.describe();

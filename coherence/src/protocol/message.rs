@@ -1,10 +1,10 @@
-//! What nodes say to each other about a page, and its wire form.
+//! What nodes say to each other about a page.
 
 use fabric::NodeId;
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};
 
 use super::Rights;
-use crate::page::{BLOCK, PAGE_SIZE, Page};
+use super::operation::Operation;
+use crate::page::Page;
 
 /// The longest run of untouched pages that goes with a page.
 pub const MAX_RUN: u8 = 63;
@@ -16,12 +16,16 @@ pub enum Kind {
     GetShared {
         /// `0..=63`.
         run: u8,
+        /// Whether [`Kind::Ship`] is an answer too.
+        may_ship: bool,
     },
     /// Requester to home: I want to write, and would take up to `run` untouched pages that follow. The home
     /// knows whether the requester holds a copy.
     GetExclusive {
         /// `0..=63`.
         run: u8,
+        /// Whether [`Kind::Ship`] is an answer too.
+        may_ship: bool,
     },
     /// Home or owner to requester: the page is yours with these rights, once `acks` sharers have answered.
     Data {
@@ -93,6 +97,60 @@ pub enum Kind {
         /// Whether it was done; else something is under way on the page.
         done: bool,
     },
+    /// Home to requester, instead of the page: it stays where it is, send what you want to do.
+    Ship,
+    /// Anyone to home: a CPU does this with the page; let it be done where the page is.
+    Operate {
+        /// Tells the requester's operations on the page apart.
+        token: u32,
+        /// What is to be done.
+        operation: Operation,
+    },
+    /// Home to owner: do this with your page, and tell the requester.
+    OperateAt {
+        /// Whose CPU waits.
+        requester: NodeId,
+        /// The requester's.
+        token: u32,
+        /// What is to be done.
+        operation: Operation,
+    },
+    /// Home or owner to requester: it was done, once, or it was not done and will not be.
+    Operated {
+        /// The requester's.
+        token: u32,
+        /// The bytes before, if it was done.
+        old: Option<Bits>,
+    },
+    /// Home to who could read the page before it was written: read it again, as it is now.
+    Push,
+    /// Reader to home, after [`Kind::Push`].
+    Pushed {
+        /// Whether I have it now.
+        taken: bool,
+    },
+}
+
+/// A value of up to 128 bits, as on the wire, and so that it aligns to nothing.
+#[derive(Copy, Clone, Eq, PartialEq, Hash)]
+pub struct Bits([u8; 16]);
+
+impl From<u128> for Bits {
+    fn from(value: u128) -> Bits {
+        Bits(value.to_le_bytes())
+    }
+}
+
+impl From<Bits> for u128 {
+    fn from(bits: Bits) -> u128 {
+        u128::from_le_bytes(bits.0)
+    }
+}
+
+impl std::fmt::Debug for Bits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}", u128::from(*self))
+    }
 }
 
 impl Kind {
@@ -105,11 +163,12 @@ impl Kind {
                 | Kind::PutExclusive
                 | Kind::Loaded { body: true }
                 | Kind::Store
+                | Kind::Push
         )
     }
 
     /// One more than the highest [`Kind::code`].
-    pub const CODES: usize = 20;
+    pub const CODES: usize = 26;
 
     /// The name of the kind with that [`Kind::code`].
     pub fn name_of(code: u8) -> &'static str {
@@ -134,6 +193,12 @@ impl Kind {
             "Loaded",
             "Store",
             "Stored",
+            "Ship",
+            "Operate",
+            "OperateAt",
+            "Operated",
+            "Push",
+            "Pushed",
         ];
         NAMES.get(usize::from(code)).copied().unwrap_or("unknown")
     }
@@ -160,6 +225,12 @@ impl Kind {
             Kind::Loaded { .. } => 17,
             Kind::Store => 18,
             Kind::Stored { .. } => 19,
+            Kind::Ship => 20,
+            Kind::Operate { .. } => 21,
+            Kind::OperateAt { .. } => 22,
+            Kind::Operated { .. } => 23,
+            Kind::Push => 24,
+            Kind::Pushed { .. } => 25,
         }
     }
 }
@@ -173,156 +244,19 @@ pub struct Message {
     pub kind: Kind,
 }
 
-/// The bytes that come with a message, on the wire.
-#[derive(Copy, Clone, Debug, Eq, PartialEq)]
-pub enum Body<'a> {
-    /// None.
-    Absent,
-    /// A page of zeroes, which costs no bytes.
-    Zero,
-    /// The page, 4096 bytes.
-    Bytes(&'a [u8; PAGE_SIZE]),
-}
-
-/// The head of every frame on a coherence lane; the page's bytes follow if `body` is 2.
-#[derive(Copy, Clone, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct Head {
-    code: u8,
-    /// 0 none, 1 a page of zeroes, 2 bytes follow.
-    body: u8,
-    /// Rights of `Data` (1 shared, 2 exclusive), else 0.
-    rights: u8,
-    /// Pages that follow, of the Gets and `Data`, else 0.
-    run: u8,
-    /// Acks of `Data`, requester of `Invalidate`, the forwards and `LoadAt`, pages that follow of `Discard` and
-    /// `Discarded`, 1 of a `Stored` that is done, else 0.
-    word: le::U16,
-    zero2: le::U16,
-    page: le::U64,
-}
-
-const HEAD: usize = size_of::<Head>();
-const _: () = assert!(HEAD == 16);
-
-impl Message {
-    /// The head of the frame; `zero` tells that the body is all zeroes and is left out.
-    pub fn head(&self, zero: bool) -> Head {
-        let run = match self.kind {
-            Kind::GetShared { run } | Kind::GetExclusive { run } | Kind::Data { run, .. } => run,
-            _ => 0,
-        };
-        let (rights, word) = match self.kind {
-            Kind::Data { rights, acks, .. } => (rights as u8, acks),
-            Kind::Invalidate { requester }
-            | Kind::ForwardShared { requester }
-            | Kind::ForwardExclusive { requester }
-            | Kind::LoadAt { requester } => (0, requester.0),
-            Kind::Discard { run } | Kind::Discarded { run } => (0, run),
-            Kind::Stored { done } => (0, done.into()),
-            _ => (0, 0),
-        };
-        let body = match (self.kind.has_body(), zero) {
-            (false, _) => 0,
-            (true, true) => 1,
-            (true, false) => 2,
-        };
-        Head {
-            code: self.kind.code(),
-            body,
-            rights,
-            run,
-            word: word.into(),
-            zero2: 0.into(),
-            page: self.page.0.into(),
-        }
-    }
-
-    /// Reads a frame. Every field is checked against its form; what the message means is the protocol's to
-    /// judge.
-    ///
-    /// # Errors
-    /// The end of a sentence that begins with the peer's name.
-    pub fn parse(frame: &[u8], nodes: usize, pages: u64) -> Result<(Message, Body<'_>), &'static str> {
-        let (head, rest) =
-            Head::ref_from_prefix(frame).map_err(|_| "sent a coherence frame that is too short")?;
-        let body = match (head.body, rest.len()) {
-            (0, 0) => Body::Absent,
-            (1, 0) => Body::Zero,
-            (2, _) => Body::Bytes(rest.try_into().map_err(|_| "sent a page that is not 4096 bytes long")?),
-            _ => return Err("sent a coherence frame whose body does not fit its length"),
-        };
-        let has_body = body != Body::Absent;
-        if head.page.get() >= pages {
-            return Err("named a page beyond the guest's memory");
-        }
-        if head.run > MAX_RUN || head.page.get() + u64::from(head.run) >= pages {
-            return Err("asked for or granted a run of pages that is too long");
-        }
-        let (word, run) = (head.word.get(), head.run);
-        let discarded = || match u64::from(word) < BLOCK && head.page.get() + u64::from(word) < pages {
-            true => Ok(word),
-            false => Err("named a run of pages to discard that is too long"),
-        };
-        let requester = || match usize::from(word) < nodes {
-            true => Ok(NodeId(word)),
-            false => Err("named a node that does not exist"),
-        };
-        let kind = match head.code {
-            1 => Kind::GetShared { run },
-            2 => Kind::GetExclusive { run },
-            3 => Kind::Data {
-                rights: match head.rights {
-                    1 => Rights::Shared,
-                    2 => Rights::Exclusive,
-                    _ => return Err("granted rights that do not exist"),
-                },
-                acks: word,
-                body: has_body,
-                run,
-            },
-            4 => Kind::Invalidate { requester: requester()? },
-            5 => Kind::Ack,
-            6 => Kind::ForwardShared { requester: requester()? },
-            7 => Kind::ForwardExclusive { requester: requester()? },
-            8 => Kind::Writeback { body: has_body },
-            9 => Kind::PutShared,
-            10 => Kind::PutExclusive,
-            11 => Kind::PutAck,
-            12 => Kind::Discard { run: discarded()? },
-            13 => Kind::Reclaim,
-            14 => Kind::Discarded { run: discarded()? },
-            15 => Kind::Load,
-            16 => Kind::LoadAt { requester: requester()? },
-            17 => Kind::Loaded { body: has_body },
-            18 => Kind::Store,
-            19 => Kind::Stored { done: word == 1 },
-            _ => return Err("sent a coherence message of an unknown kind"),
-        };
-        if kind.has_body() != has_body {
-            return Err("sent a coherence message with a body it must not have, or without the one it needs");
-        }
-        let message = Message { page: Page(head.page.get()), kind };
-        // One message has one form: what is not used is zero.
-        if message.head(body == Body::Zero).as_bytes() != head.as_bytes() {
-            return Err("sent a coherence frame with reserved bits set");
-        }
-        Ok((message, body))
-    }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use proptest::prelude::*;
 
+    use super::super::operation::tests::operations;
     use super::*;
 
     /// Any message to a machine of so many nodes.
     pub fn kinds(nodes: u16) -> impl Strategy<Value = Kind> {
         let node = (0..nodes).prop_map(NodeId);
         prop_oneof![
-            (0..=MAX_RUN).prop_map(|run| Kind::GetShared { run }),
-            (0..=MAX_RUN).prop_map(|run| Kind::GetExclusive { run }),
+            (0..=MAX_RUN, any::<bool>()).prop_map(|(run, may_ship)| Kind::GetShared { run, may_ship }),
+            (0..=MAX_RUN, any::<bool>()).prop_map(|(run, may_ship)| Kind::GetExclusive { run, may_ship }),
             (any::<bool>(), 0u16..600, any::<bool>(), 0..=MAX_RUN).prop_map(|(x, acks, body, run)| {
                 Kind::Data { rights: if x { Rights::Exclusive } else { Rights::Shared }, acks, body, run }
             }),
@@ -338,58 +272,21 @@ pub(super) mod tests {
             Just(Kind::Reclaim),
             (0..100u16).prop_map(|run| Kind::Discarded { run }),
             Just(Kind::Load),
-            node.prop_map(|requester| Kind::LoadAt { requester }),
+            node.clone().prop_map(|requester| Kind::LoadAt { requester }),
             any::<bool>().prop_map(|body| Kind::Loaded { body }),
             Just(Kind::Store),
             any::<bool>().prop_map(|done| Kind::Stored { done }),
+            Just(Kind::Ship),
+            (0u32..3, operations()).prop_map(|(token, operation)| Kind::Operate { token, operation }),
+            (node, 0u32..3, operations()).prop_map(|(requester, token, operation)| Kind::OperateAt {
+                requester,
+                token,
+                operation
+            }),
+            (0u32..3, any::<Option<u128>>())
+                .prop_map(|(token, old)| Kind::Operated { token, old: old.map(Bits::from) }),
+            Just(Kind::Push),
+            any::<bool>().prop_map(|taken| Kind::Pushed { taken }),
         ]
-    }
-
-    proptest! {
-        #[test]
-        fn a_frame_reads_back_as_what_was_written(kind in kinds(9), page in 0u64..900, zero: bool) {
-            let message = Message { page: Page(page), kind };
-            let mut frame = message.head(zero).as_bytes().to_vec();
-            if kind.has_body() && !zero {
-                frame.extend([7; PAGE_SIZE]);
-            }
-            let (back, body) = Message::parse(&frame, 9, 1000).unwrap();
-            prop_assert_eq!(back, message);
-            prop_assert_eq!(body != Body::Absent, kind.has_body());
-            prop_assert!(Message::parse(&frame, 9, page).is_err());
-        }
-
-        #[test]
-        fn any_bytes_are_a_message_or_an_error(frame in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = Message::parse(&frame, 9, 1000);
-        }
-
-        #[test]
-        fn a_damaged_frame_is_refused_or_means_what_it_now_says(
-            kind in kinds(9), page in 0u64..900, zero: bool, at in 0usize..16, value: u8
-        ) {
-            let mut frame = Message { page: Page(page), kind }.head(zero).as_bytes().to_vec();
-            if kind.has_body() && !zero {
-                frame.extend([7; PAGE_SIZE]);
-            }
-            frame[at] = value;
-            if let Ok((message, body)) = Message::parse(&frame, 9, 1000) {
-                let again = message.head(body == Body::Zero);
-                prop_assert_eq!(again.as_bytes(), &frame[..HEAD]);
-                prop_assert!(message.page.0 < 1000);
-                prop_assert_eq!(matches!(body, Body::Bytes(_)), frame.len() > HEAD);
-            }
-        }
-
-        #[test]
-        fn a_frame_cut_short_or_too_long_is_refused(kind in kinds(9), cut in 1usize..16) {
-            let message = Message { page: Page(1), kind };
-            let mut frame = message.head(true).as_bytes().to_vec();
-            frame.truncate(16 - cut);
-            prop_assert!(Message::parse(&frame, 9, 1000).is_err());
-            let mut frame = message.head(true).as_bytes().to_vec();
-            frame.push(0);
-            prop_assert!(Message::parse(&frame, 9, 1000).is_err());
-        }
     }
 }

@@ -20,6 +20,8 @@ fn cost(nodes: u16, sharers: u16, write: bool) -> usize {
     let homes = Arc::new(Homes::new((0..nodes).map(|n| if n == 0 { PAGES } else { 1 << 20 })));
     let chunk = 512;
     let mut home = Protocol::new(NodeId(0), homes.clone(), chunk, RunPolicy::NONE);
+    home.set_shipping(Shipping::Auto(Rules::default()));
+    (0..PAGES).map(Page).for_each(|page| home.set_class(page, Class::Delegated));
     let mut others: Vec<_> = (0..sharers)
         .map(|n| Protocol::new(NodeId(nodes - 1 - n), homes.clone(), chunk, RunPolicy::NONE))
         .collect();

@@ -61,12 +61,38 @@ pub enum Mistake {
     AnswerStoreAtOnce,
     /// The home does not say that a page was overwritten.
     ForgetStored,
+    /// An owner carries an operation out twice.
+    OperateTwice,
+    /// An owner carries an operation out on the frame of a page that has left.
+    OperateOnPageThatLeft,
+    /// The home carries an operation out on its frame of a page that another node owns.
+    OperateAtHome,
+    /// The home carries an operation out on a page that others read.
+    OperateOnShared,
+    /// An operation is refused and carried out.
+    OperateAndRefuse,
+    /// Who cannot carry an operation out does not say so.
+    ForgetRefusal,
+    /// A CPU goes on when its operation was sent, so that the next may overtake it.
+    DoNotWait,
+    /// A fault that cannot be shipped, and waits with one that can, is forgotten when that is.
+    ForgetToMove,
+    /// The home pushes a page when a writer asks for it, before what it has to write.
+    PushTooEarly,
+    /// The home gives a page to a writer while it does not know who has taken a push of it.
+    GrantWhilePushing,
+    /// The home answers a question that has passed the push that was its answer.
+    AnswerPassedGet,
+    /// A reader does not answer a push.
+    ForgetPushed,
+    /// A node takes a push of a page that it is giving back.
+    TakePushWhileLeaving,
 }
 
 impl Mistake {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Mistake; 28] = [
+    pub const ALL: [Mistake; 41] = [
         Mistake::DropAck,
         Mistake::AckBeforeUnmap,
         Mistake::AckTheHome,
@@ -95,6 +121,19 @@ impl Mistake {
         Mistake::LoadFromTheHome,
         Mistake::AnswerStoreAtOnce,
         Mistake::ForgetStored,
+        Mistake::OperateTwice,
+        Mistake::OperateOnPageThatLeft,
+        Mistake::OperateAtHome,
+        Mistake::OperateOnShared,
+        Mistake::OperateAndRefuse,
+        Mistake::ForgetRefusal,
+        Mistake::DoNotWait,
+        Mistake::ForgetToMove,
+        Mistake::PushTooEarly,
+        Mistake::GrantWhilePushing,
+        Mistake::AnswerPassedGet,
+        Mistake::ForgetPushed,
+        Mistake::TakePushWhileLeaving,
     ];
 }
 

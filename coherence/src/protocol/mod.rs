@@ -1,8 +1,8 @@
 //! The coherence protocol: a pure state machine, one for each shard of each node.
 //!
 //! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`], [`Protocol::discard`],
-//! [`Protocol::load`], [`Protocol::store`] and [`Protocol::release`]; every input appends [`Effect`]s, which the caller
-//! carries out **in their order**. There is no I/O, no clock and no randomness here. The engine, the model checker, the property tests and the simulator all
+//! [`Protocol::load`], [`Protocol::store`], [`Protocol::operate`] and [`Protocol::release`]; every input appends
+//! [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no clock and no randomness here. The engine, the model checker, the property tests and the simulator all
 //! drive this code.
 //!
 //! Each node plays two parts: *cache* ([`cache`]) for the pages that its guest view maps, and *home*
@@ -46,6 +46,38 @@
 //! # Devices
 //! What a device reads or overwrites whole need not move: [`direct`] reads a page where it is, and writes it at its home.
 //!
+//! # Classes
+//! Most pages *move* to who uses them. A page that several nodes use a little at a time costs less where it stays: its
+//! home may *delegate* it to whoever owns it, and what other nodes' vCPUs would do with it is sent there ([`ship`]). One
+//! that a node writes and several read may be *pushed*: readers get the new content unasked ([`push`]). Classes are the
+//! home's ([`classes`]), by the rules of [`classify`], and begin and end while requests are under way.
+//!
+//! ```text
+//!   fault_may_ship of a page that is not here
+//!       │ Get, may ship               ┌─ moving, pushed: Data, as ever
+//!       ├──────────────────────> home ┤
+//!       │                             └─ delegated, with an owner: Ship
+//!       ▼ known to be delegated               │
+//!   Effect::Ship <────────────────────────────┘
+//!       │ the vCPU is called out
+//!       ├─ its instruction cannot be shipped: fault ──> the page moves, the class stays
+//!       ▼
+//!   operate ──> (outstanding) ──┬─ Effect::Operated, with the old bytes: done, once
+//!                               └─ Effect::Operated, without: refused; fault again
+//! ```
+//! | the page, when an operation comes to its home | then |
+//! |---|---|
+//! | delegated, the home has it to write | done there |
+//! | delegated, another node owns it | passed on; done there if it has the page to write, else refused |
+//! | not delegated, shared, owned by who asks, or something under way on it | refused |
+//!
+//! | the reader's side of a page, when a push comes | then |
+//! |---|---|
+//! | nothing, and a frame is free | taken: mapped read-only |
+//! | waiting for Shared | taken, as the answer; the home drops the question that has passed it |
+//! | waiting for Exclusive | taken: the page is here as if it had been before the question |
+//! | nothing and no frame, or waiting for PutAck | declined |
+//!
 //! # Memory
 //! Copies may be limited in number ([`budget`]): faults then wait for a frame, and copies go home.
 //!
@@ -56,6 +88,8 @@
 
 mod budget;
 mod cache;
+mod classes;
+mod classify;
 mod copies;
 mod direct;
 mod discard;
@@ -66,11 +100,15 @@ mod message;
 #[cfg(test)]
 mod metadata;
 mod mistake;
+mod operation;
+mod push;
 mod runs;
+mod ship;
 mod state;
 #[cfg(test)]
 mod tests;
 mod under_way;
+mod wire;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -80,18 +118,24 @@ use fabric::NodeId;
 
 use self::budget::Budget;
 pub use self::budget::Eviction;
+use self::classes::Classes;
+pub use self::classes::{Class, Shipping};
+pub use self::classify::Rules;
 use self::copies::Copies;
-pub use self::message::{Body, Head, Kind, MAX_RUN, Message};
+pub use self::message::{Bits, Kind, MAX_RUN, Message};
 #[cfg(test)]
 pub(crate) use self::mistake::Mistake;
 #[cfg(not(test))]
 use self::mistake::Mistake;
+pub use self::operation::{Action, Operation, Width};
 pub use self::runs::RunPolicy;
 use self::runs::Streams;
 pub use self::state::Entry;
 pub(crate) use self::state::PageMap;
 use self::state::{Directory, Table};
-use self::under_way::{Busy, Demand, Direct, Local, Miss, Request, Transient};
+use self::under_way::{Busy, Demand, Direct, Local, Miss, Outstanding, Request, Transient, Want};
+pub use self::wire::{Body, Head};
+use crate::node_set::NodeSet;
 use crate::page::{Homes, Page};
 
 /// What a node may do with a page through its guest view.
@@ -151,6 +195,31 @@ pub enum Effect {
     Loaded(Page, bool),
     /// [`Protocol::store`] of this page is done, if `true`, or the page must be written by other means.
     Stored(Page, bool),
+    /// The page does not come: each vCPU that waits for it is to be called out of its wait, and then either
+    /// [`Protocol::operate`]s or faults again.
+    Ship(Page),
+    /// Carry the operation out on the page's frame, mapped or not, as one instruction that is atomic with those of this
+    /// node's vCPUs, and send the old bytes as [`Kind::Operated`]. This node alone has the page.
+    Operate {
+        /// Whose CPU waits; never this node.
+        to: NodeId,
+        /// Where.
+        page: Page,
+        /// To send back.
+        token: u32,
+        /// What to do.
+        operation: Operation,
+    },
+    /// [`Protocol::operate`] of this page and token was done once, and these were the bytes before; or it was not done
+    /// and will not be, and the vCPU is to fault again.
+    Operated {
+        /// Where.
+        page: Page,
+        /// Of the input.
+        token: u32,
+        /// The bytes before.
+        old: Option<Bits>,
+    },
     /// A page was won: call [`Protocol::release`] after it could be used.
     Hold(Page),
     /// A demand waits for the release of a held page. For the trace and the counters.
@@ -212,6 +281,15 @@ pub struct Protocol {
     discarding: u64,
     /// What devices of this node wait for.
     direct: PageMap<Direct>,
+    /// What vCPUs of this node wait for, in order.
+    operations: Vec<Outstanding>,
+    /// Pages of which this node has been told that they are delegated.
+    shipped: PageMap<()>,
+    classes: Classes,
+    /// Of pushed pages of this home: who could read them before they were written last.
+    readers: PageMap<NodeSet>,
+    /// A page to ask for when this input ends.
+    to_pull: Option<Page>,
     /// Messages from one part of this node to the other.
     loopback: VecDeque<Message>,
     /// What is wrong with a message that had to wait.
@@ -239,6 +317,11 @@ impl Protocol {
             streams: Streams::new(runs),
             discarding: 0,
             direct: PageMap::default(),
+            operations: Vec::new(),
+            shipped: PageMap::default(),
+            classes: Classes::default(),
+            readers: PageMap::default(),
+            to_pull: None,
             loopback: VecDeque::new(),
             violation: None,
             #[cfg(test)]
@@ -249,9 +332,9 @@ impl Protocol {
     /// A vCPU (or the node itself, through the guest view) was stopped at a page.
     ///
     /// Several faults may report one page; a fault that comes after its page was mapped is answered by
-    /// mapping it again.
+    /// mapping it again. The page comes, whatever its class: see [`Protocol::fault_may_ship`].
     pub fn fault(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) {
-        self.cache_fault(page, if write { Rights::Exclusive } else { Rights::Shared }, out);
+        self.cache_fault(page, Want::page(if write { Rights::Exclusive } else { Rights::Shared }), out);
         self.finish_own(out);
     }
 
@@ -291,7 +374,12 @@ impl Protocol {
     /// For a Get from a peer: how many pages, from the message's page on, never left this home and could go
     /// with the answer if they turn out to be untouched. 0 if the message is something else.
     pub fn untouched(&self, message: &Message) -> u8 {
-        let (Kind::GetShared { run } | Kind::GetExclusive { run }) = message.kind else { return 0 };
+        let (Kind::GetShared { run, may_ship } | Kind::GetExclusive { run, may_ship }) = message.kind else {
+            return 0;
+        };
+        if may_ship && self.is_delegated(message.page) {
+            return 0;
+        }
         self.untouched_run(message.page, run + 1)
     }
 
@@ -351,6 +439,7 @@ impl Protocol {
             && self.deferred.is_empty()
             && self.discarding == 0
             && self.direct.is_empty()
+            && self.operations.is_empty()
             && self.parked().next().is_none()
     }
 
@@ -373,7 +462,7 @@ impl Protocol {
     pub fn is_missing(&self, page: Page) -> bool {
         match self.transient.get(page) {
             Some(Transient::Miss(_)) => true,
-            Some(Transient::Evict { refault }) => *refault != Rights::None,
+            Some(Transient::Evict { refault }) => refault.rights != Rights::None,
             None => self.covering_miss(page).is_some() || self.parked().any(|parked| parked == page),
         }
     }
@@ -383,9 +472,9 @@ impl Protocol {
         self.deferred.len()
     }
 
-    /// Bytes of state: directory and rights.
+    /// Bytes of state: directory, rights, and classes.
     pub fn metadata_bytes(&self) -> usize {
-        self.local.bytes() + self.copies.bytes() + self.directory.bytes()
+        self.local.bytes() + self.copies.bytes() + self.directory.bytes() + self.classes_bytes()
     }
 
     /// One line for every page on which something is under way, for the failure dump.
@@ -403,6 +492,9 @@ impl Protocol {
         }
         for (page, direct) in self.direct.iter() {
             lines.push(format!("page {:#x}: a device waits for its {direct:?}", page.0));
+        }
+        for Outstanding { page, token, .. } in &self.operations {
+            lines.push(format!("page {:#x}: operation {token} of a vCPU is under way", page.0));
         }
         for (page, b) in self.busy.iter() {
             lines.push(format!("page {:#x}: home busy, {:?}, {:?}", page.0, self.entry(page), b));
@@ -474,8 +566,14 @@ impl Protocol {
 
     /// Ends an input: messages to this node itself, and the budget.
     fn finish(&mut self, out: &mut Vec<Effect>) -> Result<(), Violation> {
-        while let Some(message) = self.loopback.pop_front() {
-            self.dispatch(self.me, message, 0, out)?;
+        loop {
+            while let Some(message) = self.loopback.pop_front() {
+                self.dispatch(self.me, message, 0, out)?;
+            }
+            if self.to_pull.is_none() {
+                break;
+            }
+            self.pull_if_free(out);
         }
         // Pages at home need no frame, so this sends nothing to this node itself.
         self.balance(out);
@@ -493,13 +591,17 @@ impl Protocol {
         let at_home = self.homes.home(page) == self.me;
         let from_home = self.homes.home(page) == from;
         let result = match message.kind {
-            Kind::GetShared { run } | Kind::GetExclusive { run }
+            Kind::GetShared { run, .. } | Kind::GetExclusive { run, .. }
                 if at_home && zeroes > 0 && self.untouched_run(page, run + 1) > 0 =>
             {
                 self.home_give_run(page, from, zeroes.min(self.untouched_run(page, run + 1)), out)
             }
-            Kind::GetShared { .. } if at_home => self.home_get(page, from, Rights::Shared, out),
-            Kind::GetExclusive { .. } if at_home => self.home_get(page, from, Rights::Exclusive, out),
+            Kind::GetShared { may_ship, .. } if at_home => {
+                self.home_get(page, from, Want { rights: Rights::Shared, may_ship }, out)
+            }
+            Kind::GetExclusive { may_ship, .. } if at_home => {
+                self.home_get(page, from, Want { rights: Rights::Exclusive, may_ship }, out)
+            }
             Kind::Writeback { body } if at_home => self.home_writeback(page, from, body, out),
             Kind::PutShared if at_home => self.home_put(page, from, None, out),
             Kind::PutExclusive if at_home => self.home_put(page, from, Some(()), out),
@@ -528,6 +630,17 @@ impl Protocol {
             Kind::Loaded { body } => self.loaded(page, body, out),
             Kind::Store if at_home => self.home_store(page, from, out),
             Kind::Stored { done } if from_home => self.stored(page, done, out),
+            Kind::Ship if from_home => self.cache_ship(page, out),
+            Kind::Operate { token, operation } if at_home => {
+                self.home_operate(page, from, token, operation, out);
+                Ok(())
+            }
+            Kind::OperateAt { requester, token, operation } if from_home => {
+                self.owner_operate(page, requester, token, operation, out)
+            }
+            Kind::Operated { token, old } => self.operated(page, token, old, out),
+            Kind::Push if from_home => self.cache_push(page, out),
+            Kind::Pushed { taken } if at_home => self.home_pushed(page, from, taken, out),
             _ => Err("the page's home is another node".into()),
         };
         result.map_err(|wrong| Violation { from: wrong.from.unwrap_or(from), page, what: wrong.what })

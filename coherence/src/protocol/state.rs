@@ -106,6 +106,11 @@ impl<V> PageMap<V> {
         self.find(page).ok().map(|i| self.0.remove(i).1)
     }
 
+    /// Takes all values out.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
     /// All pages, in order.
     pub fn iter(&self) -> impl Iterator<Item = (Page, &V)> {
         self.0.iter().map(|(p, v)| (*p, v))

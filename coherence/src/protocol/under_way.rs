@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use fabric::NodeId;
 
 use super::Rights;
+use crate::node_set::NodeSet;
+use crate::page::Page;
 
 /// What another node wants of a copy that is here.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
@@ -24,13 +26,35 @@ pub(super) enum Demand {
     },
 }
 
+/// What faults on a page want of it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Want {
+    pub(super) rights: Rights,
+    /// Whether all of them can do without the page.
+    pub(super) may_ship: bool,
+}
+
+impl Want {
+    pub(super) const NOTHING: Want = Want { rights: Rights::None, may_ship: true };
+
+    /// What a fault wants that cannot do without the page.
+    pub(super) fn page(rights: Rights) -> Want {
+        Want { rights, may_ship: false }
+    }
+
+    /// What both want.
+    pub(super) fn and(self, other: Want) -> Want {
+        Want { rights: self.rights.max(other.rights), may_ship: self.may_ship && other.may_ship }
+    }
+}
+
 /// A page that this node asked for and does not have yet, or gave back and may not forget yet.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Transient {
     Miss(Miss),
     Evict {
         /// What a fault asked for in the meantime.
-        refault: Rights,
+        refault: Want,
     },
 }
 
@@ -44,8 +68,16 @@ pub(super) struct Miss {
     pub(super) acks: i32,
     /// A write fault came while waiting for Shared.
     pub(super) then_write: bool,
+    /// Whether the home was told that it need not give the page.
+    pub(super) may_ship: bool,
+    /// It need after all: a fault has come that cannot do without.
+    pub(super) must_move: bool,
     /// No fault waits (yet): the page is not mapped when it comes.
     pub(super) prefetch: bool,
+    /// The frame of a copy that was given up meanwhile is still here: the page's bytes were to land in it.
+    pub(super) keeps_frame: bool,
+    /// The home itself asks, to push what it gets: it does not hold it.
+    pub(super) pulls: bool,
     /// Not the content is wanted, but that nobody has any: the home gives the page another.
     pub(super) replaces: Option<Replacement>,
     /// What was asked of the page that is on its way.
@@ -74,19 +106,51 @@ pub(super) enum Direct {
     Store,
 }
 
+/// An operation of a CPU of this node that was sent and not answered yet.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Outstanding {
+    pub(super) page: Page,
+    pub(super) token: u32,
+    /// No bit of the answer lies beyond it.
+    pub(super) bytes: u8,
+}
+
 /// A request that waits at the home.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Request {
-    Get(Rights),
+    Get(Want),
     Put,
 }
 
-/// The home waits for the owner's bytes before it can go on with the page.
+/// The home cannot go on with a page.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Busy {
-    pub(super) owner: NodeId,
-    pub(super) requester: NodeId,
+    pub(super) wait: Wait,
     pub(super) queue: VecDeque<(NodeId, Request)>,
+}
+
+/// What the home waits for before it can go on.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Wait {
+    /// The owner's bytes, for a reader.
+    Writeback { owner: NodeId, requester: NodeId },
+    /// The answers of those to whom the page was pushed.
+    Pushes { left: NodeSet },
+}
+
+impl Busy {
+    /// Whose bytes are awaited, if any are, and for whom.
+    pub(super) fn writeback(&self) -> Option<(NodeId, NodeId)> {
+        match self.wait {
+            Wait::Writeback { owner, requester } => Some((owner, requester)),
+            Wait::Pushes { .. } => None,
+        }
+    }
+
+    /// Whether the page was pushed to a node that has not answered.
+    pub(super) fn pushes_to(&self, node: NodeId) -> bool {
+        matches!(self.wait, Wait::Pushes { left } if left.contains(node))
+    }
 }
 
 /// The cache's side of a page, packed: rights, and whether the page is held.

@@ -1,8 +1,9 @@
 //! The production protocol at hundreds of nodes, in virtual time, by seed.
 //!
 //! Every node has a few CPUs that access memory one access at a time; messages take time, in order on a lane and in any
-//! order across lanes; some nodes are slow; pages are evicted, prefetched, discarded, and used by devices. One seed gives
-//! one run, to the last step, on every machine: what breaks breaks again.
+//! order across lanes; some nodes are slow; pages are evicted, prefetched, discarded, and used by devices; operations are
+//! shipped to pages whose classes come and go. One seed gives one run, to the last step, on every machine: what breaks
+//! breaks again.
 //!
 //! After every step the [`Cluster`](crate::cluster::Cluster) checks that there is a single writer or many readers, that
 //! each access finds the last write and that no sound node is called unsound; here is checked that no access waits for
@@ -11,6 +12,7 @@
 //! ```text
 //! CPU ── access ──> Cluster::step ──> Seen::Sent ──> Deliver, after the lane's delay
 //!  ▲                                  Seen::Held ──> Release, after the hold
+//!  │                                  Seen::Called ──> Ship or Move, after the call-out
 //!  └── think ── Seen::Done <───────────────┘
 //! ```
 
@@ -19,7 +21,7 @@ mod report;
 mod workload;
 mod world;
 
-use crate::protocol::Eviction;
+use crate::protocol::{Eviction, Rules, Shipping};
 
 pub use self::random::{Random, Zipf};
 pub use self::report::{Failure, Report, Told};
@@ -54,6 +56,16 @@ pub struct Config {
     pub discards: u16,
     /// Accesses after which a device of a node reads or overwrites a page.
     pub directs: u16,
+    /// Whether operations are shipped.
+    pub shipping: Shipping,
+    /// Accesses that are operations of an instruction, which may be shipped.
+    pub operations: u16,
+    /// Of these, those that turn out not to be shippable when they are looked at.
+    pub unshippable: u16,
+    /// Accesses after which the class of a page changes.
+    pub classes: u16,
+    /// How long it takes to call a CPU out of its wait.
+    pub call_out: u64,
     /// Nodes whose messages take twenty times as long.
     pub slow_nodes: u16,
     /// How long a message takes, in the mean.
@@ -65,6 +77,9 @@ pub struct Config {
     /// An access that waits for longer than this is a failure.
     pub patience: u64,
 }
+
+/// When pages are delegated, as fast as messages are here.
+pub const RULES: Rules = Rules { quick: 200, changes: 6, window: 64, cold: 50_000, most: 256 };
 
 impl Config {
     /// Sensible values for the rest.
@@ -83,6 +98,11 @@ impl Config {
             prefetches: 10,
             discards: 3,
             directs: 20,
+            shipping: Shipping::Auto(RULES),
+            operations: 300,
+            unshippable: 50,
+            classes: 20,
+            call_out: 2_000,
             slow_nodes: 30,
             delay: 8_000,
             hold: 20_000,
@@ -113,3 +133,5 @@ pub(crate) fn run_with(config: &Config, mistake: crate::protocol::Mistake) -> Re
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod traces;

@@ -30,6 +30,14 @@ pub struct Report {
     pub direct: u64,
     /// Pages that they could not, because something was under way on them.
     pub not_direct: u64,
+    /// Operations among the accesses.
+    pub operations: u64,
+    /// Of these, those that were carried out where the page was.
+    pub shipped: u64,
+    /// How often one was refused because something was under way on the page, or it was not delegated any more.
+    pub refused: u64,
+    /// How often a CPU that was called out wanted the page after all.
+    pub moved: u64,
     /// Pages that were given up to make room.
     pub evictions: u64,
     /// How often nothing was under way and the whole directory was compared with the nodes.
@@ -80,6 +88,11 @@ impl fmt::Display for Report {
             "{} demands waited for a held page; {} copies were evicted, {} probed; {} pages were discarded; devices \
              used {} pages where they were and {} not",
             self.deferred, self.evictions, self.probes, self.discarded, self.direct, self.not_direct
+        )?;
+        writeln!(
+            f,
+            "{} operations: {} shipped; {} times refused, {} times the page moved after all",
+            self.operations, self.shipped, self.refused, self.moved
         )?;
         let us = |ns: u64| ns as f64 / 1e3;
         writeln!(

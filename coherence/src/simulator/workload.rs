@@ -10,6 +10,8 @@ use crate::page::{Homes, Page};
 pub struct Access {
     pub page: Page,
     pub write: bool,
+    /// Whether it is what an instruction does to a few bytes, which may be shipped.
+    pub operates: bool,
     /// How long after the CPU's last access it comes, in nanoseconds.
     pub think: u64,
 }
@@ -36,6 +38,7 @@ pub struct Workload {
     burst: (u64, Page),
     writes: u16,
     locality: u16,
+    operations: u16,
 }
 
 impl Workload {
@@ -57,6 +60,7 @@ impl Workload {
             burst: (0, Page(0)),
             writes: config.writes,
             locality: config.locality,
+            operations: config.operations,
         }
     }
 
@@ -71,11 +75,12 @@ impl Workload {
         if scan.left > 0 {
             let page = Page(scan.next);
             (scan.next, scan.left) = ((scan.next + 1) % self.homes.pages(), scan.left - 1);
-            return Access { page, write: scan.write, think: random.around(500) };
+            return Access { page, write: scan.write, operates: false, think: random.around(500) };
         }
         if self.burst.0 > 0 {
             self.burst.0 -= 1;
-            return Access { page: self.burst.1, write: random.per_mille(self.writes), think: 0 };
+            let (write, operates) = (random.per_mille(self.writes), random.per_mille(self.operations));
+            return Access { page: self.burst.1, write, operates, think: 0 };
         }
         let write = random.per_mille(self.writes);
         let think = random.around(2_000);
@@ -94,6 +99,6 @@ impl Workload {
         } else {
             self.popular(random)
         };
-        Access { page, write, think }
+        Access { page, write, operates: random.per_mille(self.operations), think }
     }
 }

@@ -11,7 +11,7 @@ use super::report::{Failure, Report, Told};
 use super::workload::{Access, Workload};
 use crate::cluster::{Broken, Cluster, Seen, Step};
 use crate::page::{Homes, Page};
-use crate::protocol::{Kind, Rights, RunPolicy};
+use crate::protocol::{Class, Kind, Rights, RunPolicy};
 
 /// Steps that are remembered, to say how a failure came about.
 const HISTORY: usize = 1 << 16;
@@ -31,6 +31,8 @@ enum Event {
     Deliver { from: fabric::NodeId, to: fabric::NodeId },
     /// A hold ends.
     Release { node: usize, page: Page },
+    /// A CPU that was called out of its wait has looked at its instruction.
+    Decide { node: usize, cpu: usize },
 }
 
 /// A CPU's access that waits.
@@ -40,6 +42,16 @@ struct Wait {
     write: bool,
     since: u64,
 }
+
+/// An operation of a CPU that waits.
+#[derive(Copy, Clone, Default)]
+struct Operating {
+    since: u64,
+    refusals: u32,
+}
+
+/// Refusals after which a CPU wants the page.
+const REFUSALS: u32 = 3;
 
 /// A simulation under way.
 pub(super) struct World {
@@ -58,6 +70,8 @@ pub(super) struct World {
     next: Vec<Access>,
     /// By node.
     waits: Vec<Vec<Wait>>,
+    /// By node and CPU.
+    operating: Vec<Operating>,
     /// CPUs whose next access waits until the rest is over.
     paused: Vec<(usize, usize)>,
     resting: bool,
@@ -73,11 +87,12 @@ impl World {
         let homes = Homes::new((0..config.nodes).map(|_| config.pages_per_node));
         let workload = Workload::new(config, &homes, &mut random);
         let nodes = config.nodes;
-        let idle = Access { page: Page(0), write: false, think: 0 };
+        let idle = Access { page: Page(0), write: false, operates: false, think: 0 };
         World {
             config: config.clone(),
             cluster: Cluster::with_homes(homes, RunPolicy::default())
-                .with_budget(config.copies, config.eviction),
+                .with_budget(config.copies, config.eviction)
+                .with_shipping(config.shipping),
             workload,
             now: 0,
             planned: BinaryHeap::new(),
@@ -86,6 +101,7 @@ impl World {
             slow: (0..nodes).map(|_| random.per_mille(config.slow_nodes)).collect(),
             next: vec![idle; nodes * config.cpus],
             waits: (0..nodes).map(|_| Vec::new()).collect(),
+            operating: vec![Operating::default(); nodes * config.cpus],
             paused: Vec::new(),
             resting: false,
             latency: Histogram::new_with_bounds(1, config.patience.max(2), 3)
@@ -137,25 +153,33 @@ impl World {
     fn happen(&mut self) -> Result<bool, Box<Failure>> {
         let Some(Reverse((time, _, event))) = self.planned.pop() else { return Ok(false) };
         self.now = time;
+        self.cluster.set_time(time / 1000);
         match event {
             Event::Cpu { node, cpu } if self.resting => self.paused.push((node, cpu)),
             Event::Cpu { node, cpu } => self.access(node, cpu)?,
             Event::Deliver { from, to } => self.step(Step::Deliver { from, to }, None)?,
             Event::Release { node, page } => self.step(Step::Release { node, page }, Some(page))?,
+            Event::Decide { node, cpu } => self.decide(node, cpu)?,
         }
         Ok(true)
     }
 
     fn access(&mut self, node: usize, cpu: usize) -> Result<(), Box<Failure>> {
-        let Access { page, write, .. } = self.next[node * self.config.cpus + cpu];
+        let Access { page, write, operates, .. } = self.next[node * self.config.cpus + cpu];
         let need = if write { Rights::Exclusive } else { Rights::Shared };
         if self.cluster.mapped(node, page) >= need {
             self.report.hits += 1;
         } else if self.cluster.node(node).rights(page) >= need {
             self.report.soft += 1;
         }
-        self.waits[node].push(Wait { cpu, page, write, since: self.now });
-        self.step(Step::Access { node, page, write }, Some(page))?;
+        if operates {
+            self.operating[node * self.config.cpus + cpu] = Operating { since: self.now, refusals: 0 };
+            let cpu = cpu as u32;
+            self.step(Step::Operate { node, cpu, page, write }, Some(page))?;
+        } else {
+            self.waits[node].push(Wait { cpu, page, write, since: self.now });
+            self.step(Step::Access { node, page, write }, Some(page))?;
+        }
         if self.random.per_mille(self.config.prefetches) {
             let page = self.workload.popular(&mut self.random);
             let write = self.random.per_mille(self.config.writes);
@@ -176,7 +200,24 @@ impl World {
             };
             self.step(step, Some(page))?;
         }
+        if self.random.per_mille(self.config.classes) {
+            let page = self.workload.popular(&mut self.random);
+            let classes = [Class::Moving, Class::Delegated, Class::Pushed];
+            let class = classes[self.random.below(3) as usize];
+            self.step(Step::Class { page, class }, Some(page))?;
+        }
         Ok(())
+    }
+
+    /// A CPU that was called out ships, if it can and that is of use.
+    fn decide(&mut self, node: usize, cpu: usize) -> Result<(), Box<Failure>> {
+        let at = node * self.config.cpus + cpu;
+        let page = self.next[at].page;
+        let moves = self.operating[at].refusals >= REFUSALS || self.random.per_mille(self.config.unshippable);
+        let cpu = cpu as u32;
+        self.report.moved += u64::from(moves);
+        let step = if moves { Step::Move { node, cpu } } else { Step::Ship { node, cpu } };
+        self.step(step, Some(page))
     }
 
     /// Evicts a popular page, if one is found that is here.
@@ -235,6 +276,20 @@ impl World {
                     let Wait { cpu, since, .. } = self.waits[node].swap_remove(i);
                     self.done(node, cpu, page, since)?;
                 }
+            }
+            Seen::Called { node, cpu } => {
+                let time = self.now + self.random.around(self.config.call_out);
+                self.plan(time, Event::Decide { node, cpu: cpu as usize });
+            }
+            Seen::Refused { node, cpu } => {
+                self.report.refused += 1;
+                self.operating[node * self.config.cpus + cpu as usize].refusals += 1;
+            }
+            Seen::Operated { node, cpu, page, shipped, .. } => {
+                self.report.operations += 1;
+                self.report.shipped += u64::from(shipped);
+                let since = self.operating[node * self.config.cpus + cpu as usize].since;
+                self.done(node, cpu as usize, page, since)?;
             }
             Seen::Deferred { .. } => self.report.deferred += 1,
             Seen::Discarded { .. } => self.report.discarded += 1,

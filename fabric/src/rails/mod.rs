@@ -13,8 +13,8 @@ mod share;
 #[cfg(test)]
 mod tests;
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
@@ -148,7 +148,7 @@ impl Lane {
 
     fn link(&self, peer: NodeId) -> MutexGuard<'_, Link> {
         // No code under the lock can panic half-way through a change.
-        self.links[peer.index()].lock().unwrap_or_else(PoisonError::into_inner)
+        base::lock(&self.links[peer.index()])
     }
 }
 
@@ -175,9 +175,7 @@ impl LaneReceiver {
             let receiver = rail.take_receiver(lane.id).ok_or_else(|| {
                 FabricError::Setup(format!("lane {} of a rail is in use, and it is needed", lane.id))
             })?;
-            // SAFETY: owned by the receiver, which lives as long as the epoll descriptor.
-            let fd = unsafe { BorrowedFd::borrow_raw(receiver.fd()) };
-            epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
+            epoll.add(receiver.fd(), EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
             rails.push(receiver);
         }
         let gone = vec![false; lane.links.len()];
@@ -235,8 +233,8 @@ impl Receiver for LaneReceiver {
         Ok(frames)
     }
 
-    fn fd(&self) -> RawFd {
-        self.epoll.0.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

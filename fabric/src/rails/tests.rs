@@ -1,7 +1,7 @@
 //! Two nodes over two rails that are made by hand: cut, and connected again.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
 
 use super::RailsTransport;
@@ -89,8 +89,8 @@ impl Receiver for RailReceiver {
         Ok(count)
     }
 
-    fn fd(&self) -> RawFd {
-        self.bell.as_fd().as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

@@ -1,14 +1,12 @@
-//! What senders and the receiver of a lane share.
+//! One lane: the state that its senders and its receiver share.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use super::mender::{Done, Mender};
+use super::async_events::AsyncEvents;
 use super::sender::Sender;
-use super::verbs::completion::{Channel, Cq};
-use super::verbs::memory::{Pd, Slots};
-use super::watch::Watch;
-use super::window::Window;
+use super::verbs::completion::Channel;
+use super::verbs::send::SendQueue;
 use crate::bell::Bell;
 use crate::transport::Counters;
 use crate::{FabricError, NodeId};
@@ -23,56 +21,28 @@ pub(super) const RECEIVES: usize = 0;
 pub(super) const SENDS: usize = 1;
 
 /// One lane over RDMA.
-///
-/// Ordering: fields are dropped from the top. The queue pairs (in `sender` and `done`) go before the memory that they
-/// were given.
 pub(super) struct Lane {
-    pub(super) sender: Mutex<Sender>,
-    /// What the mender did, in order.
-    pub(super) done: Mutex<Vec<Done>>,
-    /// Connects lost peers again, if this lane is on a rail of several.
-    pub(super) mender: Option<Mender>,
-    pub(super) receive_slots: Slots,
-    pub(super) pd: Arc<Pd>,
-    pub(super) receive_cq: Arc<Cq>,
-    pub(super) send_cq: Arc<Cq>,
+    pub(super) sender: Arc<Mutex<Sender>>,
+    pub(super) send_queue: Arc<SendQueue>,
     pub(super) channel: Arc<Channel>,
     /// This node.
     pub(super) node: NodeId,
-    pub(super) window: Window,
     pub(super) bell: Arc<Bell>,
     pub(super) counters: Counters,
-    pub(super) watch: Arc<Watch>,
+    pub(super) events: Arc<AsyncEvents>,
     /// What is left of [`LAST_WORDS`], for all lanes.
     pub(super) last_words: Arc<Mutex<Duration>>,
 }
 
 impl Lane {
     pub(super) fn lock(&self) -> MutexGuard<'_, Sender> {
-        // A panic under the lock is an assertion that failed; what is behind it is as sound as it was.
-        self.sender.lock().unwrap_or_else(PoisonError::into_inner)
+        // A panic under the lock is an assertion that failed; what is behind it is as it was.
+        base::lock(&self.sender)
     }
 
-    /// The place of a peer among all peers.
-    pub(super) fn place_of(&self, peer: NodeId) -> usize {
-        place_of(self.node, peer)
-    }
-
-    /// The peer whose messages come into a receive slot.
-    pub(super) fn peer_of(&self, slot: usize) -> NodeId {
-        let place = self.window.place_of(slot);
-        NodeId(if place < self.node.index() { place } else { place + 1 } as u16)
-    }
-
-    /// Takes what the mender did.
-    pub(super) fn done(&self, done: Done) {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner).push(done);
-        self.bell.ring();
-    }
-
-    /// What the mender did since the last time.
-    pub(super) fn take_done(&self) -> Vec<Done> {
-        std::mem::take(&mut *self.done.lock().unwrap_or_else(PoisonError::into_inner))
+    /// The peer whose messages come into a share of the receive slots: shares are in the order of the peers.
+    pub(super) fn peer_of(&self, share: usize) -> NodeId {
+        NodeId(if share < self.node.index() { share } else { share + 1 } as u16)
     }
 
     /// Sends a frame of `len` bytes, checked by the caller.
@@ -91,16 +61,11 @@ impl Lane {
     }
 }
 
-/// The place of a peer among all peers of `node`, from 0.
-pub(super) fn place_of(node: NodeId, peer: NodeId) -> usize {
-    peer.index() - usize::from(peer > node)
-}
-
 impl Drop for Lane {
     fn drop(&mut self) {
         let mut sender = self.lock();
         sender.farewell();
-        let mut left = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = base::lock(&self.last_words);
         let begin = Instant::now();
         while !sender.is_drained() && begin.elapsed() < *left {
             std::thread::sleep(LAST_WORDS_PAUSE);

@@ -11,13 +11,13 @@
 //! ```
 //!
 //! - `verbs`: the part of libibverbs that is used, behind safe types.
-//! - `ports`, `place`: which ports there are, which to use, and queue pairs on it. `setup`, `notes`: connecting over the
-//!   session.
-//! - `mend`, `mender`, `mending`: connecting again what was lost, where there are several rails.
+//! - `ports`, `port`: the ports that there are, and the one that is used. `unconnected`: queue pairs on it. `setup`,
+//!   `notes`: connecting over the session.
+//! - `reconnect`: connecting again what was lost, where there are several rails.
 //! - `window`: credits and the sizes that follow from them. `stream`: frames to messages and back. All pure.
 //! - `sender`, `receiver`, `lane`: the two sides of a lane and what they share.
 //! - [`RdmaTransport::connect_rails`]: several ports, each a transport of its own, which `crate::rails` makes one.
-//! - `watch`: the device's own news.
+//! - `async_events`: the device's own news.
 //!
 //! # Choices
 //!
@@ -38,23 +38,20 @@
 //! Who may connect is the session's business, and packet numbers are drawn at random. What travels over RDMA is
 //! neither encrypted nor authenticated: use a network that is the machine's own.
 
+mod async_events;
 mod lane;
-mod mend;
-mod mender;
-mod mending;
 mod notes;
-#[cfg(fuzzing)]
-pub use notes::fuzz as fuzz_note;
-#[cfg(fuzzing)]
-pub use stream::fuzz as fuzz_stream;
-mod place;
+mod port;
 mod ports;
 mod receiver;
+mod reconnect;
 mod sender;
 mod setup;
 mod stream;
+#[cfg(test)]
+mod tests;
+mod unconnected;
 mod verbs;
-mod watch;
 mod window;
 
 use std::net::IpAddr;
@@ -65,10 +62,14 @@ use crate::rails::{self, RailsTransport};
 use crate::transport::{ENVELOPE, Receivers, check_frame};
 use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 use lane::Lane;
-use place::{Place, unavailable};
+use port::{Port, PortState, unavailable};
 use receiver::LaneReceiver;
 
+#[cfg(fuzzing)]
+pub use notes::fuzz as fuzz_note;
 pub use ports::{Gid, RdmaPort, ports};
+#[cfg(fuzzing)]
+pub use stream::fuzz as fuzz_stream;
 
 /// Which port to use, and how. What is `None` is chosen well.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -164,19 +165,24 @@ impl RdmaTransport {
         timeout: Duration,
         is_rail: bool,
     ) -> Result<RdmaTransport, FabricError> {
-        let (nodes, mut lanes, mut receivers) = (session.nodes(), Vec::new(), Vec::new());
         if settings.service_level > 15 {
             return Err(FabricError::Setup(format!(
                 "the RDMA service level {} is not possible: choose 0 to 15",
                 settings.service_level
             )));
         }
-        let (place, port) = Place::open(settings, local, (session.lanes(), nodes - 1), is_rail)?;
-        for (lane, receiver) in setup::connect(&session, place, port, timeout, is_rail)? {
-            let session = (session.clone(), receivers.len() as LaneId);
-            receivers.push(LaneReceiver::new(lane.clone(), session, receiver, nodes)?);
-            lanes.push(lane);
-        }
+        let port = Port::open(settings, local, (session.lanes(), session.nodes() - 1), is_rail)?;
+        RdmaTransport::connect_over(session, port, timeout, is_rail)
+    }
+
+    fn connect_over(
+        session: Arc<dyn Transport>,
+        port: (Port, PortState),
+        timeout: Duration,
+        is_rail: bool,
+    ) -> Result<RdmaTransport, FabricError> {
+        let connected = setup::connect(&session, port, timeout, is_rail)?;
+        let (lanes, receivers): (Vec<_>, Vec<_>) = connected.into_iter().unzip();
         let most = if is_rail { MAX_FRAME + ENVELOPE } else { MAX_FRAME };
         Ok(RdmaTransport { session, most, lanes, receivers: receivers.into_iter().collect() })
     }

@@ -1,5 +1,5 @@
-//! What passes over the session beside the queue pairs: how to connect them, and goodbyes. After a goodbye another
-//! hello may follow (`mend`).
+//! Notes: the messages on the session beside the queue pairs, which say how to connect them, and goodbye. After a
+//! goodbye another hello may follow (`reconnect`).
 //!
 //! ```text
 //! hello    0 kind=1  1 protocol  2 link layer  3 MTU  4 queue pair  8 packet number  12 LID  14 credits
@@ -95,8 +95,8 @@ impl Note {
                     slot: u32_at(14),
                     gid,
                 };
-                let sound = (1..=5).contains(&hello.mtu) && hello.qpn <= BITS_24 && hello.psn <= BITS_24;
-                if sound { Ok(Note::Hello(hello)) } else { Err(malformed()) }
+                let is_valid = (1..=5).contains(&hello.mtu) && hello.qpn <= BITS_24 && hello.psn <= BITS_24;
+                if is_valid { Ok(Note::Hello(hello)) } else { Err(malformed()) }
             }
             (2, 0) => Ok(Note::Ready),
             (3, 8) => {

@@ -1,23 +1,21 @@
 //! The receiving side of a lane.
 
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 
 use super::lane::{Lane, RECEIVES};
-use super::mend::Unsound;
-use super::mending::Mending;
 use super::notes::Note;
+use super::reconnect::lane::LaneReconnect;
+use super::reconnect::protocol::Violation;
 use super::stream::{BadLength, Reader};
-use super::verbs::ffi::{WC_WITH_IMM, Wc, status};
-use super::verbs::queue::MOST_RECEIVES;
+use super::verbs::ffi::status;
+use super::verbs::receive::{BATCH, ReceiveQueue, Received};
 use super::window::Immediate;
-use crate::{FabricError, LaneId, NodeId, Receiver, Transport};
+use crate::{FabricError, NodeId, Receiver};
 
-/// Completions taken at once.
-const BATCH: usize = MOST_RECEIVES;
 /// Every so many polls that find nothing look at the rest: finished sends, the session.
 const LOOK_EVERY: u32 = 32;
 /// How long messages that a goodbye announced may still take.
@@ -32,10 +30,8 @@ pub(super) struct LaneReceiver {
     /// By node.
     peers: Vec<Peer>,
     /// Connects those that are lost again.
-    mending: Mending,
-    /// Completions that were taken and not worked through yet: the first `stashed`.
-    stash: [Wc; BATCH],
-    stashed: usize,
+    reconnect: LaneReconnect,
+    queue: ReceiveQueue,
     /// The receive queue was asked to raise an event, which was not taken yet.
     armed: bool,
     /// Completions came since: the event has been raised or will be at once.
@@ -60,9 +56,6 @@ struct Tally {
     gained: u32,
     /// How many had data.
     taken: u32,
-    /// The slots that they came in.
-    slots: [u16; BATCH],
-    count: usize,
 }
 
 /// Which completions of sends raise an event.
@@ -102,8 +95,9 @@ struct Goodbye {
 impl LaneReceiver {
     pub(super) fn new(
         lane: Arc<Lane>,
-        (transport, id): (Arc<dyn Transport>, LaneId),
+        queue: ReceiveQueue,
         session: Box<dyn Receiver>,
+        reconnect: LaneReconnect,
         nodes: usize,
     ) -> Result<LaneReceiver, FabricError> {
         let io = |error: nix::Error| FabricError::Io {
@@ -111,21 +105,17 @@ impl LaneReceiver {
             source: error.into(),
         };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(io)?;
-        // SAFETY: owned by the lane and the session's receiver, which live as long as the epoll descriptor.
-        let fds = unsafe { [lane.channel.fd(), session.fd()].map(|fd| BorrowedFd::borrow_raw(fd)) };
-        for fd in fds {
+        for fd in [lane.channel.as_fd(), session.fd()] {
             epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
         }
         epoll.add(&*lane.bell, EpollEvent::new(EpollFlags::EPOLLIN, 0)).map_err(io)?;
-        let mending = Mending::new(lane.clone(), transport, id, nodes);
         let mut receiver = LaneReceiver {
             lane,
             session,
             epoll,
             peers: (0..nodes).map(|_| Peer::default()).collect(),
-            mending,
-            stash: [Wc::default(); BATCH],
-            stashed: 0,
+            reconnect,
+            queue,
             armed: false,
             due: false,
             sends: None,
@@ -141,25 +131,23 @@ impl LaneReceiver {
 
     /// Takes completions; whether there are any.
     fn fetch(&mut self) -> bool {
-        if self.stashed == 0 {
-            match self.lane.receive_cq.poll(&mut self.stash) {
-                Ok(count) => self.stashed = count,
-                Err(error) => {
-                    self.lane.lock().lose_all(&format!("this node's receive queue failed ({error})"));
-                    self.trouble = true;
-                }
-            }
-            self.due |= self.stashed > 0;
+        if self.queue.has_fetched() {
+            return true;
         }
-        self.stashed > 0
+        let any = self.queue.fetch().unwrap_or_else(|error| {
+            self.lane.lock().lose_all(&format!("this node's receive queue failed ({error})"));
+            self.trouble = true;
+            false
+        });
+        self.due |= any;
+        any
     }
 
     /// Works through the completions that were taken; how many frames they brought.
     fn work(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> usize {
         let (mut frames, mut bytes) = (0, 0);
-        let count = std::mem::take(&mut self.stashed);
-        for wc in &self.stash[..count] {
-            let peer = self.lane.peer_of(wc.wr_id as usize);
+        while let Some(received) = self.queue.take() {
+            let peer = self.lane.peer_of(received.share);
             let state = &mut self.peers[peer.index()];
             // The slots of a connection that failed are given to the next one.
             if state.gone || state.deaf {
@@ -170,17 +158,15 @@ impl LaneReceiver {
                 bytes += frame.len() as u64;
                 sink(peer, frame);
             };
-            match receive(&self.lane, wc, state, &mut count_frame) {
+            match receive(&self.lane, &received, state, &mut count_frame) {
                 Ok(Taken { gained, data }) => {
                     let at = self.tally.iter().position(|tally| tally.peer == peer).unwrap_or_else(|| {
-                        self.tally.push(Tally { peer, gained: 0, taken: 0, slots: [0; BATCH], count: 0 });
+                        self.tally.push(Tally { peer, gained: 0, taken: 0 });
                         self.tally.len() - 1
                     });
                     let tally = &mut self.tally[at];
                     (tally.gained, tally.taken) =
                         (tally.gained + u32::from(gained), tally.taken + u32::from(data));
-                    tally.slots[tally.count] = wc.wr_id as u16;
-                    tally.count += 1;
                 }
                 Err(why) => {
                     state.deaf = true;
@@ -192,10 +178,9 @@ impl LaneReceiver {
             }
         }
         let mut sender = self.lane.lock();
-        for Tally { peer, gained, taken, slots, count } in self.tally.drain(..) {
+        for Tally { peer, gained, taken } in self.tally.drain(..) {
             // Ordering: the slots are back in the queue before a credit for them is.
-            // SAFETY: slots whose completion was taken, and which nobody borrows any more.
-            unsafe { sender.give(peer, &self.lane.receive_slots, &slots[..count]) };
+            sender.refill(peer, &mut self.queue);
             sender.settle(peer, gained, taken);
         }
         drop(sender);
@@ -207,12 +192,10 @@ impl LaneReceiver {
     fn look_around(&mut self) -> Result<(), FabricError> {
         (self.look, self.idle_polls, self.session_armed) = (false, 0, false);
         self.lane.bell.hear();
-        let news = self.mending.look();
-        self.look = news.again;
-        for peer in news.installed {
+        for peer in self.reconnect.advance(&mut self.queue) {
             self.peers[peer.index()] = Peer::default();
         }
-        let (lane, peers, mending) = (&self.lane, &mut self.peers, &mut self.mending);
+        let (lane, peers, reconnect) = (&self.lane, &mut self.peers, &mut self.reconnect);
         let until = Instant::now() + STRAGGLERS;
         let polled = self.session.poll(&mut |peer, frame| {
             let state = &mut peers[peer.index()];
@@ -224,12 +207,12 @@ impl LaneReceiver {
                 state.goodbye.get_or_insert(Goodbye { why, messages: Some(messages), until });
             }
             let again = || "it began the RDMA connection again".to_owned();
-            let taken = note.and_then(|note| mending.note(peer, &note).map_err(|Unsound| again()));
+            let taken = note.and_then(|note| reconnect.note(peer, &note).map_err(|Violation| again()));
             match taken {
                 Ok(()) => {}
                 Err(why) if state.gone => {
                     tracing::warn!("a rail to {peer} stays lost: {why}");
-                    mending.end(peer);
+                    reconnect.end(peer);
                 }
                 Err(why) => {
                     lane.lock().lose(peer, &why);
@@ -242,7 +225,7 @@ impl LaneReceiver {
             Ok(_) => self.look = true,
             Err(FabricError::PeerLost { peer, why }) => {
                 self.look = true;
-                self.mending.end(peer);
+                self.reconnect.end(peer);
                 self.peers[peer.index()].goodbye.get_or_insert(Goodbye { why, messages: None, until });
             }
             Err(other) => return Err(other),
@@ -279,8 +262,8 @@ impl LaneReceiver {
             peer.reader = Reader::default();
             let error = sender.lose(node, &why);
             drop(sender);
-            self.mending.lost(node);
-            return Err(self.lane.watch.explain(error));
+            self.reconnect.lost(node);
+            return Err(self.lane.events.explain(error));
         }
         self.trouble = self.peers.iter().any(|peer| !peer.gone && peer.goodbye.is_some());
         Ok(())
@@ -320,18 +303,20 @@ impl Drop for LaneReceiver {
 }
 
 /// Works through one completion. An error is the end of a sentence about the peer.
-fn receive(lane: &Lane, wc: &Wc, peer: &mut Peer, sink: &mut dyn FnMut(&[u8])) -> Result<Taken, String> {
-    if wc.status != status::SUCCESS {
-        return Err(lane.lock().reason(wc.status));
+fn receive(
+    lane: &Lane,
+    received: &Received<'_>,
+    peer: &mut Peer,
+    sink: &mut dyn FnMut(&[u8]),
+) -> Result<Taken, String> {
+    if received.status != status::SUCCESS {
+        return Err(lane.lock().reason(received.status));
     }
-    if wc.wc_flags & WC_WITH_IMM == 0 {
-        return Err("it sent a message without credits".into());
-    }
+    let immediate = received.immediate.ok_or("it sent a message without credits")?;
     let Immediate { credits: gained, farewell } =
-        Immediate::decode(u32::from_be(wc.imm_data)).ok_or("it sent a message with malformed credits")?;
+        Immediate::decode(immediate).ok_or("it sent a message with malformed credits")?;
     peer.messages += 1;
-    let len = wc.byte_len as usize;
-    if len == 0 {
+    if received.bytes.is_empty() {
         // It returns what was sent to the peer before, so there are never many of these.
         return if gained > 0 || farewell {
             Ok(Taken { gained, data: false })
@@ -339,10 +324,7 @@ fn receive(lane: &Lane, wc: &Wc, peer: &mut Peer, sink: &mut dyn FnMut(&[u8])) -
             Err("it sent a message without any content".into())
         };
     }
-    // SAFETY: the completion says that the device has filled so much of the slot and is done with it; it is given
-    // back only after this.
-    let message = unsafe { lane.receive_slots.read(wc.wr_id as usize, len) };
-    match peer.reader.deliver(message, sink) {
+    match peer.reader.deliver(received.bytes, sink) {
         Ok(_) => Ok(Taken { gained, data: true }),
         Err(BadLength(len)) => Err(format!("it sent a frame of {len} bytes, which no node does")),
     }
@@ -365,12 +347,12 @@ impl Receiver for LaneReceiver {
         Ok(0)
     }
 
-    fn fd(&self) -> RawFd {
-        self.epoll.0.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {
-        if self.stashed > 0 {
+        if self.queue.has_fetched() {
             return Ok(true);
         }
         let taken = self.take_events()?;
@@ -378,11 +360,11 @@ impl Receiver for LaneReceiver {
         let sends = if waits { Watched::All } else { Watched::Failed };
         let io = |source| FabricError::Io { what: "arming RDMA completion queues", source };
         if !self.armed || self.due {
-            self.lane.receive_cq.notify(false).map_err(io)?;
+            self.queue.notify().map_err(io)?;
             (self.armed, self.due) = (true, false);
         }
         if self.sends != Some(sends) {
-            self.lane.send_cq.notify(!waits).map_err(io)?;
+            self.lane.send_queue.notify(!waits).map_err(io)?;
             self.sends = Some(sends);
         }
         // Ordering: whatever came before the queues were armed raises no event, so look after that.
@@ -401,6 +383,6 @@ impl Receiver for LaneReceiver {
     }
 
     fn returned(&mut self) -> Option<NodeId> {
-        self.mending.returned()
+        self.reconnect.returned()
     }
 }

@@ -14,29 +14,28 @@ use std::sync::Arc;
 
 use super::notes::Note;
 use super::stream::{HEADER, header};
-use super::verbs::completion::Cq;
-use super::verbs::ffi::{Wc, status};
+use super::verbs::ffi::status;
 use super::verbs::library::Library;
-use super::verbs::memory::Slots;
 use super::verbs::queue::{Data, Message, Qp};
-use super::window::{BESIDE, Immediate, SIGNAL_EVERY, SLOT, Window};
+use super::verbs::receive::ReceiveQueue;
+use super::verbs::send::{SendQueue, SendSlot, Sent};
+use super::window::{BESIDE, INLINE, Immediate, SIGNAL_EVERY, SLOT, Window};
 use crate::bell::Bell;
+use crate::transport::too_far_behind;
 use crate::{FabricError, LaneId, MAX_BACKLOG, NodeId, Transport};
-
-/// Messages up to this length are copied into the send queue itself, if the device can.
-pub(super) const INLINE: usize = 256;
 
 /// A backlog that grew past this gives its memory back when it has been sent.
 const KEPT_CAPACITY: usize = 1 << 20;
 
 /// The sending side of one lane.
 pub(super) struct Sender {
-    /// By node; `None` for this node itself. First, so that the queue pairs go before the memory they use.
+    /// By node; `None` for this node itself.
     links: Vec<Option<Link>>,
-    slots: Slots,
-    /// Send slots that belong to nobody.
-    free: Vec<u16>,
-    cq: Arc<Cq>,
+    /// Slots that no message is in.
+    free: Vec<SendSlot>,
+    queue: Arc<SendQueue>,
+    /// Sends that are finished, between two looks at the queue; kept so that none needs an allocation.
+    sent: Vec<Sent>,
     window: Window,
     library: &'static Library,
     session: Arc<dyn Transport>,
@@ -54,8 +53,6 @@ struct Link {
     owed: u16,
     /// Messages posted so far.
     messages: u64,
-    /// Posted and not seen to be finished, oldest first.
-    in_flight: VecDeque<Flight>,
     /// Messages since the last one that says when it is done.
     silent: usize,
     /// What could not be sent yet, as a stream of bytes.
@@ -64,9 +61,11 @@ struct Link {
     lost: Option<String>,
 }
 
-struct Flight {
-    slot: Option<u16>,
-    signaled: bool,
+impl Link {
+    /// Messages that were posted and not seen to be finished.
+    fn in_flight(&self) -> usize {
+        self.qp.as_ref().map_or(0, Qp::in_flight)
+    }
 }
 
 impl Sender {
@@ -74,8 +73,8 @@ impl Sender {
     #[allow(clippy::too_many_arguments, reason = "the parts of a lane, each once")]
     pub(super) fn new(
         qps: Vec<Option<Qp>>,
-        slots: Slots,
-        cq: Arc<Cq>,
+        free: Vec<SendSlot>,
+        queue: Arc<SendQueue>,
         window: Window,
         library: &'static Library,
         session: Arc<dyn Transport>,
@@ -87,14 +86,12 @@ impl Sender {
             credits: window.credits,
             owed: 0,
             messages: 0,
-            in_flight: VecDeque::with_capacity(window.depth),
             silent: 0,
             backlog: VecDeque::new(),
             lost: None,
         };
         let links = qps.into_iter().map(|qp| qp.map(link)).collect();
-        let free = (0..slots.count() as u16).collect();
-        Sender { links, slots, free, cq, window, library, session, lane, bell }
+        Sender { links, free, queue, sent: Vec::new(), window, library, session, lane, bell }
     }
 
     fn link(&mut self, to: NodeId) -> Result<&mut Link, FabricError> {
@@ -165,13 +162,13 @@ impl Sender {
         if data && self.link(to)?.credits == 0 {
             return Ok(false);
         }
-        if self.link(to)?.in_flight.len() >= limit {
+        if self.link(to)?.in_flight() >= limit {
             self.reap();
-            if self.link(to)?.in_flight.len() >= limit {
+            if self.link(to)?.in_flight() >= limit {
                 return Ok(false);
             }
         }
-        let slot = if total <= self.link(to)?.qp.as_ref().map_or(0, Qp::max_inline) {
+        let mut slot = if total <= self.link(to)?.qp.as_ref().map_or(0, Qp::max_inline) {
             None
         } else {
             if self.free.is_empty() {
@@ -180,31 +177,26 @@ impl Sender {
             let Some(slot) = self.free.pop() else { return Ok(false) };
             Some(slot)
         };
-        let mut inline = [0; INLINE];
-        let mut at = 0;
+        let (mut inline, mut at) = ([0; INLINE], 0);
+        if let Some(slot) = &mut slot {
+            slot.clear();
+        }
         fill(&mut |bytes| {
-            match slot {
-                // SAFETY: the slot was free, and so is nobody else's.
-                Some(slot) => unsafe { self.slots.write(usize::from(slot), at, bytes) },
+            match &mut slot {
+                Some(slot) => slot.append(bytes),
                 None => inline[at..at + bytes.len()].copy_from_slice(bytes),
             }
             at += bytes.len();
         });
         debug_assert_eq!(at, total);
-        let data_at = match slot {
-            Some(slot) => Data::Slot(self.slots.sge(usize::from(slot), total)),
-            None => Data::Inline(&inline[..total]),
-        };
         let Some(link) = self.links[to.index()].as_mut() else { return Ok(false) };
-        let Some(qp) = &link.qp else { return Ok(false) };
+        let Some(qp) = &mut link.qp else { return Ok(false) };
         let signaled = slot.is_some() || farewell || link.silent + 1 >= SIGNAL_EVERY;
         let immediate = Immediate { credits: link.owed, farewell }.encode();
-        let message = Message { id: u64::from(to.0), immediate, data: data_at, signaled };
-        // SAFETY: the slot, if any, is free again only when its completion was polled.
-        if let Err(error) = unsafe { qp.post(&message) } {
+        let place = slot.map_or_else(|| Data::Inline(&inline[..total]), Data::Slot);
+        if let Err(error) = qp.post(Message { immediate, data: place, signaled }) {
             return Err(self.lose(to, &format!("its RDMA connection takes no message ({error})")));
         }
-        link.in_flight.push_back(Flight { slot, signaled });
         link.silent = if signaled { 0 } else { link.silent + 1 };
         link.credits -= u16::from(data);
         link.owed = 0;
@@ -221,8 +213,7 @@ impl Sender {
     ) -> Result<(), FabricError> {
         let link = self.link(to)?;
         if link.backlog.len() + total > MAX_BACKLOG {
-            let why = format!("it is more than {} MiB behind with what was sent to it", MAX_BACKLOG >> 20);
-            return Err(self.lose(to, &why));
+            return Err(self.lose(to, &too_far_behind()));
         }
         let first = link.backlog.is_empty();
         fill(&mut |bytes| link.backlog.extend(bytes));
@@ -292,32 +283,34 @@ impl Sender {
         }
     }
 
-    /// Takes the completions of sends.
+    /// Takes the news of sends that are finished.
     pub(super) fn reap(&mut self) {
-        let mut wcs = [Wc::default(); 32];
+        let mut sent = std::mem::take(&mut self.sent);
         loop {
-            let count = match self.cq.poll(&mut wcs) {
-                Ok(count) => count,
-                Err(error) => return self.lose_all(&format!("its send queue failed ({error})")),
-            };
-            for wc in &wcs[..count] {
-                let peer = NodeId(wc.wr_id as u16);
-                if wc.status != status::SUCCESS {
-                    let why = self.reason(wc.status);
-                    self.lose(peer, &why);
-                } else if let Some(Some(link)) = self.links.get_mut(peer.index()) {
-                    // A queue pair finishes its sends in order.
-                    while let Some(flight) = link.in_flight.pop_front() {
-                        self.free.extend(flight.slot);
-                        if flight.signaled {
-                            break;
-                        }
-                    }
+            let more = self.queue.poll(&mut sent);
+            sent.drain(..).for_each(|sent| self.finish(sent));
+            match more {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    self.lose_all(&format!("its send queue failed ({error})"));
+                    break;
                 }
             }
-            if count < wcs.len() {
-                return;
-            }
+        }
+        self.sent = sent;
+    }
+
+    fn finish(&mut self, sent: Sent) {
+        let peer = NodeId(sent.user());
+        let link = self.links.get_mut(peer.index()).and_then(Option::as_mut);
+        // That of a queue pair that was replaced says nothing any more.
+        let Some(qp) = link.and_then(|link| link.qp.as_mut()).filter(|qp| qp.has_sent(&sent)) else { return };
+        if sent.status() == status::SUCCESS {
+            qp.finish(sent, &mut self.free);
+        } else {
+            let why = self.reason(sent.status());
+            self.lose(peer, &why);
         }
     }
 
@@ -358,14 +351,10 @@ impl Sender {
         FabricError::PeerLost { peer, why: link.lost.clone().unwrap_or_default() }
     }
 
-    /// Gives slots back to the queue pair of a peer from which they came; not if the peer is lost.
-    ///
-    /// # Safety
-    /// The slots are the peer's and the caller's, who knows them to be registered for this lane.
-    pub(super) unsafe fn give(&mut self, peer: NodeId, slots: &Slots, indexes: &[u16]) {
+    /// Gives the slots of a peer's messages that were worked through back to its queue pair; not if the peer is lost.
+    pub(super) fn refill(&mut self, peer: NodeId, queue: &mut ReceiveQueue) {
         let Ok(Link { qp: Some(qp), .. }) = self.link(peer) else { return };
-        // SAFETY: the caller's promise.
-        if let Err(error) = unsafe { qp.give(slots, indexes) } {
+        if let Err(error) = qp.refill(queue) {
             self.lose(peer, &format!("its RDMA connection takes no receive slot ({error})"));
         }
     }
@@ -377,12 +366,15 @@ impl Sender {
         link.qp.take()
     }
 
-    /// Begins anew with a peer that was lost. Its last queue pair is gone, and so are that one's completions.
+    /// Takes slots back that a queue pair had when it was destroyed.
+    pub(super) fn reclaim(&mut self, slots: Vec<SendSlot>) {
+        self.free.extend(slots);
+    }
+
+    /// Begins again with a peer that was lost and whose queue pair was retired.
     pub(super) fn install(&mut self, peer: NodeId, qp: Qp) {
         let credits = self.window.credits;
         let Some(Some(link)) = self.links.get_mut(peer.index()) else { return };
-        // Nothing reads them any more.
-        self.free.extend(link.in_flight.drain(..).filter_map(|flight| flight.slot));
         (link.qp, link.credits, link.owed) = (Some(qp), credits, 0);
         (link.messages, link.silent, link.lost) = (0, 0, None);
     }
@@ -410,7 +402,7 @@ impl Sender {
     /// Whether everything that was posted to peers that are not lost has reached them.
     pub(super) fn is_drained(&mut self) -> bool {
         self.reap();
-        self.links.iter().flatten().all(|link| link.lost.is_some() || link.in_flight.is_empty())
+        self.links.iter().flatten().all(|link| link.lost.is_some() || link.in_flight() == 0)
     }
 
     /// Tells the peers how many messages there were.

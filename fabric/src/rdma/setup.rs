@@ -1,4 +1,4 @@
-//! From a session to queue pairs: each side tells the other how to reach its own, and connects to the other's.
+//! Set-up, from a session to queue pairs: each side tells the other how to reach its own, and connects to the other's.
 //!
 //! ```text
 //! hello(queue pair, packet number, address) ──────>
@@ -8,91 +8,93 @@
 //! ```
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
-use super::lane::{LAST_WORDS, Lane, RECEIVES, SENDS, place_of};
-use super::mender::Mender;
+use super::async_events::AsyncEvents;
+use super::lane::{LAST_WORDS, Lane, RECEIVES, SENDS};
 use super::notes::{Hello, Note};
-use super::place::{Half, Place, Port, unavailable};
+use super::port::{Port, PortState, unavailable};
+use super::receiver::LaneReceiver;
+use super::reconnect::Outcomes;
+use super::reconnect::lane::LaneReconnect;
+use super::reconnect::thread::ReconnectThread;
 use super::sender::Sender;
-use super::verbs::completion::{Channel, Cq};
+use super::unconnected::UnconnectedQp;
+use super::verbs::completion::Channel;
 use super::verbs::memory::{Pd, Slots};
-use super::verbs::queue::Qp;
-use super::watch::Watch;
+use super::verbs::queue::{Qp, Queues};
+use super::verbs::receive::{ReceiveQueue, Share};
+use super::verbs::send::{SendQueue, SendSlot};
 use super::window::{SEND_SLOTS, SLOT, Window};
 use crate::bell::Bell;
 use crate::transport::Counters;
 use crate::{FabricError, LaneId, NodeId, Receiver, Transport};
 
-/// A lane and the session's receiver for it.
-pub(super) type Connected = (Arc<Lane>, Box<dyn Receiver>);
+/// A connected lane and its receiver.
+pub(super) type Connected = (Arc<Lane>, LaneReceiver);
 
-/// Connects every lane to every peer over `place`, whose port is `port`. Lost peers are connected again if `mends`.
+/// Connects every lane to every peer over `port`, which is in `state`. Lost peers are connected again if `reconnects`.
 pub(super) fn connect(
     session: &Arc<dyn Transport>,
-    place: Place,
-    port: Port,
+    (port, state): (Port, PortState),
     timeout: Duration,
-    mends: bool,
+    reconnects: bool,
 ) -> Result<Vec<Connected>, FabricError> {
-    let place = Arc::new(place);
-    let watch = Watch::new(place.context.clone(), place.number())?;
+    let port = Arc::new(port);
+    let events = AsyncEvents::new(port.context.clone(), port.number())?;
     let last_words = Arc::new(Mutex::new(LAST_WORDS));
-    let mender = if mends { Some(Mender::start(place.clone())?) } else { None };
-    let common = Common { place: &place, port, session, watch, last_words, mender };
+    let reconnect = if reconnects { Some(ReconnectThread::start(port.clone())?) } else { None };
+    let common = Common { port: &port, state, session, events, last_words, reconnect };
     let mut lanes = (0..session.lanes() as LaneId)
-        .map(|lane| HalfLane::new(&common, lane))
+        .map(|lane| ConnectingLane::new(&common, lane))
         .collect::<Result<Vec<_>, _>>()?;
     exchange(&common, &mut lanes, timeout)?;
     let connected = lanes
         .into_iter()
         .map(|lane| lane.finish(&common))
         .collect::<Result<Vec<Connected>, FabricError>>()?;
-    let lanes: Vec<Arc<Lane>> = connected.iter().map(|(lane, _)| lane.clone()).collect();
-    common.watch.start(&lanes)?;
+    let senders = connected.iter().map(|(lane, _)| Arc::downgrade(&lane.sender)).collect();
+    common.events.start(senders)?;
     Ok(connected)
 }
 
 /// What all lanes have in common.
 struct Common<'a> {
-    place: &'a Place,
-    port: Port,
+    port: &'a Port,
+    state: PortState,
     session: &'a Arc<dyn Transport>,
-    watch: Arc<Watch>,
+    events: Arc<AsyncEvents>,
     last_words: Arc<Mutex<Duration>>,
-    mender: Option<Mender>,
+    reconnect: Option<ReconnectThread>,
 }
 
 /// A lane that is being connected.
-struct HalfLane {
+struct ConnectingLane {
     lane: LaneId,
-    receiver: Box<dyn Receiver>,
+    session: Box<dyn Receiver>,
     channel: Arc<Channel>,
-    send_cq: Arc<Cq>,
-    receive_cq: Arc<Cq>,
-    /// By node; `None` for this node itself. Before the slots that their queue pairs were given.
-    peers: Vec<Option<HalfPeer>>,
-    send_slots: Slots,
-    receive_slots: Slots,
-    pd: Arc<Pd>,
+    queues: Queues,
+    /// By node; `None` for this node itself.
+    peers: Vec<Option<ConnectingPeer>>,
+    send_slots: Vec<SendSlot>,
+    receive_queue: ReceiveQueue,
 }
 
-enum HalfPeer {
-    /// Its hello has not come.
-    Waits(Half),
+enum ConnectingPeer {
+    /// Its hello has not come. The slots are for its messages.
+    Waits(UnconnectedQp, Share),
     /// The queue pair is connected; whether the peer's is, too.
     Connected(Qp, bool),
 }
 
-impl HalfLane {
-    fn new(common: &Common<'_>, lane: LaneId) -> Result<HalfLane, FabricError> {
-        let (session, place) = (common.session, common.place);
-        let Window { receive_slots, depth, .. } = place.window;
+impl ConnectingLane {
+    fn new(common: &Common<'_>, lane: LaneId) -> Result<ConnectingLane, FabricError> {
+        let (session, port) = (common.session, common.port);
+        let Window { receive_slots, share, depth, .. } = port.window;
         let me = session.node();
         let made = |what: &'static str| {
             move |error: io::Error| match error.raw_os_error() {
@@ -103,37 +105,42 @@ impl HalfLane {
                 _ => unavailable(format!("{what} cannot be had ({error})")),
             }
         };
-        let channel = Channel::new(&place.context).map_err(made("a completion channel"))?;
+        let channel = Channel::new(&port.context).map_err(made("a completion channel"))?;
         let sends = (session.nodes() - 1) * depth;
-        let send_cq = Cq::new(&channel, sends.max(1), SENDS).map_err(made("a completion queue"))?;
-        let receive_cq =
-            Cq::new(&channel, receive_slots.max(1), RECEIVES).map_err(made("a completion queue"))?;
-        let pd = Pd::new(&place.context).map_err(made("a protection domain"))?;
+        let send = SendQueue::new(&channel, sends.max(1), SENDS).map_err(made("a completion queue"))?;
+        let pd = Pd::new(&port.context).map_err(made("a protection domain"))?;
         let send_slots = Slots::new(&pd, SLOT, SEND_SLOTS).map_err(made("memory for what is sent"))?;
         let received =
             Slots::new(&pd, SLOT, receive_slots.max(1)).map_err(made("memory for what arrives"))?;
-        let half = |peer| {
+        let (receive_queue, shares) =
+            ReceiveQueue::new(&channel, RECEIVES, received, share).map_err(made("a completion queue"))?;
+        let queues = Queues { pd, send, receive: receive_queue.memory().clone() };
+        // In the order of `Lane::peer_of`.
+        let mut shares = shares.into_iter();
+        let waits = |peer| {
             if peer == me {
                 return Ok(None);
             }
-            let half = Half::new(place, common.port, &pd, (&send_cq, &receive_cq));
-            Ok(Some(HalfPeer::Waits(half.map_err(made("a queue pair"))?)))
+            let qp = UnconnectedQp::new(&queues, &port.window, common.state, peer);
+            let qp = qp.map_err(made("a queue pair"))?;
+            let share = shares.next().ok_or_else(|| unavailable("a peer has no receive slots"))?;
+            Ok(Some(ConnectingPeer::Waits(qp, share)))
         };
-        let peers = (0..session.nodes() as u16).map(NodeId).map(half).collect::<Result<_, FabricError>>()?;
+        let peers = (0..session.nodes() as u16).map(NodeId).map(waits).collect::<Result<_, FabricError>>()?;
         let receiver = session.take_receiver(lane).ok_or_else(|| {
             FabricError::Setup(format!("lane {lane} of the session is in use, and RDMA needs it"))
         })?;
-        let receive_slots = received;
-        Ok(HalfLane { lane, receiver, channel, send_cq, receive_cq, peers, send_slots, receive_slots, pd })
+        let send_slots = SendSlot::all(send_slots);
+        Ok(ConnectingLane { lane, session: receiver, channel, queues, peers, send_slots, receive_queue })
     }
 
-    fn each(&self) -> impl Iterator<Item = (NodeId, &HalfPeer)> {
+    fn each(&self) -> impl Iterator<Item = (NodeId, &ConnectingPeer)> {
         (0..).map(NodeId).zip(&self.peers).filter_map(|(node, peer)| Some((node, peer.as_ref()?)))
     }
 
     /// The peers from which something still has to come.
     fn missing(&self) -> impl Iterator<Item = NodeId> {
-        let waits = |peer: &HalfPeer| !matches!(peer, HalfPeer::Connected(_, true));
+        let waits = |peer: &ConnectingPeer| !matches!(peer, ConnectingPeer::Connected(_, true));
         self.each().filter(move |(_, peer)| waits(peer)).map(|(node, _)| node)
     }
 
@@ -146,7 +153,7 @@ impl HalfLane {
         match note {
             Note::Hello(hello) => self.hello(common, from, hello),
             Note::Ready => match self.peers.get_mut(from.index()) {
-                Some(Some(HalfPeer::Connected(_, ready @ false))) => {
+                Some(Some(ConnectingPeer::Connected(_, ready @ false))) => {
                     *ready = true;
                     Ok(())
                 }
@@ -159,66 +166,69 @@ impl HalfLane {
     fn hello(&mut self, common: &Common<'_>, from: NodeId, hello: &Hello) -> Result<(), String> {
         let (session, lane) = (common.session, self.lane);
         let Some(peer) = self.peers.get_mut(from.index()) else { return Ok(()) };
-        let Some(HalfPeer::Waits(half)) = peer.take() else { return Err("it said hello twice".into()) };
-        let place = place_of(session.node(), from);
-        // SAFETY: nobody else knows of the slots, and each peer has its own. They are dropped after `peers`.
-        let qp = unsafe { half.connect(common.place, hello, &self.receive_slots, place) }?;
-        *peer = Some(HalfPeer::Connected(qp, false));
+        let Some(ConnectingPeer::Waits(qp, share)) = peer.take() else {
+            return Err("it said hello twice".into());
+        };
+        let qp = qp.connect(common.port, hello, share).map_err(|(why, _)| why)?;
+        *peer = Some(ConnectingPeer::Connected(qp, false));
         session
             .send(from, lane, &[&Note::Ready.encode()])
             .map_err(|error| format!("it cannot be told that RDMA is ready ({error})"))
     }
 
     fn finish(self, common: &Common<'_>) -> Result<Connected, FabricError> {
-        let (place, session) = (common.place, common.session);
+        let (port, session) = (common.port, common.session);
         let bell = Arc::new(Bell::new()?);
         let connected = |peer| match peer {
-            HalfPeer::Connected(qp, _) => Some(qp),
-            HalfPeer::Waits(_) => None,
+            ConnectingPeer::Connected(qp, _) => Some(qp),
+            ConnectingPeer::Waits(..) => None,
         };
         let qps = self.peers.into_iter().map(|peer| peer.and_then(connected)).collect();
         let sender = Sender::new(
             qps,
             self.send_slots,
-            self.send_cq.clone(),
-            place.window,
-            place.context.library(),
+            self.queues.send.clone(),
+            port.window,
+            port.context.library(),
             session.clone(),
             self.lane,
             bell.clone(),
         );
-        let lane = Lane {
-            sender: Mutex::new(sender),
-            done: Mutex::default(),
-            mender: common.mender.clone(),
-            receive_slots: self.receive_slots,
-            pd: self.pd,
-            receive_cq: self.receive_cq,
-            send_cq: self.send_cq,
+        let lane = Arc::new(Lane {
+            sender: Arc::new(Mutex::new(sender)),
+            send_queue: self.queues.send.clone(),
             channel: self.channel,
             node: session.node(),
-            window: place.window,
-            bell,
+            bell: bell.clone(),
             counters: Counters::default(),
-            watch: common.watch.clone(),
+            events: common.events.clone(),
             last_words: common.last_words.clone(),
-        };
-        Ok((Arc::new(lane), self.receiver))
+        });
+        let reconnect = LaneReconnect::new(
+            common.reconnect.clone(),
+            self.queues,
+            lane.sender.clone(),
+            Arc::new(Outcomes::new(bell)),
+            (session.clone(), self.lane),
+        );
+        let nodes = session.nodes();
+        let receiver = LaneReceiver::new(lane.clone(), self.receive_queue, self.session, reconnect, nodes)?;
+        Ok((lane, receiver))
     }
 }
 
 /// Says hello everywhere, and works until every queue pair is connected in both directions.
-fn exchange(common: &Common<'_>, lanes: &mut [HalfLane], timeout: Duration) -> Result<(), FabricError> {
+fn exchange(common: &Common<'_>, lanes: &mut [ConnectingLane], timeout: Duration) -> Result<(), FabricError> {
     let deadline = Instant::now() + timeout;
     for lane in &*lanes {
         for (node, peer) in lane.each() {
-            if let HalfPeer::Waits(half) = peer {
-                let hello = Note::Hello(half.hello(common.place)).encode();
+            if let ConnectingPeer::Waits(qp, _) = peer {
+                let hello = Note::Hello(qp.hello(&common.port.window)).encode();
                 common.session.send(node, lane.lane, &[&hello])?;
             }
         }
     }
-    while lanes.iter().any(HalfLane::waits) {
+    while lanes.iter().any(ConnectingLane::waits) {
         for lane in lanes.iter_mut().filter(|lane| lane.waits()) {
             receive(common, lane)?;
         }
@@ -234,9 +244,9 @@ fn exchange(common: &Common<'_>, lanes: &mut [HalfLane], timeout: Duration) -> R
 }
 
 /// Takes what has come on a lane, but nothing beyond what set-up needs: what follows is the lane's.
-fn receive(common: &Common<'_>, lane: &mut HalfLane) -> Result<(), FabricError> {
+fn receive(common: &Common<'_>, lane: &mut ConnectingLane) -> Result<(), FabricError> {
     let mut notes = Vec::new();
-    let polled = lane.receiver.poll(&mut |from, frame| notes.push((from, Note::decode(frame))));
+    let polled = lane.session.poll(&mut |from, frame| notes.push((from, Note::decode(frame))));
     for (from, note) in notes {
         let done = note.and_then(|note| lane.note(common, from, &note));
         done.map_err(|why| FabricError::Setup(format!("RDMA to {from} could not be set up: {why}")))?;
@@ -245,16 +255,13 @@ fn receive(common: &Common<'_>, lane: &mut HalfLane) -> Result<(), FabricError> 
 }
 
 /// Sleeps until something has come; an error names who is missing at the deadline.
-fn wait(lanes: &mut [HalfLane], deadline: Instant) -> Result<(), String> {
-    let mut fds = Vec::new();
-    for lane in lanes.iter_mut().filter(|lane| lane.waits()) {
-        if lane.receiver.arm().unwrap_or(true) {
-            return Ok(());
-        }
-        // SAFETY: the receiver keeps its descriptor open and outlives this call.
-        let fd = unsafe { BorrowedFd::borrow_raw(lane.receiver.fd()) };
-        fds.push(PollFd::new(fd, PollFlags::POLLIN));
+fn wait(lanes: &mut [ConnectingLane], deadline: Instant) -> Result<(), String> {
+    let mut waiting = lanes.iter_mut().filter(|lane| lane.waits());
+    if waiting.any(|lane| lane.session.arm().unwrap_or(true)) {
+        return Ok(());
     }
+    let waiting = lanes.iter().filter(|lane| lane.waits());
+    let mut fds: Vec<_> = waiting.map(|lane| PollFd::new(lane.session.fd(), PollFlags::POLLIN)).collect();
     if fds.is_empty() {
         return Ok(());
     }
@@ -262,7 +269,7 @@ fn wait(lanes: &mut [HalfLane], deadline: Instant) -> Result<(), String> {
     let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
     match nix::poll::poll(&mut fds, timeout) {
         Ok(0) if left.is_zero() => {
-            let mut missing: Vec<NodeId> = lanes.iter().flat_map(HalfLane::missing).collect();
+            let mut missing: Vec<NodeId> = lanes.iter().flat_map(ConnectingLane::missing).collect();
             missing.sort();
             missing.dedup();
             Err(missing.iter().map(NodeId::to_string).collect::<Vec<_>>().join(", "))

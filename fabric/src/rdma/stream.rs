@@ -1,4 +1,4 @@
-//! Frames as bytes, bytes as messages, and back.
+//! The stream of a lane: frames as bytes, bytes as messages, and back.
 //!
 //! What is sent to one peer on one lane is one stream of bytes: each frame's length (`u32`, little-endian,
 //! `1..=MAX_FRAME`, and a byte more on one of several rails), then its bytes, as over TCP. A message carries the next
@@ -17,7 +17,7 @@ pub(super) fn header(len: usize) -> [u8; HEADER] {
     (len as u32).to_le_bytes()
 }
 
-/// A length that no sound peer sends: zero, or more than [`MAX_FRAME`] and [`ENVELOPE`].
+/// A length that no node sends: zero, or more than [`MAX_FRAME`] and [`ENVELOPE`].
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
 pub(super) struct BadLength(pub(super) u32);
 

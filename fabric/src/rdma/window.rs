@@ -1,16 +1,17 @@
-//! How much may be under way.
+//! The window: how much may be under way.
 //!
 //! The receive slots of a lane are shared out to its peers. Each may send as many messages as it has *credits*, which
 //! come back as its messages are worked through, so that its slots never run out ("receiver not ready" never happens).
 //! Credits travel in the four immediate bytes of every message, or alone when there is nothing to send.
 //!
-//! The slots are shared out, and not multiplied, up to [`FAIR`] peers: their memory does not grow with the machine,
+//! The slots are shared out, and not multiplied, up to `FAIR` peers: their memory does not grow with the machine,
 //! whose total therefore grows with its nodes and not with their square.
-
-use std::ops::Range;
 
 /// Bytes of a message's data: a page with its head, and a few short frames beside it.
 pub(super) const SLOT: usize = 4096 + 256;
+
+/// Messages up to this length are copied into the send queue itself, if the device can.
+pub(super) const INLINE: usize = 256;
 
 /// Receive slots of a lane for messages with data, as long as each peer gets its least.
 const RECEIVE_SLOTS: usize = 512;
@@ -58,16 +59,6 @@ impl Window {
             depth: credits + BESIDE + UNSEEN,
         }
     }
-
-    /// The receive slots of the peer in that place, from 0.
-    pub(super) fn slots_of(&self, place: usize) -> Range<u16> {
-        (place * self.share) as u16..((place + 1) * self.share) as u16
-    }
-
-    /// In which place the peer is that receives into `slot`.
-    pub(super) fn place_of(&self, slot: usize) -> usize {
-        slot / self.share
-    }
 }
 
 /// The immediate bytes: credits in the low half, and whether this is the last message.
@@ -82,7 +73,7 @@ impl Immediate {
         u32::from(self.credits) | u32::from(self.farewell) << 16
     }
 
-    /// `None` for bytes that no sound peer sends.
+    /// `None` for bytes that no node sends.
     pub(super) fn decode(word: u32) -> Option<Immediate> {
         (word >> 17 == 0).then_some(Immediate { credits: word as u16, farewell: word >> 16 != 0 })
     }
@@ -100,20 +91,6 @@ mod tests {
             assert!(usize::from(window.credits) * peers <= window.receive_slots);
         }
         assert_eq!(usize::from(Window::new(511).credits), LEAST);
-    }
-
-    #[test]
-    fn every_receive_slot_is_one_peers() {
-        for peers in [1, 2, 7, 64, 511] {
-            let window = Window::new(peers);
-            let all = (0..peers).flat_map(|place| window.slots_of(place).map(move |slot| (place, slot)));
-            let mut next = 0;
-            for (place, slot) in all {
-                assert_eq!((window.place_of(usize::from(slot)), slot), (place, next));
-                next += 1;
-            }
-            assert_eq!(usize::from(next), window.receive_slots);
-        }
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! The two messages at the beginning of a session.
+//! The handshake: the two messages at the beginning of a session.
 
 use snow::{Builder, HandshakeState};
 
-use super::{Opener, PrivateKey, PublicKey, Sealer, SecureError};
+use super::{Opener, PrivateKey, PublicKey, Sealer, SecureChannel, SecureError};
 
-/// Who knows whom before the first message.
+/// The pattern of a handshake: which keys are known before the first message.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
 pub enum Pattern {
     /// Both know the other's key: Noise KK.
@@ -102,13 +102,13 @@ impl Handshake {
     ///
     /// # Errors
     /// [`SecureError::Impossible`]: the handshake is not finished.
-    pub fn finish(mut self) -> Result<(Sealer, Opener), SecureError> {
+    pub fn finish(mut self) -> Result<SecureChannel, SecureError> {
         if !self.state.is_handshake_finished() {
             return Err(SecureError::Impossible("the handshake is not finished"));
         }
         let (from_caller, to_caller) = self.state.dangerously_get_raw_split();
         let (seal, open) = if self.caller { (from_caller, to_caller) } else { (to_caller, from_caller) };
-        Ok((Sealer::new(seal)?, Opener::new(open)?))
+        Ok(SecureChannel { sealer: Sealer::new(seal)?, opener: Opener::new(open)? })
     }
 }
 
@@ -130,13 +130,14 @@ fn impossible(_: snow::Error) -> SecureError {
 mod tests {
     use super::*;
 
-    type Session = (Sealer, Opener);
-
     fn keys() -> (PrivateKey, PrivateKey) {
         (PrivateKey::from_bytes([1; 32]), PrivateKey::from_bytes([2; 32]))
     }
 
-    fn shake(mut caller: Handshake, mut called: Handshake) -> Result<(Session, Session), SecureError> {
+    fn shake(
+        mut caller: Handshake,
+        mut called: Handshake,
+    ) -> Result<(SecureChannel, SecureChannel), SecureError> {
         called.read(&caller.write()?)?;
         caller.read(&called.write()?)?;
         Ok((caller.finish()?, called.finish()?))
@@ -156,8 +157,8 @@ mod tests {
             let second = called.write().unwrap();
             assert_eq!(second.len(), Pattern::SECOND);
             caller.read(&second).unwrap();
-            let sessions = (caller.finish().unwrap(), called.finish().unwrap());
-            for (sealer, opener) in [(sessions.0.0, sessions.1.1), (sessions.1.0, sessions.0.1)] {
+            let (near, far) = (caller.finish().unwrap(), called.finish().unwrap());
+            for (sealer, opener) in [(near.sealer, far.opener), (far.sealer, near.opener)] {
                 let (mut sealer, mut opener) = (sealer, opener);
                 let mut text = *b"hello\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
                 let tag = sealer.seal(b"head", &mut text[..5]).unwrap();

@@ -1,4 +1,4 @@
-//! Who a peer is, and what only the two of us read.
+//! Secure channels: a peer proves its identity, and what is sent is read by the two sides only.
 //!
 //! Sessions between nodes, and between a node and its coordinator, begin with a Noise handshake (the Noise
 //! Protocol Framework, revision 34, by the `snow` crate) over X25519, AES-256-GCM and SHA-256. It proves to each
@@ -13,10 +13,10 @@
 //! Sealer ───────────── first record ─────────> Opener              caller is proven fresh: not before
 //! ```
 //!
-//! - [`PrivateKey`], [`PublicKey`]: who somebody is.
+//! - [`PrivateKey`], [`PublicKey`]: an identity.
 //! - [`Handshake`]: the two messages.
-//! - [`Sealer`], [`Opener`]: one direction of a finished session each; records have implicit numbers, so one that is
-//!   lost, repeated, moved or changed is noticed.
+//! - [`SecureChannel`]: what a finished handshake gives. [`Sealer`] and [`Opener`] are one direction each; records have
+//!   implicit numbers, so one that is lost, repeated, moved or changed is noticed.
 //!
 //! The cryptography itself is that of the crates `snow`, `ring` and `curve25519-dalek`.
 
@@ -26,9 +26,9 @@ mod record;
 
 pub use handshake::{Handshake, Pattern};
 pub use keys::{KEY, PrivateKey, PublicKey, fill_random};
-pub use record::{Opener, Sealer, TAG};
+pub use record::{Opener, Sealer, SecureChannel, TAG};
 
-/// What can go wrong in a session that is to be secure.
+/// An error of a secure channel.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum SecureError {
     /// A handshake message does not prove what it should: another key, another prologue, or changed on its way.

@@ -1,4 +1,4 @@
-//! Records: what a finished session carries, one direction each.
+//! Records: the sealed messages of a finished session, each direction for itself.
 //!
 //! A record is AES-256-GCM over its text, with the record's number as the nonce (Noise, sections 5.1 and 12.4) and
 //! its head as associated data. After [`REKEY`] records both sides replace the key as section 4.2 (`REKEY`) says, so
@@ -77,6 +77,14 @@ impl Sealer {
         out.copy_from_slice(tag.as_ref());
         Ok(out)
     }
+}
+
+/// Both directions of a session between two peers.
+pub struct SecureChannel {
+    /// Seals what this side sends.
+    pub sealer: Sealer,
+    /// Opens what the other side has sent.
+    pub opener: Opener,
 }
 
 /// The receiving direction of a session.

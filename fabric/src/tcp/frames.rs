@@ -1,4 +1,4 @@
-//! Cuts a byte stream into frames, in place, and opens those that are sealed.
+//! Frames in a byte stream: cut in place, and opened if they are sealed.
 
 use crate::MAX_FRAME;
 use crate::secure::{Opener, SecureError, TAG};
@@ -23,7 +23,7 @@ pub(super) fn header(len: usize) -> [u8; HEADER] {
     (len as u32).to_le_bytes()
 }
 
-/// What no sound peer sends. As text, the end of a sentence that begins with who sent it.
+/// A violation of the framing. As text, the end of a sentence that begins with who sent it.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub(super) enum BadFrame {
     /// A length of zero, or more than [`MAX_FRAME`].

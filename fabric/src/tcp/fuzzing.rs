@@ -1,15 +1,14 @@
-//! The fuzz targets' bodies: each panics if what should hold does not.
+//! The fuzz targets' bodies: each panics if something does not hold that should.
 
 use std::sync::LazyLock;
 
-use super::TcpTransport;
-use super::doors::Doors;
+use super::connecting::{Connecting, Connection};
 use super::frames::{ACKNOWLEDGES, BadFrame, FrameBuffer, HEADER};
-use super::handshake::{Called, Credentials, Met};
+use super::handshake::{Credentials, Met, Responder};
 use super::hello::{GREETING, Greeting, Identity, Kind, Rejection};
-use super::mesh::Session;
+use super::transport::TcpTransport;
 use crate::fuzzing::{pair, pour};
-use crate::secure::{KEY, Opener, PrivateKey, PublicKey, Sealer, SecureError};
+use crate::secure::{KEY, Opener, PrivateKey, PublicKey, Sealer, SecureChannel, SecureError};
 use crate::{FabricError, MAX_FRAME, NodeId, Transport};
 
 /// What decodes encodes to the same bytes.
@@ -77,7 +76,7 @@ fn credentials() -> Credentials {
     Credentials { identity, own: key(0), nodes: PUBLIC.clone() }
 }
 
-/// A stranger's bytes at the listener: never a lane. With an odd first byte a sound hello comes before them.
+/// A stranger's bytes at the listener: never a lane. With an odd first byte a valid hello comes before them.
 pub fn handshake(data: &[u8]) {
     let Some((&first, rest)) = data.split_first() else { return };
     let own = credentials();
@@ -89,7 +88,7 @@ pub fn handshake(data: &[u8]) {
     }
     said.extend(rest);
     pour(&near, &said);
-    let mut called = Called::new();
+    let mut called = Responder::new();
     // Each step gets further, waits for what is there already, or ends.
     for _ in 0..8 {
         match called.step(&far, &own, |_, _| Ok(0)) {
@@ -110,31 +109,32 @@ pub fn session(data: &[u8]) {
     let streams =
         || Ok::<_, SecureError>((Sealer::new([1; KEY])?, Sealer::new([2; KEY])?, Opener::new([1; KEY])?));
     let (mut theirs, sealer, opener) = streams().expect("any key will do");
-    let met = Met { peer: NodeId(1), lane: 0, sealer, opener, received: 0 };
+    let met = Met { peer: NodeId(1), lane: 0, channel: SecureChannel { sealer, opener }, received: 0 };
     far.set_nonblocking(true).expect("it is a socket");
-    let sessions = vec![vec![None, Some(Session { socket: far, met, rail: 0 })]];
-    let doors = Doors::new(Vec::new(), credentials(), Vec::new());
-    let transport = TcpTransport::new(NodeId(0), plaintext, sessions, doors).expect("descriptors are left");
-    let (mut wire, mut expected, mut sound) = (Vec::new(), Vec::new(), true);
+    let connections = vec![vec![None, Some(Connection { socket: far, met, rail: 0 })]];
+    let connecting = Connecting::new(Vec::new(), credentials(), Vec::new());
+    let transport =
+        TcpTransport::new(NodeId(0), plaintext, connections, connecting).expect("descriptors are left");
+    let (mut wire, mut expected, mut valid) = (Vec::new(), Vec::new(), true);
     let mut last = Vec::new();
     while let Some((&[what, len], more)) = rest.split_first_chunk() {
         let (bytes, more) = more.split_at(usize::from(len).min(more.len()));
         rest = more;
         match what % 4 {
-            // A sound frame; beyond the first that is not, nothing is promised.
+            // A valid frame; beyond the first that is not, nothing is promised.
             0 | 1 if !bytes.is_empty() => {
                 last = sealed(&mut theirs, plaintext, bytes);
                 wire.extend(&last);
-                expected.extend(sound.then(|| bytes.to_vec()));
+                expected.extend(valid.then(|| bytes.to_vec()));
             }
             // The last one again: fine in plaintext, where nothing notices.
             2 => {
                 wire.extend(&last);
-                sound &= last.is_empty();
+                valid &= last.is_empty();
             }
             _ => {
                 wire.extend(bytes);
-                sound &= bytes.is_empty();
+                valid &= bytes.is_empty();
             }
         }
     }
@@ -147,7 +147,7 @@ pub fn session(data: &[u8]) {
             Err(FabricError::PeerLost { peer, why }) => {
                 assert_eq!(peer, NodeId(1));
                 assert!(!why.is_empty());
-                assert!(got.starts_with(&expected), "sound frames are delivered");
+                assert!(got.starts_with(&expected), "valid frames are delivered");
                 assert!(plaintext || got == expected, "and nothing else, if they are sealed");
                 assert!(transport.send(NodeId(1), 0, &[b"x"]).is_err());
                 return;

@@ -1,10 +1,10 @@
-//! The beginning of one connection: greetings, proofs, and where each side stands.
+//! The handshake of one connection: greetings, proofs, and how many frames each side has received.
 //!
 //! ```text
-//! caller (higher id)                           called
-//! hello (128) + first Noise message (48) ────> checked, then the caller's key
+//! initiator (higher id)                        responder
+//! hello (128) + first Noise message (48) ────> checked, then the initiator's key
 //! checked, then its key <───────────────────── accept (128) + second Noise message (48)
-//! confirmation (24, sealed) ─────────────────> only now is the caller known to be there: no replay gets here
+//! confirmation (24, sealed) ─────────────────> only now is the initiator known to be there: no replay gets here
 //! the lane is up <──────────────────────────── confirmation (24, sealed)
 //! ```
 //!
@@ -16,7 +16,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 
 use super::hello::{GREETING, Greeting, Identity, Kind, Rejection, may_begin};
-use crate::secure::{Handshake, Opener, Pattern, PrivateKey, PublicKey, Sealer, TAG};
+use crate::secure::{Handshake, Opener, Pattern, PrivateKey, PublicKey, Sealer, SecureChannel, TAG};
 use crate::{LaneId, NodeId};
 
 /// Bytes of a Noise message here.
@@ -30,7 +30,7 @@ const CONFIRMS: &[u8] = b"gestalt lane";
 
 const PATTERN: Pattern = Pattern::BothKnown;
 
-/// Who this node is, and how it knows the others.
+/// This node's identity and keys, and the keys by which it knows the others.
 pub(super) struct Credentials {
     pub(super) identity: Identity,
     pub(super) own: PrivateKey,
@@ -42,8 +42,7 @@ pub(super) struct Credentials {
 pub(super) struct Met {
     pub(super) peer: NodeId,
     pub(super) lane: LaneId,
-    pub(super) sealer: Sealer,
-    pub(super) opener: Opener,
+    pub(super) channel: SecureChannel,
     /// How many frames of the lane the peer has received before.
     pub(super) received: u64,
 }
@@ -51,17 +50,17 @@ pub(super) struct Met {
 impl Met {
     /// What seals and opens frames; nothing does if they travel in the clear.
     pub(super) fn streams(self, plaintext: bool) -> (Option<Sealer>, Option<Opener>) {
-        if plaintext { (None, None) } else { (Some(self.sealer), Some(self.opener)) }
+        if plaintext { (None, None) } else { (Some(self.channel.sealer), Some(self.channel.opener)) }
     }
 }
 
-/// The called side of a connection.
-pub(super) enum Called {
+/// The responder's side of a handshake.
+pub(super) enum Responder {
     /// Waits for the hello.
     Hello(Partial),
     /// Waits for the first Noise message of who said `hello`.
     Proof { hello: Box<[u8; GREETING]>, peer: NodeId, lane: LaneId, partial: Partial },
-    /// Waits for the caller's confirmation.
+    /// Waits for the initiator's confirmation.
     Confirmation(Box<Proven>),
 }
 
@@ -69,13 +68,12 @@ pub(super) enum Called {
 pub(super) struct Proven {
     peer: NodeId,
     lane: LaneId,
-    sealer: Sealer,
-    opener: Opener,
+    channel: SecureChannel,
     partial: Partial,
 }
 
-/// The calling side of a connection that is open.
-pub(super) enum Caller {
+/// The initiator's side of a handshake, on a connection that is open.
+pub(super) enum Initiator {
     /// Hello was sent: waits for the accept.
     Accept(Box<Handshake>, Partial),
     /// Waits for the second Noise message.
@@ -84,9 +82,9 @@ pub(super) enum Caller {
     Confirmation(Box<Proven>),
 }
 
-impl Called {
-    pub(super) fn new() -> Called {
-        Called::Hello(Partial::new())
+impl Responder {
+    pub(super) fn new() -> Responder {
+        Responder::Hello(Partial::new())
     }
 
     /// What can be done now without waiting; the lane's keys when all is done. `received` are the frames of the lane
@@ -98,7 +96,7 @@ impl Called {
         received: impl FnOnce(NodeId, LaneId) -> Result<u64, String>,
     ) -> Result<Option<Met>, Rejection> {
         let stranger = Rejection::Stranger;
-        if let Called::Hello(partial) = self {
+        if let Responder::Hello(partial) = self {
             let Some(bytes) = partial.read(socket).map_err(stranger)? else {
                 let doubt = || stranger("it does not speak the fabric's protocol".into());
                 return if may_begin(partial.so_far()) { Ok(None) } else { Err(doubt()) };
@@ -111,27 +109,27 @@ impl Called {
                 send(socket, &refusal).map_err(stranger)?;
             }
             let (peer, lane) = checked?;
-            *self = Called::Proof { hello: Box::new(bytes), peer, lane, partial: Partial::new() };
+            *self = Responder::Proof { hello: Box::new(bytes), peer, lane, partial: Partial::new() };
         }
-        if let Called::Proof { hello, peer, lane, partial } = self {
+        if let Responder::Proof { hello, peer, lane, partial } = self {
             let Some(proof) = partial.read::<PROOF>(socket).map_err(stranger)? else { return Ok(None) };
             let key = own.nodes.get(peer.index());
             let made = Handshake::answer(PATTERN, &own.own, key, &hello[..]).and_then(|mut shake| {
                 shake.read(&proof)?;
                 let answer = shake.write()?;
-                shake.finish().map(|(sealer, opener)| (answer, sealer, opener))
+                shake.finish().map(|channel| (answer, channel))
             });
-            let (answer, sealer, opener) = made.map_err(|error| Rejection::Claim {
+            let (answer, channel) = made.map_err(|error| Rejection::Claim {
                 from: *peer,
                 why: format!("it says that it is {peer}: {error}"),
             })?;
             let accept = own.identity.greeting(Kind::Accept, *peer, *lane).encode();
             send(socket, &[&accept[..], &answer].concat()).map_err(stranger)?;
             let partial = Partial::new();
-            let proven = Proven { peer: *peer, lane: *lane, sealer, opener, partial };
-            *self = Called::Confirmation(Box::new(proven));
+            let proven = Proven { peer: *peer, lane: *lane, channel, partial };
+            *self = Responder::Confirmation(Box::new(proven));
         }
-        let Called::Confirmation(proven) = self else { return Ok(None) };
+        let Responder::Confirmation(proven) = self else { return Ok(None) };
         let Some(theirs) = proven.hear(socket).map_err(stranger)? else { return Ok(None) };
         let ours = received(proven.peer, proven.lane).map_err(stranger)?;
         proven.say(socket, ours).map_err(stranger)?;
@@ -139,21 +137,21 @@ impl Called {
     }
 
     fn met(&mut self, received: u64) -> Option<Met> {
-        match std::mem::replace(self, Called::new()) {
-            Called::Confirmation(proven) => Some(proven.met(received)),
+        match std::mem::replace(self, Responder::new()) {
+            Responder::Confirmation(proven) => Some(proven.met(received)),
             _ => None,
         }
     }
 }
 
-impl Caller {
+impl Initiator {
     /// Says hello on a connection that was just opened.
     pub(super) fn new(
         socket: &TcpStream,
         own: &Credentials,
         peer: NodeId,
         lane: LaneId,
-    ) -> Result<Caller, Rejection> {
+    ) -> Result<Initiator, Rejection> {
         let stranger = Rejection::Stranger;
         let hello = own.identity.greeting(Kind::Hello, peer, lane).encode();
         let key = own.nodes.get(peer.index()).ok_or_else(|| stranger("its key is not known".into()))?;
@@ -163,7 +161,7 @@ impl Caller {
         });
         let (shake, proof) = made.map_err(|error| stranger(error.to_string()))?;
         send(socket, &[&hello[..], &proof].concat()).map_err(stranger)?;
-        Ok(Caller::Accept(Box::new(shake), Partial::new()))
+        Ok(Initiator::Accept(Box::new(shake), Partial::new()))
     }
 
     /// What can be done now without waiting; the lane's keys when all is done.
@@ -176,41 +174,41 @@ impl Caller {
     ) -> Result<Step, Rejection> {
         let stranger = Rejection::Stranger;
         let mut state = self;
-        if let Caller::Accept(shake, mut partial) = state {
+        if let Initiator::Accept(shake, mut partial) = state {
             let Some(bytes) = partial.read(socket).map_err(stranger)? else {
-                return Ok(Step::Waits(Caller::Accept(shake, partial)));
+                return Ok(Step::Waits(Initiator::Accept(shake, partial)));
             };
             own.identity.check_answer(&Greeting::decode(&bytes).map_err(stranger)?, peer, lane)?;
-            state = Caller::Proof(shake, Partial::new());
+            state = Initiator::Proof(shake, Partial::new());
         }
-        if let Caller::Proof(mut shake, mut partial) = state {
+        if let Initiator::Proof(mut shake, mut partial) = state {
             let Some(proof) = partial.read::<PROOF>(socket).map_err(stranger)? else {
-                return Ok(Step::Waits(Caller::Proof(shake, partial)));
+                return Ok(Step::Waits(Initiator::Proof(shake, partial)));
             };
             let made = shake.read(&proof).and_then(|()| shake.finish());
-            let (sealer, opener) = made.map_err(|error| {
+            let channel = made.map_err(|error| {
                 stranger(format!("what answers at the address of {peer} is not {peer}: {error}"))
             })?;
             let partial = Partial::new();
-            let mut proven = Box::new(Proven { peer, lane, sealer, opener, partial });
+            let mut proven = Box::new(Proven { peer, lane, channel, partial });
             let ours = received(peer, lane).map_err(stranger)?;
             proven.say(socket, ours).map_err(stranger)?;
-            state = Caller::Confirmation(proven);
+            state = Initiator::Confirmation(proven);
         }
-        let Caller::Confirmation(mut proven) = state else {
+        let Initiator::Confirmation(mut proven) = state else {
             return Err(stranger("its handshake lost its way".into()));
         };
         Ok(match proven.hear(socket).map_err(stranger)? {
             Some(theirs) => Step::Met(Box::new(proven.met(theirs))),
-            None => Step::Waits(Caller::Confirmation(proven)),
+            None => Step::Waits(Initiator::Confirmation(proven)),
         })
     }
 }
 
-/// What a step of the calling side came to.
+/// The result of a step of the initiator.
 pub(super) enum Step {
     /// The other side must say something first.
-    Waits(Caller),
+    Waits(Initiator),
     /// All is done.
     Met(Box<Met>),
 }
@@ -218,13 +216,13 @@ pub(super) enum Step {
 impl Proven {
     fn say(&mut self, socket: &TcpStream, received: u64) -> Result<(), String> {
         let mut text = received.to_le_bytes();
-        let tag = self.sealer.seal(CONFIRMS, &mut text).map_err(|error| error.to_string())?;
+        let tag = self.channel.sealer.seal(CONFIRMS, &mut text).map_err(|error| error.to_string())?;
         send(socket, &[&text[..], &tag].concat())
     }
 
     fn hear(&mut self, socket: &TcpStream) -> Result<Option<u64>, String> {
         let Some(mut bytes) = self.partial.read::<CONFIRMATION>(socket)? else { return Ok(None) };
-        let text = self.opener.open(CONFIRMS, &mut bytes).map_err(|error| {
+        let text = self.channel.opener.open(CONFIRMS, &mut bytes).map_err(|error| {
             format!(
                 "it did not confirm that it is {} now, as a replayed handshake cannot: {error}",
                 self.peer
@@ -235,7 +233,7 @@ impl Proven {
     }
 
     fn met(self, received: u64) -> Met {
-        Met { peer: self.peer, lane: self.lane, sealer: self.sealer, opener: self.opener, received }
+        Met { peer: self.peer, lane: self.lane, channel: self.channel, received }
     }
 }
 

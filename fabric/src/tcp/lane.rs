@@ -1,7 +1,6 @@
 //! One lane: its links to all peers, and the receiver over them.
 
-use std::net::TcpStream;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -9,12 +8,11 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::connecting::Connection;
 use super::frames::HEADER;
-use super::handshake::Met;
-use super::incoming::Received;
-use super::keeper::Mailbox;
 use super::link::Link;
-use super::mesh::Session;
+use super::link::incoming::Received;
+use super::mailbox::Mailbox;
 use crate::transport::Counters;
 use crate::{FabricError, LaneId, NodeId, Receiver, TransportStats};
 
@@ -40,7 +38,7 @@ const EVENTS: usize = 64;
 /// What the lane's epoll says when a peer was given up; no node has this number.
 const NEWS: u64 = u64::MAX;
 
-/// What senders, the receiver and the keeper of a lane share.
+/// What senders, the receiver and the failover of a lane share.
 pub(super) struct Lane {
     id: LaneId,
     /// Watches every live link: readable always, writable while the link has a backlog. Level-triggered.
@@ -48,7 +46,7 @@ pub(super) struct Lane {
     /// By node; `None` for this node itself.
     links: Vec<Option<Link>>,
     counters: Counters,
-    /// Who is told of broken connections, where there are several rails.
+    /// Where broken connections are reported, if there are several rails.
     mailbox: Option<Arc<Mailbox>>,
     /// Readable while a peer may have been given up that the receiver has not reported.
     news: EventFd,
@@ -60,7 +58,7 @@ impl Lane {
     pub(super) fn new(
         id: LaneId,
         plaintext: bool,
-        sessions: Vec<Option<Session>>,
+        connections: Vec<Option<Connection>>,
         mailbox: Option<Arc<Mailbox>>,
     ) -> Result<Lane, FabricError> {
         let io = |what| move |error: Errno| FabricError::Io { what, source: error.into() };
@@ -69,9 +67,9 @@ impl Lane {
         let news = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
             .map_err(io("creating an eventfd"))?;
         epoll.add(&news, EpollEvent::new(EpollFlags::EPOLLIN, NEWS)).map_err(io("watching an eventfd"))?;
-        let mut links = Vec::with_capacity(sessions.len());
-        for (session, peer) in sessions.into_iter().zip(0..) {
-            let link = session.map(|session| Link::new(NodeId(peer), session, plaintext, mailbox.is_some()));
+        let mut links = Vec::with_capacity(connections.len());
+        for (connection, peer) in connections.into_iter().zip(0..) {
+            let link = connection.map(|made| Link::new(NodeId(peer), made, plaintext, mailbox.is_some()));
             if let Some(link) = &link {
                 link.register(&epoll).map_err(io("watching a peer's connection"))?;
             }
@@ -84,14 +82,14 @@ impl Lane {
 
     /// Sends a frame of `len` bytes, checked by the caller; see [`Link::send`].
     pub(super) fn send(&self, to: NodeId, len: usize, parts: &[&[u8]]) -> Result<(), FabricError> {
-        self.link(to)?.send(&self.epoll, len, parts).inspect_err(|_| self.tell())?;
+        self.link(to)?.send(&self.epoll, len, parts).inspect_err(|_| self.wake_receiver())?;
         self.counters.sent(1, (HEADER + len) as u64);
         Ok(())
     }
 
     /// Sends frames, checked by the caller; see [`Link::send_all`].
     pub(super) fn send_all(&self, to: NodeId, frames: &[[&[u8]; 2]]) -> Result<(), FabricError> {
-        let bytes = self.link(to)?.send_all(&self.epoll, frames).inspect_err(|_| self.tell())?;
+        let bytes = self.link(to)?.send_all(&self.epoll, frames).inspect_err(|_| self.wake_receiver())?;
         self.counters.sent(frames.len() as u64, bytes as u64);
         Ok(())
     }
@@ -117,36 +115,30 @@ impl Lane {
     }
 
     /// See [`Link::resume`].
-    pub(super) fn resume(
-        &self,
-        peer: NodeId,
-        socket: TcpStream,
-        met: Met,
-        plaintext: bool,
-    ) -> Result<(), FabricError> {
-        let resumed = self.link(peer)?.resume(&self.epoll, socket, met, plaintext);
-        resumed.inspect_err(|_| self.tell())
+    pub(super) fn resume(&self, connection: Connection, plaintext: bool) -> Result<(), FabricError> {
+        let resumed = self.link(connection.met.peer)?.resume(&self.epoll, connection, plaintext);
+        resumed.inspect_err(|_| self.wake_receiver())
     }
 
     /// The peer is lost: no connection to it will come any more.
     pub(super) fn give_up(&self, peer: NodeId, why: &str) {
         if let Ok(link) = self.link(peer) {
             link.end(why.to_owned());
-            self.tell();
+            self.wake_receiver();
         }
     }
 
     /// Wakes the receiver to look for lost peers: where a lane may be without a connection, nothing else would.
-    fn tell(&self) {
+    fn wake_receiver(&self) {
         if self.mailbox.is_some() {
-            // Fails only if it has been rung 2^64 times. Before the mark: who sees the mark can hush the bell.
+            // Fails only if it has been rung 2^64 times. Before the mark: whoever sees the mark can clear the descriptor.
             let _ = self.news.write(1);
             self.has_news.store(true, SeqCst);
         }
     }
 
-    /// The receiver has looked, or begins to.
-    fn hush(&self) {
+    /// The receiver has looked, or begins to: the descriptor is readable no more.
+    fn clear_news(&self) {
         if self.has_news.load(SeqCst) {
             self.has_news.store(false, SeqCst);
             // Fails only if it was not rung.
@@ -194,14 +186,14 @@ impl LaneReceiver {
     }
 
     /// Reports the next lost peer, if there is one that has no connection which would tell.
-    fn hear_news(&mut self) -> Result<(), FabricError> {
-        self.lane.hush();
+    fn report_news(&mut self) -> Result<(), FabricError> {
+        self.lane.clear_news();
         for at in 0..self.live.len() {
             let peer = self.live[at];
             let lost = self.lane.links[peer].as_ref().and_then(|link| link.lock().lost.clone());
             if let (Some(why), Some(link)) = (lost, &self.lane.links[peer]) {
                 // There may be more of them.
-                self.lane.tell();
+                self.lane.wake_receiver();
                 link.forget(&self.lane.epoll);
                 self.live.remove(at);
                 return Err(link.loss(why));
@@ -235,13 +227,13 @@ impl Receiver for LaneReceiver {
                 }
                 frames += self.receive(peer, sink)?;
             }
-            self.lane.hush();
+            self.lane.clear_news();
             return Ok(frames);
         }
         for at in 0..self.wait()? {
             let event = self.events[at];
             if event.data() == NEWS {
-                self.hear_news()?;
+                self.report_news()?;
                 continue;
             }
             let peer = event.data() as usize;
@@ -257,8 +249,8 @@ impl Receiver for LaneReceiver {
         Ok(frames)
     }
 
-    fn fd(&self) -> RawFd {
-        self.lane.epoll.0.as_raw_fd()
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.lane.epoll.0.as_fd()
     }
 
     fn arm(&mut self) -> Result<bool, FabricError> {

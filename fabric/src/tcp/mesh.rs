@@ -1,64 +1,56 @@
-//! Builds the mesh: one thread, nonblocking sockets, one deadline for everything.
+//! The mesh, and how it is built: one thread, nonblocking sockets, one deadline for everything.
 
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use super::doors::{Doors, Lanes, Ready};
-use super::handshake::Met;
+use super::connecting::{Connecting, Connection, Lanes};
 use crate::{FabricError, LaneId, NodeId};
 
-/// What is wrong with a peer that has received frames of a lane that is new here.
+/// The end of a sentence about a peer that has received frames of a lane that is new here.
 const NOT_NEW: &str = "it has received frames on this lane before: it is not at the beginning of this run";
 
-/// One connection, ready for frames.
-pub(super) struct Session {
-    pub(super) socket: TcpStream,
-    pub(super) met: Met,
-    pub(super) rail: usize,
-}
-
 /// Finished connections, by lane and node.
-pub(super) type Sessions = Vec<Vec<Option<Session>>>;
+pub(super) type Connections = Vec<Vec<Option<Connection>>>;
 
 /// A mesh that is being built.
 struct Mesh {
     own: NodeId,
     several_rails: bool,
-    sessions: Sessions,
-    /// How many are missing in `sessions`.
+    connections: Connections,
+    /// How many are missing in `connections`.
     missing: usize,
-    /// What went wrong last with each node, for the operator.
+    /// The last failure with each node, for the operator.
     trouble: Vec<Option<String>>,
 }
 
 /// Runs until every lane has its connection.
-pub(super) fn build(doors: &mut Doors, timeout: Duration) -> Result<Sessions, FabricError> {
-    let (own, nodes, lanes) = (doors.own.identity.node, doors.own.identity.nodes, doors.own.identity.lanes);
+pub(super) fn build(connecting: &mut Connecting, timeout: Duration) -> Result<Connections, FabricError> {
+    let (own, nodes, lanes) =
+        (connecting.own.identity.node, connecting.own.identity.nodes, connecting.own.identity.lanes);
     let deadline = Instant::now() + timeout;
     let mut mesh = Mesh {
         own,
-        several_rails: doors.rails() > 1,
-        sessions: (0..lanes).map(|_| (0..nodes).map(|_| None).collect()).collect(),
+        several_rails: connecting.rails() > 1,
+        connections: (0..lanes).map(|_| (0..nodes).map(|_| None).collect()).collect(),
         missing: usize::from(lanes) * usize::from(nodes - 1),
         trouble: (0..nodes).map(|_| None).collect(),
     };
     for peer in (0..own.0).map(NodeId) {
-        (0..lanes).for_each(|lane| doors.dial(peer, lane, usize::from(lane), false));
+        (0..lanes).for_each(|lane| connecting.dial(peer, lane, usize::from(lane), false));
     }
     while mesh.missing > 0 {
         if Instant::now() >= deadline {
             return Err(mesh.timed_out(timeout));
         }
-        doors.expected = mesh.missing;
-        doors.turn(deadline, None, &mut mesh)?;
+        connecting.expected = mesh.missing;
+        connecting.turn(deadline, None, &mut mesh)?;
     }
-    doors.expected = 0;
-    Ok(mesh.sessions)
+    connecting.expected = 0;
+    Ok(mesh.connections)
 }
 
 impl Lanes for Mesh {
     fn received(&mut self, peer: NodeId, lane: LaneId) -> Result<u64, String> {
-        let taken = self.sessions[usize::from(lane)][peer.index()].is_some();
+        let taken = self.connections[usize::from(lane)][peer.index()].is_some();
         // A lane of several rails may have moved already, as seen from a peer whose mesh is complete.
         if taken && !self.several_rails {
             return Err(format!("{peer} is connected on lane {lane} already"));
@@ -66,14 +58,15 @@ impl Lanes for Mesh {
         Ok(0)
     }
 
-    fn up(&mut self, Ready { met, socket, rail }: Ready) {
+    fn up(&mut self, connection: Connection) {
+        let met = &connection.met;
         if met.received != 0 {
             tracing::warn!("connection closed: {NOT_NEW}");
             self.trouble[met.peer.index()] = Some(NOT_NEW.into());
             return;
         }
-        let slot = &mut self.sessions[usize::from(met.lane)][met.peer.index()];
-        if slot.replace(Session { socket, met, rail }).is_none() {
+        let slot = &mut self.connections[usize::from(met.lane)][met.peer.index()];
+        if slot.replace(connection).is_none() {
             self.missing -= 1;
         }
     }
@@ -92,13 +85,13 @@ impl Mesh {
             .map(NodeId)
             .filter(|peer| *peer != self.own)
             .filter_map(|peer| {
-                let absent = self.sessions.iter().filter(|lane| lane[peer.index()].is_none()).count();
+                let absent = self.connections.iter().filter(|lane| lane[peer.index()].is_none()).count();
                 let seen = match &self.trouble[peer.index()] {
                     Some(why) => why.clone(),
-                    None if peer > self.own && absent == self.sessions.len() => {
+                    None if peer > self.own && absent == self.connections.len() => {
                         "it has not connected to this node".to_owned()
                     }
-                    None => format!("{absent} of {} lanes are missing", self.sessions.len()),
+                    None => format!("{absent} of {} lanes are missing", self.connections.len()),
                 };
                 (absent > 0).then(|| format!("{peer} ({seen})"))
             })

@@ -1,17 +1,17 @@
-//! What the fabric's tests share: clusters of every kind, and a receiver that waits with an end.
+//! Common parts of the fabric's tests: clusters of every kind, and a receiver that waits with an end.
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use fabric::rdma::{RdmaSettings, RdmaTransport};
-use fabric::secure::{Handshake, Opener, Pattern, PrivateKey, Sealer, TAG};
+use fabric::secure::{Handshake, Opener, Pattern, PrivateKey, Sealer, SecureChannel, TAG};
 use fabric::tcp::{Listener, MeshConfig, MeshKeys, TcpTransport};
 use fabric::{FabricError, LaneId, NodeId, Receiver, Transport, sim};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -195,13 +195,13 @@ pub fn rail_listeners(nodes: usize, rails: usize) -> (Vec<Listener>, Vec<Vec<Soc
     (listeners, addresses)
 }
 
-/// A sound configuration of `node` with these addresses by node and rail.
+/// A valid configuration of `node` with these addresses by node and rail.
 pub fn rail_config(node: usize, addresses: &[Vec<SocketAddr>], lanes: u16) -> MeshConfig {
     let first: Vec<SocketAddr> = addresses.iter().map(|rails| rails[0]).collect();
     MeshConfig { addresses: addresses.to_vec(), ..config(node, &first, lanes) }
 }
 
-/// A sound configuration of `node`.
+/// A valid configuration of `node`.
 pub fn config(node: usize, addresses: &[SocketAddr], lanes: u16) -> MeshConfig {
     MeshConfig {
         node: NodeId(node as u16),
@@ -282,7 +282,7 @@ impl Raw {
         let mut proof = [0; 48];
         socket.read_exact(&mut proof).unwrap();
         shake.read(&proof).unwrap();
-        let (sealer, opener) = shake.finish().unwrap();
+        let SecureChannel { sealer, opener } = shake.finish().unwrap();
         Raw { socket, sealer, opener }
     }
 
@@ -333,9 +333,7 @@ pub fn mesh_all(
 }
 
 /// Whether `fd` becomes readable within `milliseconds`.
-pub fn readable(fd: RawFd, milliseconds: u16) -> bool {
-    // SAFETY: the receiver that owns the descriptor is borrowed or owned by the calling test meanwhile.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+pub fn readable(fd: BorrowedFd<'_>, milliseconds: u16) -> bool {
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     nix::poll::poll(&mut fds, PollTimeout::from(milliseconds)).unwrap() > 0
 }
@@ -355,7 +353,7 @@ impl Tap {
     }
 
     /// The receiver's descriptor.
-    pub fn fd(&self) -> RawFd {
+    pub fn fd(&self) -> BorrowedFd<'_> {
         self.receiver.fd()
     }
 
@@ -427,7 +425,7 @@ impl Tap {
             if !self.arm() && !readable(self.fd(), 0) {
                 break;
             }
-            // News of what was taken by an earlier poll may still arrive, but not for ever.
+            // News of what was taken by an earlier poll may still arrive, but there is an end to it.
             assert!(Instant::now() < deadline, "the descriptor says that there is work");
         }
         assert!(self.losses.is_empty(), "{:?}", self.losses);
@@ -435,7 +433,7 @@ impl Tap {
     }
 
     fn sleep(&mut self, deadline: Instant) {
-        // Checked even when there is work: a descriptor that is wrongly readable must not spin for ever.
+        // Checked even when there is work: a descriptor that is wrongly readable must not spin without end.
         let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u16;
         assert!(left > 0 && (self.arm() || readable(self.fd(), left)), "nothing came in time");
     }

@@ -1,7 +1,7 @@
 //! DSDT: devices at fixed ports, PCI host bridges, and the power-off state (ACPI 6.5, 5.2.11.1).
 
 use super::{hotplug, pci, table};
-use crate::layout::{ACPI_S5_TYPE, COM1_GSI, COM1_LEN, COM1_PORT, RTC_LEN, RTC_PORT};
+use crate::addresses::{ACPI_S5_TYPE, COM1_GSI, COM1_LEN, COM1_PORT, RTC_LEN, RTC_PORT};
 use acpi_tables::Aml;
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope, ZERO};
 

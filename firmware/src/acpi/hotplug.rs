@@ -1,4 +1,4 @@
-//! How PCI devices come and go while the guest runs, as AML that it executes (ACPI 6.5, 5.6.6 and 6.3).
+//! PCI hotplug: devices come and go while the guest runs, by AML that it executes (ACPI 6.5, 5.6.6 and 6.3).
 //!
 //! ```text
 //! interrupt ──> GED0._EVT: while an event is in the register ──> PCxx.HPNT(slot, kind) ──> Notify (SLyy, kind)
@@ -9,8 +9,8 @@
 //! the interrupt with the driver of the Generic Event Device (5.6.9), which stands for the event registers that
 //! hardware-reduced ACPI does not have.
 
-use super::pci::bridge_name;
-use crate::layout::{HOTPLUG_GSI, HOTPLUG_PORT};
+use super::bridge_name;
+use crate::addresses::{HOTPLUG_GSI, HOTPLUG_PORT};
 use crate::pci::{HOT_SLOTS, SLOTS};
 use acpi_tables::aml::{
     And, Arg, Device, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If,

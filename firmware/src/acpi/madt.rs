@@ -4,7 +4,8 @@
 //! ignores type 9 with an id below 255 only in a table that also has entries of type 0.
 
 use super::table;
-use crate::layout::{IOAPIC_ADDR, IOAPIC_ID, LAPIC_ADDR, Layout};
+use crate::addresses::{IOAPIC_ADDR, IOAPIC_ID, LAPIC_ADDR};
+use crate::layout::Layout;
 use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{Immutable, IntoBytes};
 

@@ -78,8 +78,9 @@ pub fn build(layout: &Layout, spec: &MachineSpec) -> Result<AcpiTables, Firmware
     Ok(AcpiTables { rsdp_gpa, blocks: writer.blocks })
 }
 
-/// Bytes that the tables of a machine with `nodes` nodes and `cpus` CPUs need at most.
-pub(crate) fn size_bound(nodes: usize, cpus: usize) -> u64 {
+/// Bytes that the tables of the machine `spec` need at most: what its [`Layout`] must have room for.
+pub fn size_bound(spec: &MachineSpec) -> u64 {
+    let (nodes, cpus) = (spec.nodes.len(), spec.nodes.iter().map(|node| node.cpus as usize).sum());
     // RSDP, XSDT, FADT, MCFG and DSDT without host bridges are about 1 KiB together.
     let fixed = 9 * ALIGN + 2048 + crate::pci::buses(nodes) as u64 * pci::BRIDGE_BOUND;
     (nodes * nodes) as u64 + madt::size(cpus) + numa::srat_size(nodes, cpus) + fixed
@@ -98,6 +99,11 @@ impl Writer {
         self.blocks.push((gpa, table));
         gpa
     }
+}
+
+/// The name of a bus's host bridge in the ACPI namespace.
+fn bridge_name(bus: u8) -> String {
+    format!("PC{bus:02X}")
 }
 
 /// A table with its header and checksum.

@@ -1,4 +1,4 @@
-//! SRAT and SLIT: which node has what, and how far nodes are from each other (ACPI 6.5, 5.2.16, 5.2.17).
+//! SRAT and SLIT: the CPUs and memory of each node, and the distances between nodes (ACPI 6.5, 5.2.16, 5.2.17).
 
 use super::table;
 use crate::layout::Layout;

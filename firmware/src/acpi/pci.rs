@@ -1,6 +1,6 @@
-//! What ACPI says of PCI: the host bridges with the node they are near to, and the MCFG.
+//! PCI in ACPI: the host bridges with the node they are near to, and the MCFG.
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug, serialize};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, bridge_name, hotplug, serialize};
 use crate::pci::{ECAM_BASE, ECAM_BUS_LEN, ecam, window};
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -48,11 +48,6 @@ fn host_bridge(bus: u8, bytes: &mut Vec<u8>) {
     let slots = hotplug::Slots { bus };
     let children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &first, &uid, &node, &crs, &slots];
     Device::new(name.as_str().into(), children).to_aml_bytes(bytes);
-}
-
-/// The name of a bus's host bridge in `\_SB`.
-pub(super) fn bridge_name(bus: u8) -> String {
-    format!("PC{bus:02X}")
 }
 
 /// The MCFG: where configuration space is.

@@ -18,8 +18,9 @@
 //! ```
 
 use crate::FirmwareError;
-use crate::acpi::AcpiTables;
-use crate::layout::{BIOS_RESET_ENTRY, Layout};
+use crate::acpi::{self, AcpiTables};
+use crate::addresses::BIOS_RESET_ENTRY;
+use crate::layout::Layout;
 use crate::spec::MachineSpec;
 use linux_loader::loader::bootparam::{boot_params, setup_header};
 use linux_loader::loader::{KernelLoader, bzimage::BzImage, elf::Elf};
@@ -41,7 +42,7 @@ use place::Plan;
 const ZERO_PAGE_ADDR: u64 = 0x7000;
 /// GPA of the memory map's extension; one page.
 const SETUP_DATA_ADDR: u64 = 0x8000;
-/// GPA of the command line; it may reach up to [`crate::layout::LOW_MEMORY_END`].
+/// GPA of the command line; it may reach up to [`crate::addresses::LOW_MEMORY_END`].
 const CMDLINE_ADDR: u64 = 0x2_0000;
 
 /// What the operator wants booted.
@@ -61,7 +62,7 @@ pub struct BootSource<'a> {
 /// [`FirmwareError::Spec`] for a machine that cannot be, [`FirmwareError::Boot`] for files that are missing,
 /// not what they should be, or too large, and for a command line that the kernel would cut off.
 pub fn check(source: &BootSource, spec: &MachineSpec) -> Result<(), FirmwareError> {
-    let layout = Layout::new(spec)?;
+    let layout = Layout::new(spec, acpi::size_bound(spec))?;
     let image = Image::open(source.kernel)?;
     // The clock's frequency is not known yet; no other gives a longer line.
     command_line(source.cmdline, u32::MAX, &image)?;

@@ -5,7 +5,7 @@
 //! looks at the first list only: so the kernel's code and data stay in node 0's memory, where they are
 //! unpacked, instead of being written page by page across the fabric.
 
-use crate::e820::Entry;
+use crate::e820::{self, Entry};
 use crate::layout::Layout;
 use linux_loader::loader::bootparam::{SETUP_E820_EXT, boot_e820_entry, boot_params};
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -35,7 +35,7 @@ const _: () = assert!(size_of::<E820Entry>() == 20 && size_of::<boot_e820_entry>
 pub(super) fn memory_map(layout: &Layout) -> (Vec<Entry>, Vec<Entry>) {
     let (mut local, mut remote) = (Vec::new(), Vec::new());
     let home = layout.node_gpa_ranges(0);
-    for entry in layout.e820() {
+    for entry in e820::map(layout) {
         let end = entry.addr + entry.len;
         // Node 0 is lowest on either side of the hole, so its part of an entry is the entry's beginning.
         let within = home.iter().find(|range| range.contains(&entry.addr));

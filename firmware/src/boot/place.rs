@@ -1,8 +1,9 @@
-//! Where the kernel and its initrd go, and whether they fit.
+//! The places of the kernel and its initrd in memory, and whether they fit.
 
 use super::image::{self, Image};
 use crate::FirmwareError;
-use crate::layout::{BIOS_END, Layout, PAGE_SIZE};
+use crate::addresses::{BIOS_END, PAGE_SIZE};
+use crate::layout::Layout;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

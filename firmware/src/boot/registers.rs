@@ -1,6 +1,6 @@
 //! The state in which the first CPU enters the kernel: 64-bit mode, interrupts off, memory one to one.
 
-use crate::layout::PAGE_SIZE;
+use crate::addresses::PAGE_SIZE;
 
 /// GPA of the global descriptor table.
 const GDT_ADDR: u64 = 0x500;

@@ -1,6 +1,6 @@
 //! The BIOS's last service: a jump to its start resets the machine (Linux `reboot=bios`).
 
-use crate::layout::{ACPI_RESET_PORT, ACPI_RESET_VALUE, BIOS_END, BIOS_RESET_ENTRY};
+use crate::addresses::{ACPI_RESET_PORT, ACPI_RESET_VALUE, BIOS_END, BIOS_RESET_ENTRY};
 
 /// 16-bit code for [`BIOS_RESET_ENTRY`]: write to ACPI's reset register and wait.
 #[rustfmt::skip]

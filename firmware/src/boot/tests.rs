@@ -102,7 +102,7 @@ impl Booted {
 }
 
 fn boot(spec: &MachineSpec, kernel: &Path, initrd: Option<&Path>) -> Result<Booted, FirmwareError> {
-    let layout = Layout::new(spec).unwrap();
+    let layout = Layout::new(spec, acpi::size_bound(spec)).unwrap();
     let ranges: Vec<_> = layout.ram_ranges().iter().map(|r| (GuestAddress(r.gpa), r.len as usize)).collect();
     let mem = Memory::from_ranges(&ranges).unwrap();
     let acpi = acpi::build(&layout, spec).unwrap();
@@ -188,7 +188,8 @@ fn both_lists_together_are_the_machines_map() {
     for memory in
         [vec![6 << 30], vec![5 << 30, 1 << 30], vec![1 << 30, 4 << 30, 1 << 30], vec![3 << 30, 1 << 30]]
     {
-        let layout = Layout::new(&machine(&memory)).unwrap();
+        let spec = machine(&memory);
+        let layout = Layout::new(&spec, acpi::size_bound(&spec)).unwrap();
         let (local, remote) = params::memory_map(&layout);
         let bytes = |entries: &[crate::e820::Entry]| entries.iter().map(|e| e.len).sum::<u64>();
         assert_eq!(bytes(&local), memory[0], "{memory:?}");

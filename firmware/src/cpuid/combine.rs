@@ -1,4 +1,4 @@
-//! What all nodes' CPUs can do: feature bits that all have, the least of every limit.
+//! The common abilities of all nodes' CPUs: feature bits that all have, the least of every limit.
 
 use super::{CpuidEntry, Table};
 use crate::FirmwareError;

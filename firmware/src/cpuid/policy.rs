@@ -1,4 +1,4 @@
-//! What this kind of machine can give, whatever its CPUs can do.
+//! The policy: abilities that this kind of machine turns off or on, whatever its CPUs can do.
 //!
 //! Off: what needs one KVM under the whole guest (its paravirtual clock, IPIs, TLB flushes..), what counts
 //! or traces on one host (performance counters, branch records, processor trace), what ends in another

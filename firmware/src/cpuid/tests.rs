@@ -82,7 +82,7 @@ fn has(entries: &[CpuidEntry], leaf: u32) -> bool {
 fn layout(cpus: &[u32]) -> Layout {
     let nodes = cpus.iter().enumerate();
     let nodes = nodes.map(|(id, &cpus)| NodeSpec { name: format!("n{id}"), cpus, memory: 1 << 30 }).collect();
-    Layout::new(&MachineSpec { nodes, distances: Vec::new(), pci: false }).unwrap()
+    Layout::new(&MachineSpec { nodes, distances: Vec::new(), pci: false }, 0).unwrap()
 }
 
 #[test]

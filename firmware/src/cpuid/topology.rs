@@ -1,4 +1,4 @@
-//! Which CPU this is, and which CPUs share what: one package per node, one thread per core, the last-level
+//! The topology leaves: a CPU's id, and what CPUs share: one package per node, one thread per core, the last-level
 //! cache shared by a node.
 
 use super::{CpuidEntry, Table};

@@ -1,5 +1,6 @@
 use super::*;
-use crate::e820::Kind;
+use crate::acpi;
+use crate::e820::{self, Kind};
 use crate::spec::{MIN_NODE_MEMORY, MIN_NODE0_MEMORY, NodeSpec};
 use proptest::prelude::*;
 
@@ -10,8 +11,12 @@ fn machine(nodes: &[(u32, u64)]) -> MachineSpec {
     MachineSpec { nodes, distances: Vec::new(), pci: false }
 }
 
+fn made(spec: &MachineSpec) -> Result<Layout, FirmwareError> {
+    Layout::new(spec, acpi::size_bound(spec))
+}
+
 fn layout(nodes: &[(u32, u64)]) -> Layout {
-    Layout::new(&machine(nodes)).unwrap()
+    made(&machine(nodes)).unwrap()
 }
 
 #[test]
@@ -66,7 +71,7 @@ fn acpi_tables_of_a_huge_machine_lie_at_the_top_of_node_0() {
     let acpi = layout.acpi_range();
     assert_eq!(acpi.end, 1 << 30);
     assert!(acpi.end - acpi.start >= 512 * 512, "the SLIT alone has a byte for each pair of nodes");
-    let map = layout.e820();
+    let map = e820::map(&layout);
     assert!(map.iter().any(|entry| (entry.addr, entry.kind) == (acpi.start, Kind::Acpi)));
 }
 
@@ -99,10 +104,10 @@ fn wrong_machines_are_refused_with_the_reason() {
         (near, "from node 0 to node 1"),
         (far_from_self, "itself"),
     ] {
-        let error = Layout::new(&spec).unwrap_err().to_string();
+        let error = made(&spec).unwrap_err().to_string();
         assert!(error.contains(word), "{error}");
     }
-    assert!(Layout::new(&machine(&[(255, gib)])).is_ok());
+    assert!(made(&machine(&[(255, gib)])).is_ok());
 }
 
 #[test]
@@ -162,7 +167,7 @@ proptest! {
     #[test]
     fn memory_map_covers_ram_once_in_order(nodes in any_nodes()) {
         let layout = layout(&nodes);
-        let map = layout.e820();
+        let map = e820::map(&layout);
         for pair in map.windows(2) {
             prop_assert!(pair[0].addr + pair[0].len <= pair[1].addr);
         }

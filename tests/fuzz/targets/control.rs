@@ -2,8 +2,8 @@
 #![no_main]
 use std::fmt::Debug;
 
-use vmm::coordinator::wire::{self, Assigned, Hello, MAX_HELLO};
-use vmm::node_api::{FromCoordinator, ToCoordinator};
+use machine::control::wire::{self, Assigned, Hello, MAX_HELLO};
+use machine::control::{FromCoordinator, ToCoordinator};
 
 fn decode<T: serde::de::DeserializeOwned + serde::Serialize + PartialEq + Debug>(frame: &[u8]) {
     if let Ok(message) = wire::decode::<T>(frame) {

@@ -1,6 +1,6 @@
 //! Key files: what is read is what would be written.
 #![no_main]
-use vmm::keys::KeyFile;
+use machine::keys::KeyFile;
 
 libfuzzer_sys::fuzz_target!(|text: &str| {
     if let Ok(key) = KeyFile::parse(text) {

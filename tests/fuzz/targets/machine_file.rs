@@ -1,7 +1,7 @@
 //! Machine files: any text is a machine or a sentence of one line.
 #![no_main]
 libfuzzer_sys::fuzz_target!(|text: &str| {
-    match vmm::machine_file::parse(text) {
+    match machine::config::file::parse(text) {
         Ok(config) => drop(config.check()),
         Err(error) => assert!(!error.0.contains('\n'), "{:?}", error.0),
     }

@@ -11,33 +11,13 @@
 //! | cl | 64 minus the bits of a random delay, in ticks |
 
 use super::catalogue::{Access, Var, Variant};
+use crate::code64;
 
 /// The port to which a thread writes when it has done its iterations.
 pub const DONE: u16 = 0x80;
 
-/// The bytes of 64-bit code in Intel syntax.
-macro_rules! code64 {
-    ($($line:expr),+ $(,)?) => {{
-        let (start, end): (usize, usize);
-        // SAFETY: the block only takes the addresses of its own labels and jumps over the guest's code, which
-        // this process never executes.
-        unsafe {
-            core::arch::asm!(
-                "lea {0}, [rip + 990f]",
-                "lea {1}, [rip + 991f]",
-                "jmp 991f",
-                "990:",
-                $($line,)+
-                "991:",
-                out(reg) start,
-                out(reg) end,
-                options(nomem, nostack),
-            );
-        }
-        // SAFETY: the code lies between the two labels in this program's text.
-        unsafe { core::slice::from_raw_parts(start as *const u8, end - start) }
-    }};
-}
+/// A port to which a thread writes to leave the guest and come back.
+pub const AWAY: u16 = 0x81;
 
 /// Draws a random delay of 64 - cl bits into r10.
 fn draw() -> &'static [u8] {

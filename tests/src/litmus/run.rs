@@ -105,7 +105,7 @@ fn one_batch(
     // Time enough for a page to come and go; and delays up to half of it.
     let period = ticks(if placement.nodes { 40_000 } else { 600 });
     let delay = if placement.nodes { period } else { period / 4 };
-    let begin = fabric::trace::now() + ticks(300_000);
+    let begin = base::trace::now() + ticks(300_000);
     let registers: Vec<kvm_regs> = (0..threads)
         .map(|thread| kvm_regs {
             rsi: variables(0)[0] as u64,

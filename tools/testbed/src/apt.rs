@@ -31,13 +31,25 @@ impl Suite {
     /// # Errors
     /// The mirror cannot be reached or its signature is bad.
     pub fn open(suite: &str, step: &Step) -> Result<Self> {
+        Self::with_lists(suite, &["deb"], step)
+    }
+
+    /// [`Suite::open`] with the lists of source packages too.
+    ///
+    /// # Errors
+    /// Those of [`Suite::open`].
+    pub fn open_with_sources(suite: &str, step: &Step) -> Result<Self> {
+        Self::with_lists(suite, &["deb", "deb-src"], step)
+    }
+
+    fn with_lists(suite: &str, kinds: &[&str], step: &Step) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("gestalt-apt-").tempdir()?;
         for sub in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(dir.path().join(sub))?;
         }
         fs::write(dir.path().join("state/status"), "")?;
-        let source = format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror());
-        fs::write(dir.path().join("sources.list"), source)?;
+        let line = |kind| format!("{kind} [signed-by={KEYRING}] {} {suite} main\n", mirror());
+        fs::write(dir.path().join("sources.list"), kinds.iter().map(line).collect::<String>())?;
         let this = Self { dir };
         exec::run(this.apt("apt-get").arg("update"), Some(step))
             .with_context(|| format!("reading the package lists of Debian {suite} from {}", mirror()))?;
@@ -50,12 +62,18 @@ impl Suite {
     /// No such package, or no network.
     pub fn download(&self, package: &str, into: &Path, step: &Step) -> Result<PathBuf> {
         exec::run(self.apt("apt-get").args(["download", package]).current_dir(into), Some(step))?;
-        let prefix = format!("{package}_");
-        let files = fs::read_dir(into)?.flatten().map(|entry| entry.path());
-        files
-            .into_iter()
-            .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)))
-            .ok_or_else(|| anyhow!("apt-get download {package} succeeded but left no file"))
+        file_of(package, ".deb", into)
+    }
+
+    /// Downloads the upstream source of source package `package`, as Debian has it, into `into` and returns the
+    /// archive's path. The suite was opened with its sources.
+    ///
+    /// # Errors
+    /// No such package, or no network.
+    pub fn download_source(&self, package: &str, into: &Path, step: &Step) -> Result<PathBuf> {
+        let args = ["source", "--tar-only", "--download-only", package];
+        exec::run(self.apt("apt-get").args(args).current_dir(into), Some(step))?;
+        file_of(package, ".orig.tar.xz", into)
     }
 
     /// The first package that `package` depends on: what a `linux-image-*` metapackage stands for.
@@ -88,6 +106,18 @@ impl Suite {
         }
         command
     }
+}
+
+/// The file of `package` with this ending that apt left in `dir`.
+fn file_of(package: &str, ending: &str, dir: &Path) -> Result<PathBuf> {
+    let prefix = format!("{package}_");
+    let mut files = fs::read_dir(dir)?.flatten().map(|entry| entry.path());
+    files
+        .find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(&prefix) && name.ends_with(ending)
+        })
+        .ok_or_else(|| anyhow!("apt-get fetched {package} but left no file {prefix}*{ending}"))
 }
 
 /// Unpacks a .deb into `into`.

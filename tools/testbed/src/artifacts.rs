@@ -1,7 +1,7 @@
 //! The programs under test: built by cargo, in the target directory that this program itself came from.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
@@ -29,7 +29,7 @@ pub fn build() -> Result<PathBuf> {
             "--quiet",
             "--release",
             "--package",
-            "vmm",
+            "gestalt",
             "--package",
             "testbed",
             "--bins",
@@ -42,6 +42,35 @@ pub fn build() -> Result<PathBuf> {
         bail!("the release build of gestalt failed: see cargo's messages above");
     }
     Ok(target.join("release"))
+}
+
+/// Builds the test program `test` of a package, in cargo's profile for tests, and returns its path.
+///
+/// # Errors
+/// It does not compile.
+pub fn test_program(package: &str, test: &str) -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command
+        .args(["test", "--quiet", "--no-run", "--package", package, "--test", test, "--target-dir"])
+        .arg(target_dir()?)
+        .args(["--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .current_dir(workspace());
+    let output = crate::exec::tether(&mut command).output().context("running cargo")?;
+    if !output.status.success() {
+        bail!("the build of test program {test} failed: see cargo's messages above");
+    }
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let path = messages.lines().find_map(|line| executable(line, test));
+    path.with_context(|| format!("cargo built test program {test} but named no file"))
+}
+
+/// The program that one of cargo's messages names, if it is about the wanted test.
+fn executable(message: &str, test: &str) -> Option<PathBuf> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    let wanted = message.pointer("/target/name")?.as_str()? == test;
+    message.get("executable")?.as_str().filter(|_| wanted).map(PathBuf::from)
 }
 
 /// The target directory: the one this executable is in, else cargo's default.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::host::{Event, Host, Input, Job};
+use crate::host::{Event, Host, HostFile, Input, Job};
 use crate::machine::{KEY, Machine, PROGRAM_MIB};
 use crate::proto::Spawn;
 use crate::report::{Console, Facts, Said};
@@ -20,6 +20,8 @@ use crate::rig::Rig;
 
 /// The longest that a healthy guest prints nothing, with plenty for a slow emulated host.
 const SILENCE: Duration = Duration::from_secs(100);
+/// What a kernel says when it cannot go on.
+const DEADLY: [&str; 2] = ["Kernel panic - not syncing", "Oops: "];
 /// What may still be printed after a panic's first line.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Last lines of the console that an error carries.
@@ -101,7 +103,7 @@ pub struct Boot {
     said: VecDeque<Said>,
     started: Instant,
     heard: Instant,
-    report: std::path::PathBuf,
+    report: HostFile,
     outcome: Outcome,
 }
 
@@ -115,8 +117,9 @@ impl Boot {
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let host = &rig.hosts()[0];
         let on_host = |name: &str| host.dir().join(name).display().to_string();
-        let (file, report) = (format!("share/machine-{number}.toml"), format!("share/report-{number}.json"));
-        std::fs::write(rig.stage().join(&file), machine.file(&on_host("guest"), rig.emulated().is_some()))?;
+        let file = host.file(&format!("share/machine-{number}.toml"));
+        let report = host.file(&format!("share/report-{number}.json"));
+        file.write(machine.file(&on_host("guest"), rig.emulated().is_some()).as_bytes())?;
         if machine.has_joining_nodes() {
             share_key(rig, machine)?;
         }
@@ -133,7 +136,8 @@ impl Boot {
         let gestalt = host.bin().join("gestalt").display().to_string();
         // The shell becomes `gestalt run`: its process id is the session's, and the parent of the local nodes.
         let shell = ["/bin/sh", "-c", "echo $$ >\"$0\"; exec \"$@\"", &on_host(&pid)];
-        let command = [&gestalt, "run", &on_host(&file), "--report", &on_host(&report)];
+        let (file, path) = (file.path().to_string_lossy(), report.path().to_string_lossy());
+        let command = [&gestalt, "run", &file, "--report", &path];
         let argv = [&shell[..], &command[..]].concat().into_iter().map(String::from);
         let argv = argv.chain(machine.flags.iter().cloned()).collect();
         let spawn = Spawn { argv, terminal, ..Spawn::default() };
@@ -150,7 +154,7 @@ impl Boot {
             said: VecDeque::new(),
             started,
             heard: started,
-            report: rig.stage().join(report),
+            report,
             outcome: Outcome::default(),
         })
     }
@@ -228,8 +232,9 @@ impl Boot {
                         let answer = watch.answers.pop_front().unwrap_or_else(|| "poweroff".into());
                         self.input().send(format!("{answer}\n").as_bytes())?;
                     }
-                    Said::Text(text) if text.contains("Kernel panic - not syncing") => {
-                        panicked = Some(Instant::now() + LAST_WORDS);
+                    // An oops ends what ran and may leave the rest hanging.
+                    Said::Text(text) if DEADLY.iter().any(|words| text.contains(words)) => {
+                        panicked.get_or_insert(Instant::now() + LAST_WORDS);
                     }
                     Said::Text(_) => {}
                 }
@@ -323,10 +328,10 @@ impl Boot {
                 }
             }
         }
-        if let Ok(text) = std::fs::read_to_string(&self.report)
-            && !text.is_empty()
-        {
-            self.outcome.counters = Some(serde_json::from_str(&text).context("reading gestalt's report")?);
+        let report = self.report.read()?;
+        if !report.is_empty() {
+            self.outcome.counters =
+                Some(serde_json::from_slice(&report).context("reading gestalt's report")?);
         }
         Ok(self.outcome.clone())
     }

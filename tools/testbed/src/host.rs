@@ -28,8 +28,13 @@ pub enum Event {
     Exit(i32),
 }
 
+/// How long one file may take to or from a host that has the stage's files as copies: it may be a slow serial line.
+const COPY_LIMIT: Duration = Duration::from_secs(600);
+
 /// The testbed's end of an agent's stream.
 struct Link {
+    /// The host's name.
+    name: String,
     stream: UnixStream,
     write_lock: Mutex<()>,
     jobs: Mutex<HashMap<u32, Sender<Message>>>,
@@ -57,27 +62,84 @@ impl Link {
         }
         self.jobs.lock().expect("no holder panics").clear();
     }
+
+    fn spawn(self: &Arc<Self>, spawn: Spawn) -> Result<Job> {
+        let id = self.next_job.fetch_add(1, Ordering::Relaxed);
+        let (sender, messages) = channel();
+        self.jobs.lock().expect("no holder panics").insert(id, sender);
+        self.send(id, &Message::Spawn(spawn))
+            .with_context(|| format!("{} is gone: no job can be started on it", self.name))?;
+        Ok(Job { id, link: self.clone(), messages })
+    }
+
+    /// Runs a shell script with `input` as its standard input: [`Host::run`].
+    fn run(
+        self: &Arc<Self>,
+        script: &str,
+        input: &[u8],
+        limit: Duration,
+        mut see: impl FnMut(&Event),
+    ) -> Result<i32> {
+        let job = self.spawn(shell(script))?;
+        job.input().send(input)?;
+        job.close_input();
+        let deadline = Instant::now() + limit;
+        loop {
+            let Some(event) = job.next_until(deadline)? else {
+                job.signal(libc::SIGKILL);
+                bail!("{}: not finished within {limit:?}, killed: {script}", self.name);
+            };
+            see(&event);
+            if let Event::Exit(code) = event {
+                return Ok(code);
+            }
+        }
+    }
+
+    /// Runs a shell script that must succeed: [`Host::output`].
+    fn output(self: &Arc<Self>, script: &str, input: &[u8], limit: Duration) -> Result<Vec<u8>> {
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let code = self.run(script, input, limit, |event| match event {
+            Event::Stdout(bytes) => stdout.extend(bytes),
+            Event::Stderr(bytes) => stderr.extend(bytes),
+            Event::Exit(_) => {}
+        })?;
+        if code != 0 {
+            let said = String::from_utf8_lossy(&stderr);
+            bail!("{}: exit code {code} of: {script}\n{}", self.name, said.trim_end());
+        }
+        Ok(stdout)
+    }
 }
 
 /// A host that runs jobs.
 pub struct Host {
-    name: String,
     dir: PathBuf,
     bin: PathBuf,
+    /// The stage as this machine sees it; `None` if the host has copies of its files instead.
+    shared: Option<PathBuf>,
     link: Arc<Link>,
     hello: Receiver<Message>,
 }
 
 impl Host {
     /// Talks to an agent over `stream`. `dir` is where the host sees the stage ([`crate::stage::Stage`]), `bin` where
-    /// it has the stage's programs.
+    /// it has the stage's programs. `shared` is the stage on this machine, or `None` if the host has copies of what was
+    /// on it.
     ///
     /// # Errors
     /// None in practice.
-    pub(crate) fn attach(name: String, dir: PathBuf, bin: PathBuf, stream: UnixStream) -> Result<Self> {
+    pub(crate) fn attach(
+        name: String,
+        dir: PathBuf,
+        bin: PathBuf,
+        shared: Option<PathBuf>,
+        stream: UnixStream,
+    ) -> Result<Self> {
         // A host that stopped reading must not stop us too.
         stream.set_write_timeout(Some(WRITE_LIMIT))?;
         let link = Arc::new(Link {
+            name,
             stream,
             write_lock: Mutex::new(()),
             jobs: Mutex::default(),
@@ -86,8 +148,8 @@ impl Host {
         let (sender, hello) = channel();
         link.jobs.lock().expect("no holder panics").insert(0, sender);
         let reader = link.clone();
-        std::thread::Builder::new().name(format!("{name}-reader")).spawn(move || reader.dispatch())?;
-        Ok(Self { name, dir, bin, link, hello })
+        std::thread::Builder::new().name(format!("{}-reader", link.name)).spawn(move || reader.dispatch())?;
+        Ok(Self { dir, bin, shared, link, hello })
     }
 
     /// This machine itself as a host, with the stage at `dir`.
@@ -102,7 +164,8 @@ impl Host {
                 eprintln!("the local agent stopped: {error}");
             }
         })?;
-        let host = Self::attach("this machine".into(), dir.to_owned(), dir.join("bin"), ours)?;
+        let host =
+            Self::attach("this machine".into(), dir.to_owned(), dir.join("bin"), Some(dir.to_owned()), ours)?;
         host.wait_ready(Duration::from_secs(10))?;
         Ok(host)
     }
@@ -114,15 +177,15 @@ impl Host {
     pub(crate) fn wait_ready(&self, limit: Duration) -> Result<()> {
         match self.hello.recv_timeout(limit) {
             Ok(Message::Hello) => Ok(()),
-            Ok(other) => bail!("{}: its agent said {other:?} first", self.name),
-            Err(RecvTimeoutError::Timeout) => bail!("{} did not start within {limit:?}", self.name),
-            Err(RecvTimeoutError::Disconnected) => bail!("{} ended while it started", self.name),
+            Ok(other) => bail!("{}: its agent said {other:?} first", self.name()),
+            Err(RecvTimeoutError::Timeout) => bail!("{} did not start within {limit:?}", self.name()),
+            Err(RecvTimeoutError::Disconnected) => bail!("{} ended while it started", self.name()),
         }
     }
 
     /// The host's name, for messages.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.link.name
     }
 
     /// The directory of the programs under test.
@@ -140,33 +203,15 @@ impl Host {
     /// # Errors
     /// The host is gone.
     pub fn spawn(&self, spawn: Spawn) -> Result<Job> {
-        let id = self.link.next_job.fetch_add(1, Ordering::Relaxed);
-        let (sender, messages) = channel();
-        self.link.jobs.lock().expect("no holder panics").insert(id, sender);
-        self.link
-            .send(id, &Message::Spawn(spawn))
-            .with_context(|| format!("{} is gone: no job can be started on it", self.name))?;
-        Ok(Job { id, host: self.name.clone(), link: self.link.clone(), messages })
+        self.link.spawn(spawn)
     }
 
     /// Runs a shell script to its end and returns its exit code; `see` gets its output as it comes.
     ///
     /// # Errors
     /// The host is gone, or `limit` passes: then the script is killed.
-    pub fn run(&self, script: &str, limit: Duration, mut see: impl FnMut(&Event)) -> Result<i32> {
-        let job = self.spawn(shell(script))?;
-        job.close_input();
-        let deadline = Instant::now() + limit;
-        loop {
-            let Some(event) = job.next_until(deadline)? else {
-                job.signal(libc::SIGKILL);
-                bail!("{}: not finished within {limit:?}, killed: {script}", self.name);
-            };
-            see(&event);
-            if let Event::Exit(code) = event {
-                return Ok(code);
-            }
-        }
+    pub fn run(&self, script: &str, limit: Duration, see: impl FnMut(&Event)) -> Result<i32> {
+        self.link.run(script, b"", limit, see)
     }
 
     /// Runs a shell script that must succeed and returns its standard output.
@@ -174,17 +219,17 @@ impl Host {
     /// # Errors
     /// Those of [`Host::run`], or an exit code other than 0: then the error carries the standard error.
     pub fn output(&self, script: &str, limit: Duration) -> Result<String> {
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let code = self.run(script, limit, |event| match event {
-            Event::Stdout(bytes) => stdout.extend(bytes),
-            Event::Stderr(bytes) => stderr.extend(bytes),
-            Event::Exit(_) => {}
-        })?;
-        if code != 0 {
-            let said = String::from_utf8_lossy(&stderr);
-            bail!("{}: exit code {code} of: {script}\n{}", self.name, said.trim_end());
+        let said = self.link.output(script, b"", limit)?;
+        Ok(String::from_utf8_lossy(&said).into_owned())
+    }
+
+    /// A file of the stage, by its place on it, as this host has it.
+    pub fn file(&self, place: &str) -> HostFile {
+        HostFile {
+            shared: self.shared.as_ref().map(|stage| stage.join(place)),
+            path: self.dir.join(place),
+            link: self.link.clone(),
         }
-        Ok(String::from_utf8_lossy(&stdout).into_owned())
     }
 
     /// What this host's kernel and processes are doing, for the error of a test that hangs. Never fails: what cannot
@@ -194,7 +239,7 @@ impl Host {
             for task in $(pgrep gestalt); do for thread in /proc/$task/task/*; do \
             echo \"$thread $(cat $thread/comm)\"; cat $thread/stack; done; done; dmesg | tail -15";
         let said = self.output(SCRIPT, Duration::from_secs(30)).unwrap_or_else(|error| format!("{error:#}"));
-        format!("--- {} now\n{}", self.name, said.trim_end())
+        format!("--- {} now\n{}", self.name(), said.trim_end())
     }
 
     /// Asks the agent to end, and with it an emulated host.
@@ -210,6 +255,45 @@ impl Drop for Host {
     }
 }
 
+/// A file of the stage as one host has it.
+pub struct HostFile {
+    /// Where this machine sees the same file, if it does.
+    shared: Option<PathBuf>,
+    path: PathBuf,
+    link: Arc<Link>,
+}
+
+impl HostFile {
+    /// Where the host has it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes it, if only to the host's copy.
+    ///
+    /// # Errors
+    /// The host is gone, or there is no room.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        if let Some(shared) = &self.shared {
+            return std::fs::write(shared, bytes).with_context(|| format!("writing {}", shared.display()));
+        }
+        let script = format!("cat >'{}'", self.path.display());
+        self.link.output(&script, bytes, COPY_LIMIT).map(drop)
+    }
+
+    /// What it holds; nothing if there is no such file.
+    ///
+    /// # Errors
+    /// The host is gone.
+    pub fn read(&self) -> Result<Vec<u8>> {
+        if let Some(shared) = &self.shared {
+            return Ok(std::fs::read(shared).unwrap_or_default());
+        }
+        let script = format!("[ ! -e '{0}' ] || cat '{0}'", self.path.display());
+        self.link.output(&script, b"", COPY_LIMIT)
+    }
+}
+
 /// A shell script as a job on pipes.
 pub fn shell(script: &str) -> Spawn {
     Spawn { argv: vec!["/bin/sh".into(), "-c".into(), script.into()], ..Spawn::default() }
@@ -218,7 +302,6 @@ pub fn shell(script: &str) -> Spawn {
 /// A job on a host. Dropped while it runs, it is killed.
 pub struct Job {
     id: u32,
-    host: String,
     link: Arc<Link>,
     messages: Receiver<Message>,
 }
@@ -233,10 +316,10 @@ impl Job {
             Ok(Message::Stdout(bytes)) => Ok(Some(Event::Stdout(bytes))),
             Ok(Message::Stderr(bytes)) => Ok(Some(Event::Stderr(bytes))),
             Ok(Message::Exit(code)) => Ok(Some(Event::Exit(code))),
-            Ok(Message::Failed(why)) => bail!("{}: {why}", self.host),
-            Ok(other) => bail!("{}: its agent sent {other:?} for a job", self.host),
+            Ok(Message::Failed(why)) => bail!("{}: {why}", self.link.name),
+            Ok(other) => bail!("{}: its agent sent {other:?} for a job", self.link.name),
             Err(RecvTimeoutError::Timeout) => Ok(None),
-            Err(RecvTimeoutError::Disconnected) => bail!("{} ended under a running job", self.host),
+            Err(RecvTimeoutError::Disconnected) => bail!("{} ended under a running job", self.link.name),
         }
     }
 
@@ -319,6 +402,20 @@ mod tests {
         let host = host();
         let error = host.run("sleep 1000", Duration::from_millis(100), |_| {}).unwrap_err();
         assert!(error.to_string().contains("not finished"), "{error}");
+    }
+
+    #[test]
+    fn a_file_is_written_and_read_whether_the_stage_is_shared_or_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = Host::local(dir.path()).unwrap();
+        for shared in [host.shared.clone(), None] {
+            let file = HostFile { shared: shared.map(|stage| stage.join("a")), ..host.file("a") };
+            let bytes: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
+            file.write(&bytes).unwrap();
+            assert!(file.read().unwrap() == bytes);
+            std::fs::remove_file(file.path()).unwrap();
+            assert_eq!(file.read().unwrap(), b"");
+        }
     }
 
     #[test]

@@ -42,6 +42,7 @@ const DEBOOTSTRAP_LINES: u64 = 700;
 const IMAGE_MIB: u32 = 1200;
 
 /// What QEMU boots.
+#[derive(Clone, Debug)]
 pub struct HostImage {
     /// The kernel.
     pub vmlinuz: PathBuf,

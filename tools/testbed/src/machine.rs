@@ -97,6 +97,11 @@ impl Machine {
         self.nodes.iter().map(|node| node.cpus).sum()
     }
 
+    /// How many nodes have CPUs.
+    pub fn nodes_with_cpus(&self) -> usize {
+        self.nodes.iter().filter(|node| node.cpus > 0).count()
+    }
+
     /// All memory in MiB.
     pub fn memory_mib(&self) -> u32 {
         self.nodes.iter().map(|node| node.memory_mib).sum()
@@ -118,13 +123,19 @@ impl Machine {
 
     /// The machine file, with kernel and initramfs below `guest`, a directory of the host.
     ///
-    /// On `emulated` hosts the kernel starts one CPU and user space the others: they emulate AMD's nested
-    /// paging, where a page-table walk needs its pages writable, so that nodes share page tables at the speed
+    /// On `emulated` hosts the kernel starts one CPU and user space the others. While it boots the kernel patches itself,
+    /// and other CPUs that run meanwhile may be served stale code: see [`crate::stale`]. And such hosts emulate AMD's
+    /// nested paging, where a page-table walk needs its pages writable, so that nodes share page tables at the speed
     /// of the fabric. Until the kernel has stopped the ticks of idle CPUs, every tick on every node does so. For the
     /// same reason a whole system keeps to the first node, except for what is started elsewhere on purpose.
     pub fn file(&self, guest: &str, emulated: bool) -> String {
-        let several = self.nodes.iter().filter(|node| node.cpus > 0).count() > 1;
-        let late = if emulated && several { ("maxcpus=1 ", "online,") } else { ("", "") };
+        let several = self.nodes_with_cpus() > 1;
+        // A whole system has nothing that would start other CPUs.
+        let late = match self.system {
+            None => emulated && self.cpus() > 1,
+            Some(_) => emulated && several,
+        };
+        let late = if late { ("maxcpus=1 ", "online,") } else { ("", "") };
         let actions = match self.system {
             None => format!("gestalt.run={}{}", late.1, self.actions),
             Some(_) if !late.0.is_empty() => self.apart(),
@@ -233,6 +244,15 @@ mod tests {
                 .file("/g", true)
                 .contains("isolcpus")
         );
+    }
+
+    #[test]
+    fn other_cpus_of_a_guest_on_emulated_hosts_start_when_the_kernel_has_booted() {
+        for machine in [Machine::equal(1, 2, 256), Machine::equal(2, 1, 256)] {
+            assert!(machine.file("/g", true).contains("maxcpus=1 gestalt.run=online,report,"));
+            assert!(!machine.file("/g", false).contains("maxcpus"));
+        }
+        assert!(!Machine::equal(1, 1, 256).file("/g", true).contains("maxcpus"));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
 use testbed::cache::Cache;
 use testbed::host::Event;
+use testbed::keeper::Keeper;
 use testbed::kernels::Kernel;
+use testbed::options::Emulate;
 use testbed::proto::Spawn;
 use testbed::rig::{Rig, RigConfig};
 use testbed::terminal::RawTerminal;
@@ -35,7 +37,11 @@ enum Task {
     Images,
     /// Serve jobs inside a host (started by the host itself)
     #[command(hide = true)]
-    Agent,
+    Agent {
+        /// The serial line to the testbed; a virtio port if there is none
+        #[arg(long)]
+        serial: Option<PathBuf>,
+    },
 }
 
 #[derive(Args)]
@@ -67,9 +73,12 @@ struct Run {
     /// Run the command on a terminal of its own (the default when this is run on one)
     #[arg(long)]
     terminal: bool,
-    /// Emulate even if this machine has VMX or SVM
-    #[arg(long)]
-    emulate: bool,
+    /// Emulate even if this machine has VMX or SVM: with QEMU, which has AMD's SVM, or an Intel host with Bochs
+    #[arg(long, num_args = 0..=1, default_missing_value = "amd", value_name = "PROCESSOR")]
+    emulate: Option<Emulate>,
+    /// On an Intel host in Bochs, let EPT keep accessed and dirty bits (kvm_intel eptad=1)
+    #[arg(long, requires = "emulate")]
+    eptad: bool,
     /// Give each emulated host an RDMA device (soft-RoCE)
     #[arg(long)]
     rdma: bool,
@@ -88,7 +97,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Run(run) => run_command(&run),
         Task::Images => images().map(|()| ExitCode::SUCCESS),
-        Task::Agent => serve().map(|()| ExitCode::SUCCESS),
+        Task::Agent { serial } => serve(serial.as_deref()).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         eprintln!("testbed: {error:#}");
@@ -108,11 +117,17 @@ fn images() -> Result<()> {
 }
 
 /// Finds the agent's port and serves it until the testbed is done with this host.
-fn serve() -> Result<()> {
+fn serve(serial: Option<&Path>) -> Result<()> {
+    if let Some(path) = serial {
+        let line = terminal::open_serial(path)?;
+        return Ok(agent::serve(line.try_clone()?, line)?);
+    }
     let ports = std::fs::read_dir("/sys/class/virtio-ports").context("this is not an emulated host")?;
     for port in ports.flatten() {
         let name = std::fs::read_to_string(port.path().join("name")).unwrap_or_default();
         if name.trim() == qemu::AGENT_PORT {
+            // Without KVM there is nothing to keep, and `gestalt doctor` says what is wrong.
+            let _keeper = Keeper::open();
             let path = PathBuf::from("/dev").join(port.file_name());
             let file = File::options().read(true).write(true).open(&path)?;
             return Ok(agent::serve(file.try_clone()?, file)?);
@@ -125,7 +140,7 @@ fn run_command(args: &Run) -> Result<ExitCode> {
     let binaries = args.bin_dir.clone().map_or_else(artifacts::build, Ok)?;
     let mut config = RigConfig {
         hosts: args.hosts,
-        emulate: args.emulate,
+        emulate: args.emulate.map(|emulate| emulate.emulator(args.eptad)),
         kernels: args.kernel.clone(),
         programs: args.with.clone(),
         ..RigConfig::default()
@@ -154,6 +169,9 @@ fn run_command(args: &Run) -> Result<ExitCode> {
     result
 }
 
+/// Runs `$0` in bash, or in sh on a host that has no bash.
+const SHELL: &str = "if command -v bash >/dev/null; then exec bash -c \"$0\"; else exec sh -c \"$0\"; fi";
+
 fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
     let host = &rig.hosts()[0];
     let on_terminal = args.terminal || io::stdin().is_terminal() && io::stdout().is_terminal();
@@ -161,7 +179,7 @@ fn run_job(args: &Run, rig: &Rig) -> Result<ExitCode> {
     let stage = host.dir().display().to_string();
     let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let job = host.spawn(Spawn {
-        argv: vec!["/bin/bash".into(), "-c".into(), args.command.join(" ")],
+        argv: ["/bin/sh", "-c", SHELL, &args.command.join(" ")].map(String::from).into(),
         env: vec![("PATH".into(), format!("{}:{path}", host.bin().display())), ("G".into(), stage)],
         terminal,
     })?;

@@ -27,7 +27,8 @@ const CONSOLE_LINES: usize = 25;
 #[derive(Clone, Debug)]
 pub struct Hardware {
     /// CPUs that programs run on, at least 1. The host has one more, CPU 0, which is kept from them: see
-    /// `files/host-init.sh`.
+    /// `files/host-init.sh`. With 1 a guest of two CPUs has them wait for each other's time slices: on a busy machine
+    /// boots that take half a minute with 2 took minutes, and processes were silent for seconds (`docs/testing.md`).
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
@@ -69,7 +70,8 @@ impl Qemu {
             hardware.mtu,
             u8::from(hardware.rdma)
         );
-        let mut command = Command::new("qemu-system-x86_64");
+        let program = program();
+        let mut command = Command::new(&program);
         command
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"])
             // Five-level paging would only make every emulated page walk longer.
@@ -114,7 +116,7 @@ impl Qemu {
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         inherit(&mut command, inherited);
         let child = exec::spawn_tethered(command)
-            .context("cannot start qemu-system-x86_64: is the package qemu-system-x86 installed?")?;
+            .with_context(|| format!("cannot start {program}: is the package qemu-system-x86 installed?"))?;
         // QEMU has its own copies of `agent` and `networks` now; ours close here, so that its end shows as EOF.
         Ok((Self { child, console }, ours))
     }
@@ -150,6 +152,11 @@ impl Drop for Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The emulator: `$GESTALT_QEMU`, else the installed one.
+pub fn program() -> String {
+    std::env::var("GESTALT_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".into())
 }
 
 /// A locally administered address for a network card of host number `index`.

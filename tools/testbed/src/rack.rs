@@ -11,10 +11,12 @@ use crate::image::HostImage;
 use crate::progress::Step;
 use crate::qemu::{Hardware, Qemu};
 use crate::stage::{IN_HOST, Stage};
+use crate::stale::{self, StaleCode, Whose};
 use crate::switch::Switch;
 
-/// A host boots in 5 s on an idle machine; a loaded one gets this much.
-const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// A host boots in 5 s on an idle machine; on a busy one that took 120 s, and sometimes more than 180.
+/// One that dies is noticed at once.
+const BOOT_LIMIT: Duration = Duration::from_secs(600);
 /// Time that a host gets to power off before it is killed.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(10);
 /// Where process 1 of an emulated host copies the programs to.
@@ -29,15 +31,25 @@ pub struct Rack {
     /// By network.
     switches: Vec<Switch>,
     dir: PathBuf,
+    image: HostImage,
+    hardware: Hardware,
 }
 
 impl Rack {
     /// Boots `count` hosts that see `stage`, and waits until all take jobs. The stage's `bin/` must hold the
-    /// `testbed` binary, which is their agent.
+    /// `testbed` binary, which is their agent. If the emulator kills one by stale code, all are booted once more.
     ///
     /// # Errors
     /// QEMU is missing or a host does not come up: then the error carries the end of its console.
     pub fn start(image: &HostImage, hardware: &Hardware, count: usize, stage: &Stage) -> Result<Self> {
+        Self::boot(image, hardware, count, stage).or_else(|error| {
+            let stale = Self::stale_code(stage, count).ok_or(error)?;
+            eprintln!("testbed: while the hosts started {stale}: they are started AGAIN");
+            Self::boot(image, hardware, count, stage)
+        })
+    }
+
+    fn boot(image: &HostImage, hardware: &Hardware, count: usize, stage: &Stage) -> Result<Self> {
         let step = Step::start(format!("booting {count} emulated host{}", if count == 1 { "" } else { "s" }));
         let init = stage.path().join("host-init");
         std::fs::write(&init, HOST_INIT)?;
@@ -48,7 +60,14 @@ impl Rack {
             switches.push(switch);
             cards.iter_mut().zip(ports).for_each(|(cards, port)| cards.push(port));
         }
-        let mut rack = Self { hosts: vec![], machines: vec![], switches, dir: stage.path().to_owned() };
+        let mut rack = Self {
+            hosts: vec![],
+            machines: vec![],
+            switches,
+            dir: stage.path().to_owned(),
+            image: image.clone(),
+            hardware: hardware.clone(),
+        };
         let mut agents: Vec<UnixStream> = Vec::new();
         for (index, cards) in cards.into_iter().enumerate() {
             let console = rack.console(index);
@@ -57,7 +76,14 @@ impl Rack {
             agents.push(agent);
         }
         for (index, agent) in agents.into_iter().enumerate() {
-            rack.hosts.push(Host::attach(format!("h{index}"), IN_HOST.into(), PROGRAMS.into(), agent)?);
+            let shared = Some(rack.dir.clone());
+            rack.hosts.push(Host::attach(
+                format!("h{index}"),
+                IN_HOST.into(),
+                PROGRAMS.into(),
+                shared,
+                agent,
+            )?);
         }
         for (host, machine) in rack.hosts.iter().zip(&rack.machines) {
             host.wait_ready(BOOT_LIMIT)
@@ -65,6 +91,34 @@ impl Rack {
         }
         step.done();
         Ok(rack)
+    }
+
+    /// Switches all hosts off, as far as they still run, and boots as many new ones.
+    ///
+    /// # Errors
+    /// Those of [`Rack::start`]; then there are no hosts.
+    pub fn renew(&mut self, stage: &Stage) -> Result<()> {
+        let count = self.hosts.len();
+        self.switch_off();
+        *self = Self::start(&self.image, &self.hardware, count, stage)?;
+        Ok(())
+    }
+
+    /// The first of `count` hosts of which the kernel died by stale code, by the consoles on `stage`.
+    pub fn stale_code(stage: &Stage, count: usize) -> Option<StaleCode> {
+        (0..count).find_map(|index| {
+            let bytes = std::fs::read(console(stage.path(), index)).ok()?;
+            let at = stale::find(&String::from_utf8_lossy(&bytes))?;
+            Some(StaleCode { whose: Whose::Host(index), at })
+        })
+    }
+
+    fn switch_off(&mut self) {
+        // All are asked before any is waited for.
+        self.hosts.clear();
+        for machine in self.machines.drain(..) {
+            machine.finish(POWER_OFF_LIMIT);
+        }
     }
 
     /// The hosts, by number.
@@ -107,11 +161,7 @@ impl Rack {
 
 impl Drop for Rack {
     fn drop(&mut self) {
-        // All are asked before any is waited for.
-        self.hosts.clear();
-        for machine in self.machines.drain(..) {
-            machine.finish(POWER_OFF_LIMIT);
-        }
+        self.switch_off();
     }
 }
 

@@ -2,24 +2,39 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail, ensure};
 
+use crate::bochs::{BochsHost, Processor};
 use crate::cache::Cache;
 use crate::host::Host;
 use crate::kernels::{self, Kernel};
 use crate::qemu::Hardware;
 use crate::rack::Rack;
 use crate::stage::Stage;
+use crate::stale::{self, StaleCode, Whose};
 use crate::{drivers, guest, image, probe, setup};
+
+/// How long a host may take to run a command that does nothing.
+const ALIVE: Duration = Duration::from_secs(60);
+
+/// What emulates a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Emulator {
+    /// QEMU, with AMD's SVM: hosts on networks, with disks.
+    Qemu,
+    /// Bochs, with this processor: one host, whose time follows its instructions.
+    Bochs(Processor),
+}
 
 /// What kind of hosts, and what they find on the stage.
 #[derive(Clone, Debug)]
 pub struct RigConfig {
     /// How many hosts, at least 1. More than one are always emulated.
     pub hosts: usize,
-    /// Emulate even where this machine could run guests itself.
-    pub emulate: bool,
+    /// Emulate even where this machine could run guests itself, with this; QEMU where hosts must be emulated anyway.
+    pub emulate: Option<Emulator>,
     /// An emulated host's hardware.
     pub hardware: Hardware,
     /// Guest kernels to have in `guest/<name>`.
@@ -32,7 +47,7 @@ impl Default for RigConfig {
     fn default() -> Self {
         Self {
             hosts: 1,
-            emulate: false,
+            emulate: None,
             hardware: Hardware {
                 cpus: 2,
                 memory_mib: 3000,
@@ -58,6 +73,7 @@ pub struct Rig {
 enum Place {
     Here([Host; 1]),
     Emulated(Rack),
+    Bochs(Box<BochsHost>),
 }
 
 impl Rig {
@@ -67,12 +83,18 @@ impl Rig {
     /// Something cannot be installed, fetched, built or started.
     pub fn start(config: &RigConfig, binaries: &Path) -> Result<Self> {
         let mut emulated = probe::needs_rack();
-        if emulated.is_none() && (config.emulate || config.hosts > 1) {
+        if emulated.is_none() && (config.emulate.is_some() || config.hosts > 1) {
             emulated = Some("asked for".into());
         }
+        if let Some(Emulator::Bochs(_)) = config.emulate {
+            ensure!(config.hosts == 1, "Bochs emulates one host: leave --hosts out");
+            emulated = Some("asked for, in Bochs".into());
+        }
         setup::ensure(&[setup::TO_COMPILE, setup::TO_FETCH])?;
-        if emulated.is_some() {
-            setup::ensure(&[setup::TO_EMULATE])?;
+        match (&emulated, config.emulate) {
+            (None, _) => {}
+            (_, Some(Emulator::Bochs(_))) => setup::ensure(&[setup::TO_EMULATE_INTEL])?,
+            _ => setup::ensure(&[setup::TO_EMULATE])?,
         }
         let cache = Cache::open()?;
         let stage = Stage::new()?;
@@ -87,13 +109,40 @@ impl Rig {
             initramfs.push(fs::read(files.drivers)?);
         }
         fs::write(stage.path().join("guest/initramfs"), drivers::joined(&initramfs))?;
-        let place = match &emulated {
-            None => Place::Here([Host::local(stage.path())?]),
-            Some(_) => {
+        let place = match (&emulated, config.emulate) {
+            (None, _) => Place::Here([Host::local(stage.path())?]),
+            (_, Some(Emulator::Bochs(processor))) => {
+                Place::Bochs(Box::new(BochsHost::start(&cache, processor, &config.hardware, &stage)?))
+            }
+            _ => {
                 Place::Emulated(Rack::start(&image::build(&cache)?, &config.hardware, config.hosts, &stage)?)
             }
         };
         Ok(Self { place, stage, emulated })
+    }
+
+    /// Whether all hosts still take jobs.
+    pub fn alive(&self) -> bool {
+        self.hosts().iter().all(|host| host.output("true", ALIVE).is_ok())
+    }
+
+    /// Boots new hosts of QEMU's in place of the old. Where this machine is the host, there is nothing to be done.
+    ///
+    /// # Errors
+    /// They do not come up; then there are none. Or the host is Bochs's, of which there is only one in a run.
+    pub fn renew(&mut self) -> Result<()> {
+        match &mut self.place {
+            Place::Here(_) => Ok(()),
+            Place::Bochs(_) => bail!("a host that Bochs emulates is not replaced: start again"),
+            Place::Emulated(rack) => rack.renew(&self.stage),
+        }
+    }
+
+    /// Whose kernel the emulator killed, if it did: a host's, or that of the guest with this console.
+    pub fn stale_code(&self, guest: &str) -> Option<StaleCode> {
+        let rack = self.rack()?;
+        Rack::stale_code(&self.stage, rack.hosts().len())
+            .or_else(|| stale::find(guest).map(|at| StaleCode { whose: Whose::Guest, at }))
     }
 
     /// The hosts, by number.
@@ -101,14 +150,15 @@ impl Rig {
         match &self.place {
             Place::Here(host) => host,
             Place::Emulated(rack) => rack.hosts(),
+            Place::Bochs(bochs) => bochs.hosts(),
         }
     }
 
     /// The emulated rack, if that is what this is.
     pub fn rack(&self) -> Option<&Rack> {
         match &self.place {
-            Place::Here(_) => None,
             Place::Emulated(rack) => Some(rack),
+            Place::Here(_) | Place::Bochs(_) => None,
         }
     }
 
@@ -124,6 +174,9 @@ impl Rig {
         if let Some(rack) = self.rack() {
             let count = rack.hosts().len();
             said.extend((0..count).map(|i| format!("--- console of h{i} ends\n{}", rack.console_tail(i))));
+        }
+        if let Place::Bochs(bochs) = &self.place {
+            said.push(format!("--- console of h0 ends\n{}", bochs.console_tail()));
         }
         said.join("\n")
     }

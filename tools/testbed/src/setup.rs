@@ -40,6 +40,14 @@ pub const TO_EMULATE: &[Need] = &[
     Need { have: "unshare", package: "util-linux" },
 ];
 
+/// For building and running emulated Intel hosts.
+pub const TO_EMULATE_INTEL: &[Need] = &[
+    Need { have: "g++", package: "g++" },
+    Need { have: "make", package: "make" },
+    Need { have: "syslinux", package: "syslinux" },
+    Need { have: "mformat", package: "mtools" },
+];
+
 /// For making disks with Debian on them.
 pub const TO_INSTALL: &[Need] = &[
     Need { have: "mmdebstrap", package: "mmdebstrap" },

@@ -1,10 +1,13 @@
 //! This process's own terminal, while a job far away uses it.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use anyhow::{Context, Result};
-use nix::sys::termios::{self, SetArg, Termios};
+use nix::sys::termios::{self, BaudRate, SetArg, Termios};
 
 use crate::host::Input;
 
@@ -32,6 +35,21 @@ impl Drop for RawTerminal {
         // Fails only if the terminal is gone.
         let _ = termios::tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.before);
     }
+}
+
+/// Opens a serial line for bytes as they are, as fast as it can.
+///
+/// # Errors
+/// It cannot be opened, or is no serial line.
+pub fn open_serial(path: &Path) -> Result<File> {
+    let line = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path);
+    let line = line.with_context(|| format!("opening {}", path.display()))?;
+    let mut settings =
+        termios::tcgetattr(&line).with_context(|| format!("{} is no serial line", path.display()))?;
+    termios::cfmakeraw(&mut settings);
+    termios::cfsetspeed(&mut settings, BaudRate::B115200)?;
+    termios::tcsetattr(&line, SetArg::TCSANOW, &settings)?;
+    Ok(line)
 }
 
 /// Feeds this process's standard input to a job, on a thread that ends with the process.

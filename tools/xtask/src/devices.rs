@@ -75,6 +75,7 @@ impl Devices {
     pub fn run(&self) -> Result<()> {
         report::forget("devices")?;
         ensure!(self.kib.is_multiple_of(64), "--kib must be a multiple of 64");
+        self.options.refuse_bochs()?;
         let mut machine = self.options.machine()?;
         ensure!(machine.hosts == 1, "QEMU runs on one host: leave --hosts out");
         machine.disks = (0..machine.nodes.len()).collect();

@@ -103,6 +103,7 @@ struct Said {
 /// The step that failed, and the end of the guest's console.
 pub fn run(options: &Options) -> Result<()> {
     report::forget("disk")?;
+    options.refuse_bochs()?;
     let mut machine = options.machine()?;
     ensure!(machine.nodes[0].cpus > 0, "--disk needs a CPU on the first node");
     ensure!(machine.nodes.len() <= 8, "--disk is for 8 nodes at most");

@@ -4,23 +4,29 @@
 //! |---|---|---|
 //! | `quickstart` | [`quickstart`] | one guest over several nodes, with what it says of itself |
 //! | `quickstart --disk` | [`disk`] | a Debian that boots from its own disk, and the disks of all nodes |
+//! | `quickstart --emulate intel` | [`intel`] | what else there is to know of a host in Bochs |
 //! | `image` | [`image`] | disks to boot |
-//! | `test` | [`test`] | unit tests, integration tests, guest boots |
+//! | `test` | [`mod@test`] | checks of the sources, unit tests, integration tests, guest boots |
 //! | `soak` | [`soak`] | many boots, other shapes of machine, killed nodes |
 //! | `simulate` | [`simulate`] | the coherence protocol at many nodes, in virtual time, by seed |
 //! | `fuzz` | [`fuzz`] | everything that reads a stranger's bytes, with bytes that nobody thought of |
-//! | `ci-checks` | [`checks`] | formatting, lints, one version of every rust-vmm crate |
+//! | `emulator-check` | [`emulator_check`] | how often the emulator runs code that is no longer in memory |
+//! | `ci-checks` | [`checks`], [`layers`] | what `test` checks of the sources, and nothing else |
 //!
 //! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
-//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`report`] the files in `target/report`, [`allowance`]
-//! a command with so much CPU time.
+//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`cargo_tests`] those of `cargo test`, [`tally`] what
+//! `test` has found so far, [`report`] the files in `target/report`, [`allowance`] a command with so much CPU time.
 
 mod allowance;
+mod cargo_tests;
 mod checks;
 mod devices;
 mod disk;
+mod emulator_check;
 mod fuzz;
 mod image;
+mod intel;
+mod layers;
 mod options;
 mod over_rdma;
 mod quickstart;
@@ -29,6 +35,7 @@ mod report;
 mod scenarios;
 mod simulate;
 mod soak;
+mod tally;
 mod test;
 
 use std::process::ExitCode;
@@ -58,7 +65,9 @@ enum Task {
     Devices(devices::Devices),
     /// Feed what reads strangers' bytes with bytes that nobody thought of
     Fuzz(fuzz::Fuzz),
-    /// Check formatting, lints and versions
+    /// Count how often the emulator runs code that is no longer in memory
+    EmulatorCheck(emulator_check::EmulatorCheck),
+    /// Check formatting, lints, documentation, licences and versions
     CiChecks,
 }
 
@@ -74,7 +83,8 @@ fn main() -> ExitCode {
         Task::Simulate(task) => task.run(),
         Task::Devices(task) => task.run(),
         Task::Fuzz(task) => task.run(),
-        Task::CiChecks => checks::run(),
+        Task::EmulatorCheck(task) => task.run(),
+        Task::CiChecks => checks::alone(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,7 +4,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
-use testbed::rig::RigConfig;
+use testbed::options::Emulate;
+use testbed::rig::{Emulator, RigConfig};
 
 /// What carries frames between nodes.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,12 +41,16 @@ pub struct Options {
     /// What the nodes talk over; emulated hosts get soft-RoCE
     #[arg(long, value_enum, default_value_t)]
     pub fabric: Fabric,
-    /// CPUs of each emulated host
-    #[arg(long, default_value_t = 2)]
-    pub host_cpus: u32,
-    /// Emulate the hosts even if this machine has VMX or SVM
+    /// CPUs of each emulated host; 2 if not given, and 1 in Bochs, which emulates CPUs one after the other
     #[arg(long)]
-    pub emulate: bool,
+    pub host_cpus: Option<u32>,
+    /// Emulate the hosts even if this machine has VMX or SVM: with QEMU, which has AMD's SVM, or one Intel host, with
+    /// VMX, in Bochs
+    #[arg(long, num_args = 0..=1, default_missing_value = "amd", value_name = "PROCESSOR")]
+    pub emulate: Option<Emulate>,
+    /// On an Intel host in Bochs, let EPT keep accessed and dirty bits (kvm_intel eptad=1)
+    #[arg(long, requires = "emulate")]
+    pub eptad: bool,
 }
 
 impl Options {
@@ -59,8 +64,9 @@ impl Options {
             hosts: 1,
             kernel: Kernel::TrixieCloud,
             fabric: Fabric::Tcp,
-            host_cpus: 2,
-            emulate,
+            host_cpus: None,
+            emulate: emulate.then_some(Emulate::Amd),
+            eptad: false,
         }
     }
 
@@ -84,16 +90,42 @@ impl Options {
                 machine.nodes.len()
             );
         }
+        if matches!(self.emulator(), Some(Emulator::Bochs(_)))
+            && (self.hosts > 1 || self.fabric == Fabric::Rdma)
+        {
+            bail!("there is one host in Bochs, without RDMA: leave --hosts and --fabric out");
+        }
         machine.hosts = self.hosts;
         machine.kernel = self.kernel;
         machine.rdma = self.fabric == Fabric::Rdma;
         Ok(machine)
     }
 
+    /// What emulates the hosts, if that is asked for.
+    pub fn emulator(&self) -> Option<Emulator> {
+        self.emulate.map(|emulate| emulate.emulator(self.eptad))
+    }
+
+    /// For tasks that a host in Bochs cannot do: it has no disks and no network, and takes its time.
+    ///
+    /// # Errors
+    /// One is asked for.
+    pub fn refuse_bochs(&self) -> Result<()> {
+        match self.emulator() {
+            Some(Emulator::Bochs(_)) => {
+                bail!("only `quickstart` without --disk runs in Bochs: give --emulate amd")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Hosts on which all of `machines` can be booted, one after the other.
     pub fn rig(&self, machines: &[&Machine]) -> RigConfig {
-        let mut config = RigConfig { emulate: self.emulate, kernels: vec![], ..RigConfig::default() };
-        config.hardware.cpus = self.host_cpus;
+        let mut config = RigConfig { emulate: self.emulator(), kernels: vec![], ..RigConfig::default() };
+        config.hardware.cpus = self.host_cpus.unwrap_or(match config.emulate {
+            Some(Emulator::Bochs(_)) => 1,
+            _ => 2,
+        });
         config.hardware.memory_mib =
             machines.iter().map(|machine| machine.host_memory_mib()).max().unwrap_or(0);
         config.hardware.networks = 1 + machines.iter().map(|machine| machine.rails).max().unwrap_or(0);

@@ -12,11 +12,15 @@ use testbed::rig::Rig;
 use testbed::terminal::{self, RawTerminal};
 use testbed::{artifacts, verdict};
 
+use crate::intel::{Findings, Study};
 use crate::options::Options;
 use crate::{disk, report};
 
 /// A boot with its checks takes about a minute on an emulated host.
 const LIMIT: Duration = Duration::from_secs(900);
+/// In Bochs it takes minutes of one idle CPU, and the guest may be silent for many of them if the CPU is not idle.
+const BOCHS_LIMIT: Duration = Duration::from_secs(4 * 3600);
+const BOCHS_SILENCE: Duration = Duration::from_secs(1800);
 /// A person may stay in the guest's shell for long.
 const INTERACTIVE_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -47,7 +51,8 @@ struct Report {
     /// What the guest says of each NUMA node.
     numa: Vec<Numa>,
     smp_check: Option<String>,
-    /// From the start of `gestalt run` until the guest is in user space with all its CPUs.
+    /// From the start of `gestalt run` until the guest is in user space with all its CPUs. In Bochs it is the guest's own
+    /// clock that says so, when it reports: this machine's says nothing of an emulated one's.
     boot_seconds: Option<f64>,
     remote_read_faults: Option<u64>,
     remote_write_faults: Option<u64>,
@@ -55,6 +60,9 @@ struct Report {
     bytes_moved: Option<u64>,
     fault_p50_us: Option<f64>,
     fault_p99_us: Option<f64>,
+    /// What else was found on a host in Bochs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bochs: Option<Findings>,
     /// What was wrong; empty when all was as it should be.
     faults: Vec<String>,
 }
@@ -82,9 +90,17 @@ impl Quickstart {
             machine.actions = "report,smp-check,shell,poweroff".into();
         }
         let binaries = artifacts::build()?;
-        let rig = Rig::start(&self.options.rig(&[&machine]), &binaries)?;
-        let outcome = self.boot(&rig, &machine)?;
-        let report = Report::new(&rig, &machine, &outcome);
+        let mut config = self.options.rig(&[&machine]);
+        let mut study = Study::of(&config)?;
+        config.programs.extend(study.iter().map(|study| study.program().to_owned()));
+        let rig = Rig::start(&config, &binaries)?;
+        let host = &rig.hosts()[0];
+        if let Some(study) = &mut study {
+            study.before(host)?;
+        }
+        let outcome = self.boot(&rig, &machine, study.is_some())?;
+        let findings = study.map(|study| study.after(host, outcome.counters.as_ref())).transpose()?;
+        let report = Report::new(&rig, &machine, &outcome, findings);
         report.print(&rig);
         let path = report::write("quickstart", &report)?;
         println!("written to {}", path.display());
@@ -94,10 +110,13 @@ impl Quickstart {
         Ok(())
     }
 
-    fn boot(&self, rig: &Rig, machine: &Machine) -> Result<Outcome> {
+    fn boot(&self, rig: &Rig, machine: &Machine, in_bochs: bool) -> Result<Outcome> {
         let terminal = self.interactive.then(|| terminal::size().unwrap_or((24, 80)));
         let mut boot = Boot::start(rig, machine, terminal)?;
         let mut watch = Watch::to_the_end(LIMIT);
+        if in_bochs {
+            (watch.limit, watch.silence) = (BOCHS_LIMIT, BOCHS_SILENCE);
+        }
         let mut _raw = None;
         if self.interactive {
             (watch.limit, watch.silence) = (INTERACTIVE_LIMIT, INTERACTIVE_LIMIT);
@@ -112,7 +131,7 @@ impl Quickstart {
 }
 
 impl Report {
-    fn new(rig: &Rig, machine: &Machine, outcome: &Outcome) -> Self {
+    fn new(rig: &Rig, machine: &Machine, outcome: &Outcome, bochs: Option<Findings>) -> Self {
         let facts = &outcome.facts;
         let counter = |name: &str| outcome.counters.as_ref()?.get(name)?.as_u64();
         let micros = |name: &str| outcome.counters.as_ref()?.get(name)?.as_f64();
@@ -128,6 +147,15 @@ impl Report {
                 faults.push(format!("gestalt's report has no {name}"));
             }
         }
+        let emulated = outcome.counters.as_ref().and_then(|counters| counters.get("emulated")?.as_bool());
+        if rig.emulated().is_some() && emulated != Some(true) {
+            faults.push(format!("gestalt says {emulated:?} of whether its emulated hosts are emulated"));
+        }
+        faults.extend(bochs.iter().flat_map(Findings::faults));
+        let boot_seconds = match &bochs {
+            Some(_) => facts.text("uptime").and_then(|seconds| seconds.parse().ok()),
+            None => outcome.boot_seconds(),
+        };
         Self {
             nodes: machine.nodes.len(),
             hosts: machine.hosts,
@@ -138,13 +166,14 @@ impl Report {
             numa_nodes: facts.number("numa_nodes"),
             numa: numa.collect(),
             smp_check: facts.text("smp_check").map(Into::into),
-            boot_seconds: outcome.boot_seconds(),
+            boot_seconds,
             remote_read_faults: counter("remote_read_faults"),
             remote_write_faults: counter("remote_write_faults"),
             invalidations: counter("invalidations"),
             bytes_moved: counter("bytes_moved"),
             fault_p50_us: micros("fault_p50_us"),
             fault_p99_us: micros("fault_p99_us"),
+            bochs,
             faults,
         }
     }
@@ -185,5 +214,8 @@ impl Report {
             shown(&self.fault_p50_us),
             shown(&self.fault_p99_us)
         );
+        if let Some(bochs) = &self.bochs {
+            bochs.print();
+        }
     }
 }

@@ -10,6 +10,7 @@ use testbed::host::Host;
 use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
 use testbed::rig::Rig;
+use testbed::stale::{StaleCode, Whose};
 use testbed::verdict;
 
 /// A boot with its checks takes about a minute on an emulated host; a loaded one gets much more.
@@ -100,10 +101,24 @@ impl Scenario {
     /// Runs it on hosts that are up.
     ///
     /// # Errors
-    /// The expectation is not met.
+    /// The expectation is not met. The error holds a [`testbed::stale::StaleCode`] if the emulator is to blame.
     pub fn run(&self, rig: &Rig) -> Result<Times> {
+        let mut console = String::new();
+        self.run_to_the_end(rig, &mut console).map_err(|error| match rig.stale_code(&console) {
+            Some(stale) if stale.whose == Whose::Guest && self.machine.nodes_with_cpus() > 1 => {
+                error.context(format!("{stale}, unless a node had kept a page too long: several have CPUs"))
+            }
+            Some(stale) => error.context(stale),
+            None => error,
+        })
+    }
+
+    /// `console` gets what the guest said.
+    fn run_to_the_end(&self, rig: &Rig, console: &mut String) -> Result<Times> {
         let mut boot = Boot::start(rig, &self.machine, None)?;
-        let times = self.follow(rig, &mut boot).map_err(|error| {
+        let followed = self.follow(rig, &mut boot);
+        console.clone_from(&boot.outcome().console);
+        let times = followed.map_err(|error| {
             // While the machine, hanging perhaps, is still there.
             anyhow!("{error:#}\n{}", rig.diagnosis())
         })?;
@@ -362,6 +377,31 @@ pub fn two_hosts() -> Scenario {
 pub fn two_hosts_over_rdma() -> Scenario {
     let machine = Machine { hosts: 2, rdma: true, ..with_memory_node() };
     Scenario::new("two hosts boot one guest over RDMA", machine, Plan::Whole)
+}
+
+/// Runs `task` on hosts that are up afterwards too: dead ones are replaced. If the emulator killed a kernel, `task` is run
+/// a second time, on new hosts; that is the only reason to do so, and `reruns` tells of it.
+pub fn on_live_hosts<T>(
+    name: &str,
+    rig: &mut Rig,
+    reruns: &mut Vec<String>,
+    task: impl Fn(&Rig) -> Result<T>,
+) -> Result<T> {
+    let mut result = announce(name, || task(rig));
+    let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<StaleCode>());
+    if let Some(stale) = stale.cloned() {
+        eprintln!(
+            "guest: {name}: {stale}. This is a fault of the rack: it is booted AGAIN, once, on new hosts"
+        );
+        reruns.push(format!("{name}: {stale}"));
+        rig.renew().context("booting new hosts in place of those where stale code ran")?;
+        result = announce(&format!("{name}, again"), || task(rig));
+    }
+    if result.is_err() && !rig.alive() {
+        eprintln!("guest: a host is gone: new ones are booted");
+        rig.renew().context("booting new hosts in place of dead ones")?;
+    }
+    result
 }
 
 /// Says that a scenario begins, and how it ended.

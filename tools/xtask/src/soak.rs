@@ -6,6 +6,7 @@ use serde::Serialize;
 use testbed::artifacts;
 use testbed::machine::Machine;
 use testbed::rig::Rig;
+use testbed::stale::{StaleCode, Whose};
 
 use crate::options::Options;
 use crate::rails::{self, Trial};
@@ -20,6 +21,10 @@ pub struct Soak {
     /// How many boots in a row, power-off each
     #[arg(long, default_value_t = 20)]
     boots: u32,
+    /// Boot one node with 2 CPUs, and 2 CPUs beside a node of memory, in turn, in place of the machine described: quick
+    /// boots, to count kernels that the emulator kills
+    #[arg(long)]
+    in_turn: bool,
     /// Run smp-check in each of these boots
     #[arg(long)]
     check: bool,
@@ -63,12 +68,18 @@ struct Report {
     ratio_to_one_node: Option<f64>,
     /// The longest that the rest of a machine took to end after the loss of a node.
     longest_loss_seconds: Option<f64>,
+    /// Boots in which the emulator killed a host's kernel by stale code; they count as failed.
+    host_stale_code: usize,
+    /// Boots in which it killed the guest's kernel so; they count as failed.
+    guest_stale_code: usize,
     failed: usize,
 }
 
 #[derive(Serialize)]
 struct Entry {
     name: String,
+    #[serde(skip)]
+    stale: Option<Whose>,
     boot_seconds: Option<f64>,
     loss_seconds: Option<f64>,
     failure: Option<String>,
@@ -80,13 +91,21 @@ impl Soak {
     /// # Errors
     /// A boot fails.
     pub fn run(&self) -> Result<()> {
+        self.options.refuse_bochs()?;
         let machine = self.options.machine()?;
         report::forget("soak")?;
         let seed = self.seed.unwrap_or_else(nanos);
         let mut random = Random(seed);
         let plan = || if self.check { Plan::Whole } else { Plan::Quick };
         let mut boots: Vec<Scenario> = (1..=self.boots)
-            .map(|n| Scenario::new(format!("boot {n} of {}", self.boots), machine.clone(), plan()))
+            .map(|n| {
+                let machine = match self.in_turn {
+                    false => machine.clone(),
+                    true if n % 2 == 1 => Machine::equal(1, 2, 512),
+                    true => scenarios::with_memory_node(),
+                };
+                Scenario::new(format!("boot {n} of {}", self.boots), machine, plan())
+            })
             .collect();
         let mut kills: Vec<Scenario> = (1..=self.kills)
             .map(|n| {
@@ -124,18 +143,18 @@ impl Soak {
         let all: Vec<&Machine> =
             boots.iter().chain(&kills).chain(&shapes).map(|scenario| &scenario.machine).collect();
         if !all.is_empty() {
-            let rig = Rig::start(&self.options.rig(&all), &binaries)?;
+            let mut rig = Rig::start(&self.options.rig(&all), &binaries)?;
             report.emulated = rig.emulated().is_some();
             eprintln!("soak: hosts are {}, seed {seed}", kind_of_hosts(report.emulated));
-            report.boots = run_all(boots, &rig, self.console);
-            report.kills = run_all(kills, &rig, self.console);
-            report.shapes = run_all(shapes, &rig, self.console);
+            report.boots = run_all(boots, &mut rig, self.console)?;
+            report.kills = run_all(kills, &mut rig, self.console)?;
+            report.shapes = run_all(shapes, &mut rig, self.console)?;
         }
         if !two_hosts.is_empty() {
             let machines: Vec<&Machine> = two_hosts.iter().map(|scenario| &scenario.machine).collect();
-            let rig = Rig::start(&self.options.rig(&machines), &binaries)?;
+            let mut rig = Rig::start(&self.options.rig(&machines), &binaries)?;
             report.emulated |= rig.emulated().is_some();
-            report.shapes.extend(run_all(two_hosts, &rig, self.console));
+            report.shapes.extend(run_all(two_hosts, &mut rig, self.console)?);
         }
         if self.rails > 0 {
             let machine = rails::machine(machine.rdma);
@@ -162,19 +181,28 @@ fn kind_of_hosts(emulated: bool) -> &'static str {
     if emulated { "EMULATED" } else { "real" }
 }
 
-fn run_all(scenarios: Vec<Scenario>, rig: &Rig, show: bool) -> Vec<Entry> {
-    let run = |scenario: Scenario| {
+/// Runs one after another; where a host is gone or its emulator failed, new ones are booted for the next. Nothing is run
+/// twice: what fails counts.
+fn run_all(scenarios: Vec<Scenario>, rig: &mut Rig, show: bool) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    for scenario in scenarios {
         let scenario = Scenario { show, ..scenario };
         let result = announce(&scenario.name, || scenario.run(rig));
         let times = result.as_ref().copied().unwrap_or_default();
-        Entry {
+        let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<StaleCode>());
+        entries.push(Entry {
             name: scenario.name.clone(),
+            stale: stale.map(|stale| stale.whose),
             boot_seconds: times.boot_seconds,
             loss_seconds: times.loss_seconds,
-            failure: result.err().map(|error| format!("{error:#}")),
+            failure: result.as_ref().err().map(|error| format!("{error:#}")),
+        });
+        if stale.is_some() || result.is_err() && !rig.alive() {
+            eprintln!("soak: new hosts are booted");
+            rig.renew()?;
         }
-    };
-    scenarios.into_iter().map(run).collect()
+    }
+    Ok(entries)
 }
 
 impl Report {
@@ -187,13 +215,19 @@ impl Report {
         self.ratio_to_one_node =
             self.boot_median_seconds.zip(self.one_node_boot_seconds).map(|(many, one)| many / one);
         self.longest_loss_seconds = self.kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
+        let killed: Vec<Whose> = self.entries().filter_map(|entry| entry.stale).collect();
+        self.guest_stale_code = killed.iter().filter(|whose| **whose == Whose::Guest).count();
+        self.host_stale_code = killed.len() - self.guest_stale_code;
         self.failed = self.failures().count();
+    }
+
+    fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.boots.iter().chain(&self.kills).chain(&self.shapes)
     }
 
     /// What went wrong, by name.
     fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
-        let entries = self.boots.iter().chain(&self.kills).chain(&self.shapes);
-        let boots = entries.filter_map(|entry| Some((entry.name.as_str(), entry.failure.as_deref()?)));
+        let boots = self.entries().filter_map(|entry| Some((entry.name.as_str(), entry.failure.as_deref()?)));
         let rails = self.rails.iter().filter_map(|trial| Some(("cut rails", trial.failure.as_deref()?)));
         boots.chain(rails)
     }
@@ -202,7 +236,7 @@ impl Report {
         let good = |entries: &[Entry]| entries.iter().filter(|entry| entry.failure.is_none()).count();
         println!("hosts are {}", kind_of_hosts(self.emulated));
         if !self.boots.is_empty() {
-            println!("{} of {} boots of {} nodes went well", good(&self.boots), self.boots.len(), self.nodes);
+            println!("{} of {} boots went well", good(&self.boots), self.boots.len());
         }
         if let Some(seconds) = self.boot_median_seconds {
             println!("  median {seconds:.1} s to user space with all CPUs");
@@ -221,6 +255,12 @@ impl Report {
         if let Some(trial) = &self.rails {
             trial.print();
         }
+        println!(
+            "killed by stale code of the emulator: {} hosts' kernels, {} guests' kernels; {} failures of other kinds",
+            self.host_stale_code,
+            self.guest_stale_code,
+            self.failed - self.host_stale_code - self.guest_stale_code
+        );
         for (name, failure) in self.failures() {
             println!("failed: {name}: {}", failure.lines().next().unwrap_or_default());
         }

@@ -1,23 +1,18 @@
-//! `cargo xtask test`: unit tests, integration tests, each fuzz target for a moment, guest boots. Ends with the line
-//! `N passed, N failed`.
+//! `cargo xtask test`: checks of the sources, unit tests, integration tests, each fuzz target for a moment, guest boots.
+//! Ends with where the time went and the line `N passed, N failed`.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
-use serde::Serialize;
-use testbed::artifacts::{self, workspace};
 use testbed::machine::Machine;
 use testbed::rig::Rig;
-use testbed::{exec, setup};
+use testbed::{artifacts, setup};
 
-use crate::fuzz;
 use crate::options::Options;
-use crate::over_rdma;
-use crate::report;
-use crate::scenarios::{self, Plan, Scenario, announce};
+use crate::scenarios::{self, Plan, Scenario};
+use crate::tally::Tally;
+use crate::{cargo_tests, checks, fuzz, over_rdma, report};
 
 /// How often a device comes and goes; `soak` does it more often.
 const HOT_PLUGS: usize = 3;
@@ -25,7 +20,7 @@ const HOT_PLUGS: usize = 3;
 /// Flags of the task.
 #[derive(Args)]
 pub struct Test {
-    /// Only unit and integration tests, and fuzz targets
+    /// Only checks of the sources, unit and integration tests, and fuzz targets
     #[arg(long)]
     no_guests: bool,
     /// Only guest boots whose name contains this
@@ -39,26 +34,6 @@ pub struct Test {
     emulate: bool,
 }
 
-/// `target/report/test.json`.
-#[derive(Default, Serialize)]
-struct Tally {
-    passed: usize,
-    failed: usize,
-    /// `None` when no guest was booted.
-    emulated: Option<bool>,
-    seconds: f64,
-    guests: Vec<GuestResult>,
-    /// What fuzz targets found.
-    findings: Vec<String>,
-}
-
-#[derive(Serialize)]
-struct GuestResult {
-    name: String,
-    seconds: f64,
-    failure: Option<String>,
-}
-
 impl Test {
     /// Does the task.
     ///
@@ -70,7 +45,8 @@ impl Test {
         report::forget("test")?;
         if self.guest.is_none() {
             setup::ensure(&[setup::TO_COMPILE])?;
-            cargo_tests(&mut tally)?;
+            checks::run(&mut tally)?;
+            cargo_tests::run(&mut tally)?;
             fuzz_targets(&mut tally)?;
         }
         if !self.no_guests {
@@ -78,15 +54,7 @@ impl Test {
         }
         tally.seconds = begin.elapsed().as_secs_f64();
         report::write("test", &tally)?;
-        for guest in &tally.guests {
-            if let Some(failure) = &guest.failure {
-                println!("failed: {}: {}", guest.name, failure.lines().next().unwrap_or_default());
-            }
-        }
-        for failure in &tally.findings {
-            println!("failed: {failure}");
-        }
-        println!("{} passed, {} failed", tally.passed, tally.failed);
+        tally.print();
         ensure!(tally.failed == 0, "{} tests failed", tally.failed);
         Ok(())
     }
@@ -94,7 +62,7 @@ impl Test {
     fn guests(&self, tally: &mut Tally) -> Result<()> {
         let wanted =
             |scenario: &Scenario| self.guest.as_ref().is_none_or(|part| scenario.name.contains(part));
-        let binaries = artifacts::build()?;
+        let binaries = tally.time("building the programs of hosts and guests", artifacts::build)?;
         let with_memory_node = scenarios::with_memory_node;
         let kill = |node, after_ms| Plan::Kill { node, after_ms };
         let mut quick = vec![
@@ -114,39 +82,28 @@ impl Test {
         }
         scenarios.iter_mut().for_each(|scenario| scenario.show = self.console);
         let machines: Vec<&Machine> = scenarios.iter().map(|scenario| &scenario.machine).collect();
-        let rig = Rig::start(&Options::for_tests(self.emulate).rig(&machines), &binaries)?;
+        let options = Options::for_tests(self.emulate).rig(&machines);
+        let mut rig = tally.time("starting the hosts", || Rig::start(&options, &binaries))?;
         eprintln!(
             "guests run on {}",
             rig.emulated().map_or("this machine".into(), |why| format!("emulated hosts ({why})"))
         );
         tally.emulated = Some(rig.emulated().is_some());
         if self.guest.is_none() {
-            tally.note("gestalt doctor finds the host fit", || doctor(&rig));
+            tally.guest("gestalt doctor finds the host fit", &mut rig, doctor);
         }
         let over_rdma = "the fabric keeps its contract over RDMA";
         if self.guest.as_ref().is_none_or(|part| over_rdma.contains(part)) && rig.emulated().is_some() {
-            tally.note(over_rdma, || over_rdma::run(&rig));
+            tally.guest(over_rdma, &mut rig, over_rdma::run);
         }
         if rig.emulated().is_none() && scenarios.iter().any(|scenario| scenario.machine.rdma) {
             eprintln!("skipped: a guest over RDMA (on this host: cargo xtask quickstart -- --fabric rdma)");
             scenarios.retain(|scenario| !scenario.machine.rdma);
         }
         for scenario in &scenarios {
-            tally.note(&scenario.name, || scenario.run(&rig));
+            tally.guest(&scenario.name, &mut rig, |rig| scenario.run(rig));
         }
         Ok(())
-    }
-}
-
-impl Tally {
-    fn note<T>(&mut self, name: &str, run: impl FnOnce() -> Result<T>) {
-        let begin = Instant::now();
-        let failure = announce(name, run).err().map(|error| format!("{error:#}"));
-        match failure {
-            None => self.passed += 1,
-            Some(_) => self.failed += 1,
-        }
-        self.guests.push(GuestResult { name: name.into(), seconds: begin.elapsed().as_secs_f64(), failure });
     }
 }
 
@@ -167,54 +124,11 @@ fn doctor(rig: &Rig) -> Result<()> {
 
 /// Runs every fuzz target shortly; each is a test.
 fn fuzz_targets(tally: &mut Tally) -> Result<()> {
-    let findings = fuzz::run_all("", fuzz::SHORTLY, 1)?;
+    let findings = tally.time("building and running fuzz targets", || fuzz::run_all("", fuzz::SHORTLY, 1))?;
     let count = findings.len();
-    tally.findings = findings.into_iter().filter_map(|finding| finding.failure).collect();
-    tally.passed += count - tally.findings.len();
-    tally.failed += tally.findings.len();
+    let failures: Vec<String> = findings.into_iter().filter_map(|finding| finding.failure).collect();
+    tally.passed += count - failures.len();
+    tally.failed += failures.len();
+    tally.findings.extend(failures);
     Ok(())
-}
-
-/// Runs `cargo test` over the workspace and adds up what its test programs say.
-fn cargo_tests(tally: &mut Tally) -> Result<()> {
-    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(program);
-    command.args(["test", "--workspace", "--no-fail-fast"]).current_dir(workspace()).stdout(Stdio::piped());
-    let mut child = exec::tether(&mut command).spawn().context("running cargo")?;
-    let (mut passed, mut failed) = (0, 0);
-    for line in BufReader::new(child.stdout.take().expect("it is piped")).lines() {
-        let line = line?;
-        println!("{line}");
-        if let Some((ok, bad)) = summary(&line) {
-            passed += ok;
-            failed += bad;
-        }
-    }
-    let status = child.wait()?;
-    tally.passed += passed;
-    tally.failed += failed;
-    if !status.success() && failed == 0 {
-        // Something does not compile, or a test program died without a summary.
-        bail!("`cargo test --workspace` failed: see above");
-    }
-    Ok(())
-}
-
-/// Passed and failed of a line such as `test result: ok. 3 passed; 0 failed; 0 ignored; ...`.
-fn summary(line: &str) -> Option<(usize, usize)> {
-    let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
-    let count = |word: &str| counts.split("; ").find_map(|part| part.strip_suffix(word)?.trim().parse().ok());
-    Some((count("passed")?, count("failed")?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn summaries_of_test_programs_are_read() {
-        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 1.2s";
-        assert_eq!(summary(line), Some((12, 3)));
-        assert_eq!(summary("test a::b ... ok"), None);
-    }
 }

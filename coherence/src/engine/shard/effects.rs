@@ -1,8 +1,8 @@
 //! What the protocol asks for, carried out: the page tables of the guest view, the frames, and what leaves for
 //! other nodes.
 
+use crate::trace::{self, Event};
 use fabric::NodeId;
-use fabric::trace::{self, Event};
 
 use super::super::EngineError;
 use super::super::chains::Chain;
@@ -168,6 +168,8 @@ impl Core {
                     if mapped { std::mem::replace(&mut self.winner, Chain::NONE) } else { Chain::NONE };
                 self.hold(page, chain);
             }
+            // Nothing is shipped yet: no fault says that it may be, and no home has a class.
+            Effect::Ship(_) | Effect::Operate { .. } | Effect::Operated { .. } => {}
             Effect::Deferred(page) => {
                 trace::event(Event::Defer, page.0, 0);
                 ShardStats::count(&self.stats.deferred);

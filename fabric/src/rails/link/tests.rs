@@ -93,7 +93,7 @@ fn ends(lane: LaneId) -> [End; 2] {
     [End::new(lane, true), End::new(lane, false)]
 }
 
-/// The rail is connected anew, once both ends have noticed that it was lost.
+/// The rail is connected again, once both ends have noticed that it was lost.
 fn connect(ends: &mut [End; 2], rail: usize) {
     if ends.iter().all(|end| end.noticed[rail]) {
         for end in ends {

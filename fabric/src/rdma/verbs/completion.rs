@@ -1,8 +1,8 @@
-//! Completion queues, and the channel that wakes who sleeps.
+//! Completion queues, and the channel whose descriptor says that they have something.
 
 use std::ffi::{c_int, c_void};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use super::check;
@@ -32,14 +32,8 @@ impl Channel {
             return Err(io::Error::last_os_error());
         }
         let channel = Channel { raw, context: context.clone() };
-        set_nonblocking(channel.fd())?;
+        set_nonblocking(channel.as_fd())?;
         Ok(Arc::new(channel))
-    }
-
-    /// Readable while there is an event.
-    pub fn fd(&self) -> RawFd {
-        // SAFETY: valid until drop, and set once.
-        unsafe { (*self.raw).fd }
     }
 
     /// Takes one event and acknowledges it; the tag of its queue, if there was one.
@@ -59,6 +53,14 @@ impl Channel {
         // SAFETY: as above; one event.
         unsafe { (self.context.library().ack_cq_events)(cq, 1) };
         Ok(Some(user as usize))
+    }
+}
+
+impl AsFd for Channel {
+    /// Readable while there is an event.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the channel is valid until drop; its descriptor is set once and open as long.
+        unsafe { BorrowedFd::borrow_raw((*self.raw).fd) }
     }
 }
 
@@ -89,7 +91,7 @@ impl Cq {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn new(channel: &Arc<Channel>, entries: usize, tag: usize) -> io::Result<Arc<Cq>> {
+    pub fn new(channel: &Arc<Channel>, entries: usize, tag: usize) -> io::Result<Cq> {
         let context = channel.context.clone();
         let entries = c_int::try_from(entries).map_err(|_| io::ErrorKind::InvalidInput)?;
         // SAFETY: context and channel are open, and live as long as the queue.
@@ -99,7 +101,7 @@ impl Cq {
         if raw.is_null() {
             return Err(io::Error::last_os_error());
         }
-        Ok(Arc::new(Cq { raw, _channel: channel.clone(), context }))
+        Ok(Cq { raw, _channel: channel.clone(), context })
     }
 
     pub(super) fn raw(&self) -> *mut ffi::Cq {

@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -73,6 +73,12 @@ impl Context {
         })?
     }
 
+    /// A device that was opened otherwise.
+    #[cfg(test)]
+    pub(super) fn of(raw: *mut ffi::Context, name: String, library: &'static Library) -> Context {
+        Context { raw, name, library }
+    }
+
     /// The device's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -111,9 +117,9 @@ impl Context {
     }
 
     /// The descriptor that is readable while there is an asynchronous event.
-    pub fn async_fd(&self) -> RawFd {
-        // SAFETY: the context is open; the field is set once when it is opened.
-        unsafe { (*self.raw).async_fd }
+    pub fn async_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the context is open until drop, and so is its descriptor; the field is set once when it is opened.
+        unsafe { BorrowedFd::borrow_raw((*self.raw).async_fd) }
     }
 
     /// The next asynchronous event (its type, and its port if it is about one); `None` when there is none now.
@@ -148,9 +154,7 @@ impl Drop for Context {
 /// What keeps a device open.
 pub type SharedContext = Arc<Context>;
 
-pub(super) fn set_nonblocking(fd: RawFd) -> nix::Result<()> {
-    // SAFETY: the caller's descriptor, open during the call.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> nix::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }

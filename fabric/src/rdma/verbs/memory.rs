@@ -58,7 +58,8 @@ impl Drop for Pd {
 /// Memory that the device may read, and write at this host's request only, in slots of one size.
 ///
 /// A slot belongs to the device from the moment at which a work request with it is posted until that request's
-/// completion was polled, and to its user otherwise. Nobody else's host can address it: no remote access is granted.
+/// completion was polled, and to its user otherwise: [`super::send`] and [`super::receive`] hand slots out so. Nobody
+/// else's host can address them: no remote access is granted.
 pub struct Slots {
     memory: NonNull<u8>,
     slot: usize,
@@ -67,7 +68,7 @@ pub struct Slots {
     pd: Arc<Pd>,
 }
 
-// SAFETY: plain memory; who may touch which slot when is the contract of `read` and `write`.
+// SAFETY: plain memory; `send` and `receive` see to it that a slot has one user.
 unsafe impl Send for Slots {}
 // SAFETY: as above.
 unsafe impl Sync for Slots {}
@@ -97,17 +98,17 @@ impl Slots {
     }
 
     /// Bytes of a slot.
-    pub fn slot(&self) -> usize {
+    pub(super) fn slot(&self) -> usize {
         self.slot
     }
 
     /// How many slots there are.
-    pub fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.count
     }
 
     /// The first `len` bytes of slot `index` for a work request.
-    pub fn sge(&self, index: usize, len: usize) -> ffi::Sge {
+    pub(super) fn sge(&self, index: usize, len: usize) -> ffi::Sge {
         assert!(index < self.count && len <= self.slot, "a slot of this memory");
         // SAFETY: the registration lives as long as `self`.
         let lkey = unsafe { (*self.mr).lkey };
@@ -117,8 +118,8 @@ impl Slots {
     /// The first `len` bytes of slot `index`.
     ///
     /// # Safety
-    /// The slot is the caller's, and nobody writes to it meanwhile.
-    pub unsafe fn read(&self, index: usize, len: usize) -> &[u8] {
+    /// The slot is the caller's, and nobody writes to it as long as the bytes are borrowed.
+    pub(super) unsafe fn read(&self, index: usize, len: usize) -> &[u8] {
         assert!(index < self.count && len <= self.slot, "a slot of this memory");
         // SAFETY: inside the mapping; the caller's promise.
         unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(index * self.slot), len) }
@@ -128,7 +129,7 @@ impl Slots {
     ///
     /// # Safety
     /// The slot is the caller's, and nobody else touches it meanwhile.
-    pub unsafe fn write(&self, index: usize, at: usize, bytes: &[u8]) {
+    pub(super) unsafe fn write(&self, index: usize, at: usize, bytes: &[u8]) {
         assert!(index < self.count && at + bytes.len() <= self.slot, "a slot of this memory");
         // SAFETY: inside the mapping; the caller's promise; `bytes` is a Rust slice and so no part of the slot.
         unsafe {
@@ -140,7 +141,7 @@ impl Slots {
 
 impl Drop for Slots {
     fn drop(&mut self) {
-        // SAFETY: once; work requests with it are gone, because their queue pairs are (see `Lane`).
+        // SAFETY: once; every queue pair that was given slots of it holds it, so they are gone.
         let code = unsafe { (self.pd.context.library().dereg_mr)(self.mr) };
         if code != 0 {
             // The device may still use it: better to leak it.

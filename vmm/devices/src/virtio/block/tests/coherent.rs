@@ -1,0 +1,140 @@
+//! A disk on one node and its driver on another: both reach the same memory through the engines of their nodes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use coherence::engine::{Engine, EngineConfig, EngineError};
+use coherence::memory::DualMemory;
+use coherence::page::Homes;
+use coherence::uffd::Uffd;
+use fabric::Transport;
+use firmware::{Layout, MachineSpec, NodeSpec};
+use virtio_bindings::virtio_blk as blk;
+
+use super::{Block, BlockConfig, RawDisk};
+use crate::virtio::GuestRam;
+use crate::virtio::testing::{DATA, Driver};
+
+/// Bytes of one request.
+const LEN: u32 = 64 << 10;
+/// Where requests' data are: two buffers, one of whole pages.
+const BUFFERS: [u64; 2] = [DATA + 0x1_0000, DATA + 0x4_0200];
+/// How long each arrangement is exercised.
+const FOR: Duration = Duration::from_secs(2);
+
+/// Two nodes' views of one memory, with the engines that keep them the same.
+struct Nodes {
+    views: Vec<GuestRam>,
+    ending: Arc<AtomicBool>,
+    engines: Vec<Arc<Engine>>,
+}
+
+impl Nodes {
+    fn start() -> Nodes {
+        let node = |name: &str| NodeSpec { name: name.into(), cpus: 1, memory: 128 << 20 };
+        let spec = MachineSpec { nodes: vec![node("n0"), node("n1")], distances: vec![], pci: true };
+        let layout = Layout::new(&spec, firmware::acpi::size_bound(&spec)).unwrap();
+        let homes = Homes::new(layout.home_ranges().iter().map(|range| range.end - range.start));
+        let ending = Arc::new(AtomicBool::new(false));
+        let (mut views, mut engines) = (Vec::new(), Vec::new());
+        for transport in fabric::sim::cluster(2, 1).unwrap() {
+            let memory = Arc::new(DualMemory::new(homes.pages()).unwrap());
+            let config = EngineConfig {
+                node: transport.node(),
+                homes: homes.clone(),
+                shards: 1,
+                first_lane: 0,
+                hold: Duration::from_micros(100),
+                spin: Duration::ZERO,
+                stuck: Duration::from_secs(20),
+                budget: None,
+            };
+            let ended = ending.clone();
+            let on_failure = move |error: EngineError| {
+                if !ended.load(SeqCst) {
+                    eprintln!("an engine failed: {error}");
+                    // Threads that wait for its pages would wait forever.
+                    std::process::abort();
+                }
+            };
+            let engine = Engine::start(config, memory.clone(), Arc::new(transport), Arc::new(on_failure));
+            let engine = Arc::new(engine.unwrap());
+            views.push(GuestRam::new(&memory, &engine, &layout).unwrap());
+            engines.push(engine);
+        }
+        Nodes { views, ending, engines }
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        self.ending.store(true, SeqCst);
+    }
+}
+
+fn content(round: u64) -> Vec<u8> {
+    let mut seed = round.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(LEN as usize);
+    while bytes.len() < LEN as usize {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        bytes.extend(seed.to_le_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn what_a_cpu_writes_to_another_nodes_disk_it_reads_back() {
+    if let Err(why) = Uffd::open() {
+        println!("skipped: {why}");
+        return;
+    }
+    for (device, direct) in [(0, false), (0, true), (1, false), (1, true)] {
+        let nodes = Nodes::start();
+        let view = nodes.views[device].clone();
+        let view = if direct { view } else { view.without_direct_access() };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(16 << 20).unwrap();
+        let disk = RawDisk::open(file.path(), false).unwrap();
+        let config = BlockConfig { name: "disk".into(), serial: "s".into(), readonly: false, queues: 2 };
+        let block = Box::new(Block::new(Arc::new(disk), config));
+        let mut driver = Driver::with(block, view, nodes.views[1 - device].clone());
+        driver.start(0);
+        let (header, status) = (DATA, DATA + 0x100);
+        let request = |driver: &mut Driver, kind: u32, sector: u64, buffer: u64| {
+            driver.put(header, &kind.to_le_bytes());
+            driver.put(header + 8, &sector.to_le_bytes());
+            let data = (buffer, LEN, kind == blk::VIRTIO_BLK_T_IN);
+            driver.request((sector / 128 % 2) as u16, &[(header, 16, false), data, (status, 1, true)]);
+            assert_eq!(driver.get(status, 1), [0]);
+        };
+        let (end, mut round, mut busy) = (Instant::now() + FOR, 0, Duration::ZERO);
+        while Instant::now() < end {
+            round += 1;
+            let (sector, bytes) = (round % 200 * 128, content(round));
+            driver.put(BUFFERS[0], &bytes);
+            let begin = Instant::now();
+            request(&mut driver, blk::VIRTIO_BLK_T_OUT, sector, BUFFERS[0]);
+            busy += begin.elapsed();
+            for buffer in [BUFFERS[1], BUFFERS[0]] {
+                let begin = Instant::now();
+                request(&mut driver, blk::VIRTIO_BLK_T_IN, sector, buffer);
+                busy += begin.elapsed();
+                let seen = driver.get(buffer, LEN as usize);
+                let wrong = seen.iter().zip(&bytes).position(|(a, b)| a != b);
+                assert_eq!(wrong, None, "device on node {device}, round {round}: first wrong byte");
+                driver.put(buffer, &content(!round));
+            }
+        }
+        let totals = nodes.engines[device].totals();
+        let (loads, stores) = (totals.loads, totals.stores);
+        println!(
+            "device on node {device}, direct access {direct}: {round} rounds, {:?} a request, {loads} loads, {stores} stores",
+            busy / (3 * round as u32)
+        );
+        assert_eq!(direct, loads > 0 && stores > 0);
+        driver.reset();
+    }
+}

@@ -1,0 +1,22 @@
+//! The `gestalt` command: the coordinator that holds a machine's nodes together, and what operators use.
+//!
+//! ```text
+//! gestalt run ──── cli ── coordinator ══ control connection ══ vmm::node ── cli ── gestalt node
+//!                              │
+//! gestalt device ─ cli ── operator
+//! ```
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`cli`] | the command line |
+//! | [`coordinator`], [`terminal`] | `gestalt run`: brings the nodes up and holds them to the end |
+//! | [`operator`] | what `gestalt device` says to a running machine |
+//! | [`doctor`] | whether a node can run on this host |
+//!
+//! A node itself is the crate `vmm`; what both talk about is the crate `machine`.
+
+pub mod cli;
+pub mod coordinator;
+pub mod doctor;
+pub mod operator;
+pub mod terminal;

@@ -1,8 +1,0 @@
-//! The `gestalt` command.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    vmm::node::block_dump_signal();
-    vmm::cli::main(vmm::node::run)
-}
