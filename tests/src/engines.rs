@@ -65,6 +65,11 @@ impl Engines {
         &self.memories[node]
     }
 
+    /// A node's engine.
+    pub fn engine(&self, node: usize) -> &Engine {
+        &self.engines[node]
+    }
+
     /// A word of guest memory, at a byte offset that is a multiple of 8, as a node's CPUs see it.
     pub fn word(&self, node: usize, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8) && offset < self.memories[node].len(), "no word at {offset:#x}");
