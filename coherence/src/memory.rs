@@ -153,10 +153,15 @@ impl DualMemory {
     /// A copy of the page's bytes as they are now, whoever may be writing them.
     pub fn read(&self, page: Page) -> [u8; PAGE_SIZE] {
         let mut bytes = [0; PAGE_SIZE];
+        self.read_to(page, &mut bytes);
+        bytes
+    }
+
+    /// Copies the page's bytes as they are now, whoever may be writing them.
+    pub fn read_to(&self, page: Page, to: &mut [u8; PAGE_SIZE]) {
         // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest writes at the same time, as what
         // a device reads may.
-        unsafe { std::ptr::copy_nonoverlapping(self.frame_ptr(page), &mut bytes, 1) };
-        bytes
+        unsafe { std::ptr::copy_nonoverlapping(self.frame_ptr(page), to, 1) };
     }
 
     /// Overwrites the page, whoever may be reading or writing it through the guest view, as a device would.

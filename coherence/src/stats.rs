@@ -92,6 +92,9 @@ counters! {
     loads,
     /// Pages that devices overwrote at their homes.
     stores,
+    /// Copies of pages that were made for devices beside those that landed in frames: at home before they were sent to a device
+    /// that reads them, and into the device's buffer.
+    copied,
     /// Pages that devices had to touch because something was under way on them.
     not_direct,
     /// Coherence messages sent.

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use coherence::engine::{Engine, EngineConfig, budget_for};
+use coherence::engine::{Engine, EngineConfig, Load, Store, budget_for};
 use coherence::memory::DualMemory;
-use coherence::page::{Homes, PAGE_SIZE};
+use coherence::page::{Homes, PAGE_SIZE, Page};
 use coherence::uffd::Uffd;
 use fabric::{NodeId, Transport};
 
@@ -119,6 +119,24 @@ fn what_one_node_writes_every_other_reads() {
         }
     }
     machine.end();
+}
+
+#[test]
+fn an_engine_that_ends_gives_devices_their_bytes_back() {
+    if !can_run() {
+        return;
+    }
+    let mut machine = Machine::new(&[8, 8], 1);
+    machine.ends.store(true, SeqCst);
+    // Node 1 is lost, and with it who would answer.
+    drop(machine.engines.pop());
+    let (mut to, from) = ([1; PAGE_SIZE], [2; PAGE_SIZE]);
+    for _ in 0..3 {
+        let load = Load { page: Page(9), offset: 0, to: &mut to };
+        assert_eq!(machine.engines[0].load(vec![load]), [false]);
+        assert_eq!(machine.engines[0].store(&[Store { page: Page(10), from: &from }]), [false]);
+    }
+    assert_eq!(to, [1; PAGE_SIZE]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use coherence::engine::{Engine, EngineConfig, EngineError};
+use coherence::engine::{Engine, EngineConfig, EngineError, Load, Store};
 use coherence::memory::DualMemory;
 use coherence::page::{Homes, PAGE_SIZE, Page};
 use coherence::stats::Totals;
@@ -63,6 +63,11 @@ impl Engines {
     /// A node's memory.
     pub fn memory(&self, node: usize) -> &Arc<DualMemory> {
         &self.memories[node]
+    }
+
+    /// A node's engine.
+    pub fn engine(&self, node: usize) -> &Engine {
+        &self.engines[node]
     }
 
     /// A word of guest memory, at a byte offset that is a multiple of 8, as a node's CPUs see it.
@@ -123,9 +128,10 @@ impl Engines {
 
     /// A device of a node reads pages; what it found, `None` of those that it must touch as a CPU does.
     pub fn load(&self, node: usize, pages: &[u64]) -> Vec<Option<Vec<u64>>> {
-        let pages: Vec<Page> = pages.iter().map(|&page| Page(page)).collect();
         let mut bytes = vec![0; pages.len() * PAGE_SIZE];
-        let read = self.engines[node].load(&pages, &mut bytes);
+        let load = |(&page, to)| Load { page: Page(page), offset: 0, to };
+        let read =
+            self.engines[node].load(pages.iter().zip(bytes.chunks_exact_mut(PAGE_SIZE)).map(load).collect());
         let words = |page: &[u8]| -> Vec<u64> {
             page.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes)).collect()
         };
@@ -135,10 +141,10 @@ impl Engines {
 
     /// A device of a node fills pages with a word each; whether that was done, or it must do so as a CPU does.
     pub fn store(&self, node: usize, pages: &[(u64, u64)]) -> Vec<bool> {
-        let numbers: Vec<Page> = pages.iter().map(|&(page, _)| Page(page)).collect();
-        let bytes: Vec<u8> =
-            pages.iter().flat_map(|(_, word)| word.to_le_bytes().repeat(PAGE_SIZE / 8)).collect();
-        self.engines[node].store(&numbers, &bytes)
+        let fill = |(_, word): &(u64, u64)| std::array::from_fn(|at| word.to_le_bytes()[at % 8]);
+        let bytes: Vec<[u8; PAGE_SIZE]> = pages.iter().map(fill).collect();
+        let store = |(&(page, _), from)| Store { page: Page(page), from };
+        self.engines[node].store(&pages.iter().zip(&bytes).map(store).collect::<Vec<_>>())
     }
 
     /// Bytes of frames that a node has. Without what could be given back at once, after [`Engines::at_rest`].

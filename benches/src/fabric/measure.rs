@@ -102,6 +102,44 @@ pub fn one_way(ends: [Box<dyn End>; 2], cpus: &[usize], size: usize, count: usiz
     })
 }
 
+/// The median, in microseconds, of `rounds` exchanges of `count` messages of `there` bytes for as many of `back` bytes.
+///
+/// # Errors
+/// An end fails.
+pub fn exchange(
+    ends: [Box<dyn End>; 2],
+    cpus: &[usize],
+    count: usize,
+    [there, back]: [usize; 2],
+    rounds: usize,
+) -> Result<f64> {
+    let turn = |end: &mut dyn End, message: &[u8]| (0..count).try_for_each(|_| end.send(message));
+    let wait = |end: &mut dyn End, size: usize| {
+        let mut left = count;
+        while left > 0 {
+            left -= end.receive(size, left)?;
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let near = |end: &mut dyn End| {
+        let (message, mut times) = (vec![7; there], Vec::with_capacity(rounds));
+        for _ in 0..rounds {
+            let began = Instant::now();
+            turn(end, &message)?;
+            wait(end, back)?;
+            times.push(began.elapsed().as_nanos() as u64);
+        }
+        Ok(quantiles(&mut times).0)
+    };
+    both(ends, cpus, near, |end| {
+        let message = vec![7; back];
+        (0..rounds).try_for_each(|_| {
+            wait(end, there)?;
+            turn(end, &message)
+        })
+    })
+}
+
 /// Microseconds for each of `count` messages of `size` bytes that are answered by as many, `outstanding` of them under
 /// way at any time.
 ///
@@ -187,6 +225,7 @@ mod tests {
                 assert!(round_trip(ends(), &cpus, 4096, 10).unwrap().0 > 0.0);
                 assert!(one_way(ends(), &cpus, 4096, 600).unwrap() > 0.0);
                 assert!(outstanding(ends(), &cpus, 64, 8, 100).unwrap() > 0.0);
+                assert!(exchange(ends(), &cpus, 8, [4096, 64], 10).unwrap() > 0.0);
             }
         }
     }

@@ -5,13 +5,14 @@
 //! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
 //! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back; [`Engine::discard`]
-//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices.
+//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices, whose buffers are `lent`.
 
 mod ahead;
 mod budget;
 pub mod chains;
 mod direct;
 mod discard;
+mod lent;
 mod outbox;
 mod recall;
 mod shard;
@@ -28,6 +29,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use self::budget::{budget_for, check_budget};
 use self::chains::Chains;
+pub use self::direct::{Load, Store};
 pub use self::discard::DiscardError;
 use self::shard::{Request, Shard};
 use crate::memory::DualMemory;

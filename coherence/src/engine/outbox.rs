@@ -8,6 +8,7 @@
 
 use fabric::{FabricError, LaneId, NodeId, Transport};
 
+use super::lent::Lent;
 use crate::memory::DualMemory;
 use crate::page::{PAGE_SIZE, Page};
 use crate::protocol::{Head, Kind, Message};
@@ -16,31 +17,29 @@ use crate::protocol::{Head, Kind, Message};
 const MOST: usize = 16;
 
 /// Where a message's body is, if it has one.
-#[derive(Copy, Clone)]
-pub enum Source<'a> {
+pub enum Source {
     /// In the page's frame.
     Frame,
-    /// Here, whatever the frame is.
-    Own(&'a [u8; PAGE_SIZE]),
-    /// Nowhere: it is all zeroes and is left out.
-    Zero,
+    /// In a copy of it: the frame may change.
+    Copy(Box<[u8; PAGE_SIZE]>),
+    /// In a device's buffer.
+    Lent(Lent),
 }
 
-struct Waiting {
-    to: NodeId,
-    message: Message,
+/// A message and whom it is for.
+pub struct Outgoing {
+    pub to: NodeId,
+    pub message: Message,
+    pub source: Source,
     /// The body is all zeroes and is left out.
-    zero: bool,
-    /// The body, if it is not the page's frame.
-    own: Option<Box<[u8; PAGE_SIZE]>>,
+    pub zero: bool,
 }
 
-/// The messages that wait. What is sent of a page is what is in its frame at the flush: until then nobody may
-/// change it.
+/// The messages that wait. What is sent of a frame is what is there at the flush: until then nobody may change it.
 #[derive(Default)]
 pub struct Outbox {
-    waiting: Vec<Waiting>,
-    /// For bodies of their own.
+    waiting: Vec<Outgoing>,
+    /// For copies.
     spare: Vec<Box<[u8; PAGE_SIZE]>>,
     /// Whether more messages may follow at once.
     pub gathering: bool,
@@ -53,40 +52,31 @@ impl Outbox {
     /// The frames of messages whose bytes are there must satisfy [`DualMemory::frame`] until the flush.
     pub unsafe fn send(
         &mut self,
-        to: NodeId,
-        message: Message,
-        source: Source<'_>,
+        outgoing: Outgoing,
         memory: &DualMemory,
         transport: &dyn Transport,
         lane: LaneId,
     ) -> Result<(), FabricError> {
         let demand = matches!(
-            message.kind,
+            outgoing.message.kind,
             Kind::Invalidate { .. } | Kind::ForwardShared { .. } | Kind::ForwardExclusive { .. }
         );
         let may_wait = self.gathering && !demand;
-        let follows = self.waiting.iter().any(|waiting| waiting.to == to);
+        let follows = self.waiting.iter().any(|waiting| waiting.to == outgoing.to);
         if self.waiting.len() >= MOST || (follows && !may_wait) {
             // SAFETY: the caller's promise, for the messages that wait.
             unsafe { self.flush(memory, transport, lane) }?;
         }
         if may_wait {
-            let own = match source {
-                Source::Own(bytes) => {
-                    let mut kept = self.spare.pop().unwrap_or_else(|| Box::new([0; PAGE_SIZE]));
-                    *kept = *bytes;
-                    Some(kept)
-                }
-                _ => None,
-            };
-            let zero = matches!(source, Source::Zero);
-            self.waiting.push(Waiting { to, message, zero, own });
+            self.waiting.push(outgoing);
             return Ok(());
         }
+        let head = outgoing.message.head(outgoing.zero);
         // SAFETY: the caller's promise, for this message.
-        let body = unsafe { body(message, source, memory) };
-        let head = message.head(matches!(source, Source::Zero));
-        transport.send(to, lane, &[head.as_bytes(), body])
+        let body = unsafe { outgoing.body(memory) }.map_or(&[][..], |body| body);
+        transport.send(outgoing.to, lane, &[head.as_bytes(), body])?;
+        self.spare.extend(outgoing.copy());
+        Ok(())
     }
 
     /// Sends what waits.
@@ -108,22 +98,24 @@ impl Outbox {
             }
             for ((frame, head), waiting) in frames.iter_mut().zip(&heads).zip(together) {
                 // SAFETY: the caller's promise.
-                let body = unsafe { body(waiting.message, waiting.source(), memory) };
+                let body = unsafe { waiting.body(memory) }.map_or(&[][..], |body| body);
                 *frame = [head.as_bytes(), body];
             }
             match &frames[..count] {
                 [frame] => transport.send(to, lane, frame)?,
                 frames => transport.send_all(to, lane, frames)?,
             }
-            self.waiting.retain_mut(|waiting| {
-                let stays = waiting.to != to;
-                if !stays {
-                    self.spare.extend(waiting.own.take());
-                }
-                stays
-            });
+            let sent = self.waiting.extract_if(.., |waiting| waiting.to == to);
+            self.spare.extend(sent.filter_map(Outgoing::copy));
         }
         Ok(())
+    }
+
+    /// A copy of a page's frame as it is now, to be sent.
+    pub fn copy(&mut self, page: Page, memory: &DualMemory) -> Source {
+        let mut bytes = self.spare.pop().unwrap_or_else(|| Box::new([0; PAGE_SIZE]));
+        memory.read_to(page, &mut bytes);
+        Source::Copy(bytes)
     }
 
     /// Whether a message about the page waits.
@@ -137,28 +129,27 @@ impl Outbox {
     }
 }
 
-impl Waiting {
-    fn source(&self) -> Source<'_> {
-        match &self.own {
-            _ if self.zero => Source::Zero,
-            Some(own) => Source::Own(own),
-            None => Source::Frame,
+impl Outgoing {
+    /// The bytes that go with the message, if they are not left out.
+    ///
+    /// # Safety
+    /// As [`DualMemory::frame`], if they are there.
+    pub unsafe fn body<'a>(&'a self, memory: &'a DualMemory) -> Option<&'a [u8; PAGE_SIZE]> {
+        match &self.source {
+            _ if self.zero || !self.message.kind.has_body() => None,
+            // SAFETY: the caller's promise.
+            Source::Frame => Some(unsafe { memory.frame(self.message.page) }),
+            Source::Copy(bytes) => Some(bytes),
+            Source::Lent(bytes) => Some(bytes),
         }
     }
-}
 
-/// The bytes that go with a message.
-///
-/// # Safety
-/// As [`DualMemory::frame`], if the message has bytes and they are there.
-unsafe fn body<'a>(message: Message, source: Source<'a>, memory: &'a DualMemory) -> &'a [u8] {
-    match source {
-        Source::Frame if message.kind.has_body() => {
-            // SAFETY: the caller's promise.
-            unsafe { memory.frame(message.page) }
+    /// The copy that was made for it, if one was.
+    fn copy(self) -> Option<Box<[u8; PAGE_SIZE]>> {
+        match self.source {
+            Source::Copy(bytes) => Some(bytes),
+            Source::Frame | Source::Lent(_) => None,
         }
-        Source::Own(own) if message.kind.has_body() => own,
-        _ => &[],
     }
 }
 
@@ -209,8 +200,9 @@ mod tests {
         let mut outbox = Outbox { gathering, ..Outbox::default() };
         for &(to, kind) in messages {
             let message = Message { page: Page(1), kind };
+            let outgoing = Outgoing { to: NodeId(to), message, source: Source::Frame, zero: false };
             // SAFETY: nobody else uses the memory.
-            unsafe { outbox.send(NodeId(to), message, Source::Frame, &memory, &notes, 0) }.unwrap();
+            unsafe { outbox.send(outgoing, &memory, &notes, 0) }.unwrap();
         }
         // SAFETY: as above.
         unsafe { outbox.flush(&memory, &notes, 0) }.unwrap();

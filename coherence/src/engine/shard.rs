@@ -291,7 +291,7 @@ impl Core {
             };
             if asked {
                 self.jobs.expect(page, job, at);
-                self.apply(bytes.as_ref().map_or(Body::Absent, body_of))?;
+                self.apply(bytes.as_deref().map_or(Body::Absent, body_of))?;
             } else {
                 self.jobs.end_one(job);
             }

@@ -128,6 +128,50 @@ fn flags_that_make_no_sense_are_explained() {
 }
 
 #[test]
+fn bash_completes_commands_and_their_flags() {
+    let script = output(&["completions", "bash"]);
+    assert!(script.status.success());
+    let completed = |words: &[&str]| {
+        let (before, now) = (words[words.len() - 2], words[words.len() - 1]);
+        let ask = format!(
+            "source /dev/stdin; COMP_WORDS=({} '{now}'); COMP_CWORD={}; _gestalt gestalt '{now}' {before}; \
+             echo \"${{COMPREPLY[@]}}\"",
+            words[..words.len() - 1].join(" "),
+            words.len() - 1
+        );
+        let mut bash = Command::new("bash");
+        bash.args(["--norc", "-c", &ask]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut bash = bash.spawn().ok()?;
+        bash.stdin.take().unwrap().write_all(&script.stdout).unwrap();
+        Some(String::from_utf8(bash.wait_with_output().unwrap().stdout).unwrap())
+    };
+    let Some(commands) = completed(&["gestalt", ""]) else { return println!("skipped: there is no bash") };
+    assert!(commands.contains(" run ") && commands.contains(" device "), "{commands}");
+    assert!(!commands.contains("disk-search"), "{commands}");
+    assert_eq!(completed(&["gestalt", "key", "sh"]).unwrap().trim(), "show");
+    assert_eq!(completed(&["gestalt", "run", "--plain"]).unwrap().trim(), "--plaintext-fabric");
+}
+
+#[test]
+fn the_manual_is_written_or_refused_in_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("man1");
+    assert!(output(&["man", dir.to_str().unwrap()]).status.success());
+    assert!(dir.join("gestalt.1").exists() && dir.join("gestalt-device-add.1").exists());
+    let file = dir.join("gestalt.1/man1");
+    let said = refusal(&["man", file.to_str().unwrap()]);
+    assert!(said.contains(file.to_str().unwrap()), "{said}");
+}
+
+#[test]
+fn completions_that_cannot_be_printed_are_a_failure() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let output = gestalt(&["completions", "zsh"]).stdout(full).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{said}");
+}
+
+#[test]
 fn a_host_that_cannot_run_a_machine_is_refused_in_the_doctors_words() {
     let doctor = output(&["doctor"]);
     let said = String::from_utf8(doctor.stdout).unwrap();

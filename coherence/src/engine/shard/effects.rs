@@ -6,7 +6,7 @@ use fabric::NodeId;
 
 use super::super::EngineError;
 use super::super::chains::Chain;
-use super::super::outbox::Source;
+use super::super::outbox::{Outgoing, Source};
 use super::Core;
 use crate::page::{BLOCK, PAGE_SIZE, Page};
 use crate::protocol::{Body, Effect, Kind, Message, Rights};
@@ -155,6 +155,9 @@ impl Core {
             Effect::Written(page) => trace::event(Event::Install, page.0, 0),
             Effect::Loaded(page, done) => {
                 ShardStats::count(if done { &self.stats.loads } else { &self.stats.not_direct });
+                if done && matches!(body, Body::Bytes(_)) {
+                    ShardStats::count(&self.stats.copied);
+                }
                 self.jobs.answer(page, done.then_some(body));
             }
             Effect::Stored(page, done) => {
@@ -189,33 +192,29 @@ impl Core {
     fn send(&mut self, to: NodeId, message: Message, body: Body<'_>) -> Result<(), EngineError> {
         ShardStats::count(&self.stats.messages_sent);
         trace::event(Event::Send, message.page.0, u64::from(message.kind.code()) << 16 | u64::from(to.0));
-        let read;
-        let bytes = match (message.kind, body) {
-            (kind, _) if !kind.has_body() => None,
+        let (source, zero) = match (message.kind, body) {
             // What does not lie still in a frame until it is sent.
-            (Kind::Loaded { .. }, _) => {
-                read = self.memory.read(message.page);
-                Some((&read, Source::Own(&read)))
+            (Kind::Loaded { body: true }, _) => {
+                ShardStats::count(&self.stats.copied);
+                (self.outbox.copy(message.page, &self.memory), false)
             }
-            (Kind::Store, Body::Bytes(bytes)) => Some((bytes, Source::Own(bytes))),
-            (Kind::Store, Body::Zero | Body::Absent) => Some((&[0; PAGE_SIZE], Source::Zero)),
-            // SAFETY: the protocol sends bytes only of pages that it has unmapped or protected here, or that only
-            // this shard's engine view holds.
-            _ => Some((unsafe { self.memory.frame(message.page) }, Source::Frame)),
+            (Kind::Store, Body::Bytes(_)) => {
+                let bytes = self.jobs.to_store(message.page).expect("what is stored is a device's");
+                (Source::Lent(bytes.clone()), false)
+            }
+            (Kind::Store, Body::Zero | Body::Absent) => (Source::Frame, true),
+            _ => (Source::Frame, false),
         };
-        let source = match bytes {
-            None => Source::Frame,
-            Some((bytes, _)) if is_zero(bytes) => {
-                ShardStats::count(&self.stats.zero_pages_sent);
-                Source::Zero
-            }
-            Some((_, source)) => {
-                ShardStats::count(&self.stats.pages_sent);
-                source
-            }
-        };
+        let mut outgoing = Outgoing { to, message, source, zero };
+        // SAFETY: the protocol sends frames only of pages that it has unmapped or protected here, or that only this
+        // shard's engine view holds.
+        outgoing.zero |= unsafe { outgoing.body(&self.memory) }.is_some_and(is_zero);
+        if message.kind.has_body() {
+            let sent = if outgoing.zero { &self.stats.zero_pages_sent } else { &self.stats.pages_sent };
+            ShardStats::count(sent);
+        }
         // SAFETY: as above, and what could change a page's bytes flushes before.
-        Ok(unsafe { self.outbox.send(to, message, source, &self.memory, &*self.transport, self.lane) }?)
+        Ok(unsafe { self.outbox.send(outgoing, &self.memory, &*self.transport, self.lane) }?)
     }
 
     /// Maps and sends what waits for more to follow.

@@ -34,6 +34,12 @@ pub struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
+    /// One buffer.
+    #[cfg(test)]
+    pub fn one(piece: VolatileSlice<'m>) -> Buffers<'m> {
+        Buffers { pieces: [piece].into() }
+    }
+
     /// Bytes.
     pub fn len(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.len() as u64).sum()

@@ -33,8 +33,10 @@ enum DeviceCommand {
         /// Its name
         name: String,
     },
-    /// Hold a disk or network card to other limits: iops=NUMBER, bandwidth=SIZE, or none for either; give it another
-    /// share=NUMBER of what its node's devices may do; or have a balloon take another size=SIZE from the guest
+    /// Give a disk or network card other limits or another share, or a balloon another size
+    ///
+    /// The limits of a disk or network card are iops=NUMBER and bandwidth=SIZE, or none for either; its share=NUMBER is of what
+    /// its node's devices may do; and a balloon takes size=SIZE from the guest.
     Set {
         /// Its name
         name: String,

@@ -8,21 +8,25 @@
 //! | `gestalt inspect` | [`inspect`] | what is on a disk, and what would boot |
 //! | `gestalt key` | [`key`] | makes and shows keys |
 //! | `gestalt doctor` | [`doctor`] | whether a node can run on this host |
+//! | `gestalt completions` | [`completions`] | what makes a shell complete these |
+//! | `gestalt man` | [`manual`] | the manual |
 //!
 //! Exit codes: 0 the guest switched itself off, the operator left, or the host is fine; 1 failure, with one
 //! sentence on standard error; 2 a command line that cannot be understood; 128 + n ended by signal n.
 
+pub mod completions;
 pub mod device;
 pub mod doctor;
 pub mod inspect;
 pub mod key;
+pub mod manual;
 pub mod node;
 pub mod run;
 mod signals;
 
 use std::process::ExitCode;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::terminal;
@@ -60,6 +64,10 @@ enum Command {
     Key(key::KeyCommand),
     /// Say whether a node can run on this host, and how to mend what is not right
     Doctor(doctor::DoctorArgs),
+    /// Print what makes a shell complete the commands and flags of `gestalt`
+    Completions(completions::CompletionsArgs),
+    /// Write the manual, a page for `gestalt` and for each of its commands
+    Man(manual::ManArgs),
 }
 
 /// Parses the command line and does what it says.
@@ -74,6 +82,8 @@ pub fn main(node_main: NodeMain) -> ExitCode {
         Command::DiskSearch(args) => Ok(vmm::disk_search::child(&args.image, args.survey)),
         Command::Key(command) => key::key(&command),
         Command::Doctor(args) => Ok(doctor::doctor(&args)),
+        Command::Completions(args) => completions::completions(&args, &Cli::command()),
+        Command::Man(args) => manual::man(&args, Cli::command()),
     };
     terminal::leave_raw();
     match ended {
@@ -101,7 +111,24 @@ fn log(verbose: u8) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+
+    /// The program, for tests of what is made from it.
+    pub fn program() -> clap::Command {
+        Cli::command()
+    }
+
+    /// Every command that is not hidden, as its words from `gestalt` on and the sentence that it says of itself.
+    pub fn commands() -> Vec<(Vec<String>, String)> {
+        fn add(command: &clap::Command, before: &[String], all: &mut Vec<(Vec<String>, String)>) {
+            let words = [before, &[command.get_name().to_string()]].concat();
+            all.push((words.clone(), command.get_about().expect("it says what it does").to_string()));
+            let shown = command.get_subcommands().filter(|command| !command.is_hide_set());
+            shown.for_each(|command| add(command, &words, all));
+        }
+        let mut all = Vec::new();
+        add(&Cli::command(), &[], &mut all);
+        all
+    }
 
     #[test]
     fn the_command_line_is_well_formed() {

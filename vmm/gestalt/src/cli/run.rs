@@ -359,6 +359,28 @@ fn parse_node(text: &str) -> Result<NodeConfig, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::{Command, FromArgMatches};
+
+    /// As far as [`run`] goes before it touches what a machine names: kernel, key and disks are not on the host of a test.
+    #[test]
+    fn every_example_is_accepted_and_told_of() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+        let files = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+        let examples: Vec<_> =
+            files.filter(|path| path.extension().is_some_and(|end| end == "toml")).collect();
+        assert!(!examples.is_empty(), "{} has no machine file", folder.display());
+        let told = std::fs::read_to_string(folder.join("README.md")).unwrap();
+        for path in examples {
+            let command = RunArgs::augment_args(Command::new("run"));
+            let given = command.try_get_matches_from([Path::new("run"), &path]).unwrap();
+            let args = RunArgs::from_arg_matches(&given).unwrap();
+            if let Err(why) = args.config().and_then(MachineConfig::check) {
+                panic!("{} is refused: {why}", path.display());
+            }
+            let name = path.file_name().unwrap().to_str().unwrap();
+            assert!(told.contains(&format!("| `{name}` |")), "examples/README.md does not tell of {name}");
+        }
+    }
 
     #[test]
     fn a_node_flag_describes_a_node() {

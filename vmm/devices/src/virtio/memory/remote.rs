@@ -4,7 +4,7 @@
 //! and all of a request are on their way at once. What is mapped here, as the page tables say, is copied as any memory; so is
 //! what the engine leaves to us.
 
-use coherence::engine::Engine;
+use coherence::engine::{Engine, Load, Store};
 use coherence::memory::DualMemory;
 use coherence::page::{PAGE_SIZE, Page};
 use coherence::protocol::Rights;
@@ -30,16 +30,19 @@ impl GuestRam {
     pub fn read(&self, buffers: &Buffers, to: &mut [u8]) -> usize {
         let Some((memory, engine)) = self.remote() else { return buffers.read(to) };
         let parts = parts(memory, buffers, to.len());
-        let remote: Vec<Page> =
-            parts.iter().filter(|part| part.here == Rights::None).map(|part| part.page).collect();
-        let mut bytes = vec![0; remote.len() * PAGE_SIZE];
-        let read = if remote.is_empty() { Vec::new() } else { engine.load(&remote, &mut bytes) };
-        let mut remote = read.iter().zip(bytes.chunks_exact(PAGE_SIZE));
+        let (mut remote, mut rest) = (Vec::new(), &mut *to);
         for part in &parts {
-            let to = &mut to[part.at..part.at + part.slice.len()];
-            match if part.here == Rights::None { remote.next() } else { None } {
-                Some((true, page)) => to.copy_from_slice(&page[part.offset..part.offset + to.len()]),
-                _ => drop(part.slice.copy_to(to)),
+            let (bytes, more) = rest.split_at_mut(part.slice.len());
+            rest = more;
+            if part.here == Rights::None {
+                remote.push(Load { page: part.page, offset: part.offset, to: bytes });
+            }
+        }
+        let read = if remote.is_empty() { Vec::new() } else { engine.load(remote) };
+        let mut read = read.into_iter();
+        for part in &parts {
+            if part.here != Rights::None || read.next() != Some(true) {
+                part.slice.copy_to(&mut to[part.at..part.at + part.slice.len()]);
             }
         }
         parts.last().map_or(0, |part| part.at + part.slice.len())
@@ -49,17 +52,17 @@ impl GuestRam {
     pub fn write(&self, buffers: &Buffers, from: &[u8]) -> usize {
         let Some((memory, engine)) = self.remote() else { return buffers.write(from) };
         let parts = parts(memory, buffers, from.len());
-        let is_remote = |part: &Part| part.here != Rights::Exclusive && part.slice.len() == PAGE_SIZE;
         let bytes_of = |part: &Part| &from[part.at..part.at + part.slice.len()];
-        let (mut remote, mut bytes) = (Vec::new(), Vec::new());
-        for part in parts.iter().filter(|part| is_remote(part)) {
-            remote.push(part.page);
-            bytes.extend_from_slice(bytes_of(part));
-        }
-        let written = if remote.is_empty() { Vec::new() } else { engine.store(&remote, &bytes) };
+        // A page that is overwritten whole.
+        let store = |part: &Part| {
+            let from = bytes_of(part).try_into().ok().filter(|_| part.here != Rights::Exclusive)?;
+            Some(Store { page: part.page, from })
+        };
+        let remote: Vec<Store> = parts.iter().filter_map(store).collect();
+        let written = if remote.is_empty() { Vec::new() } else { engine.store(&remote) };
         let mut written = written.into_iter();
         for part in &parts {
-            if !is_remote(part) || written.next() != Some(true) {
+            if store(part).is_none() || written.next() != Some(true) {
                 part.slice.copy_from(bytes_of(part));
             }
         }

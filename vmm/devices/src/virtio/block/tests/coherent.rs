@@ -1,19 +1,22 @@
 //! A disk on one node and its driver on another: both reach the same memory through the engines of their nodes.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use coherence::engine::{Engine, EngineConfig, EngineError};
 use coherence::memory::DualMemory;
-use coherence::page::Homes;
+use coherence::page::{Homes, PAGE_SIZE};
 use coherence::uffd::Uffd;
-use fabric::Transport;
+use fabric::sim::SimTransport;
+use fabric::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
 use firmware::{Layout, MachineSpec, NodeSpec};
 use virtio_bindings::virtio_blk as blk;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::{Block, BlockConfig, RawDisk};
 use crate::virtio::GuestRam;
+use crate::virtio::chain::Buffers;
 use crate::virtio::testing::{DATA, Driver};
 
 /// Bytes of one request.
@@ -23,11 +26,42 @@ const BUFFERS: [u64; 2] = [DATA + 0x1_0000, DATA + 0x4_0200];
 /// How long each arrangement is exercised.
 const FOR: Duration = Duration::from_secs(2);
 
+/// A transport that notes where in memory the pages are that it is given.
+struct Watched {
+    inner: SimTransport,
+    pages: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Transport for Watched {
+    fn node(&self) -> NodeId {
+        self.inner.node()
+    }
+    fn nodes(&self) -> usize {
+        self.inner.nodes()
+    }
+    fn lanes(&self) -> usize {
+        self.inner.lanes()
+    }
+    fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError> {
+        let pages = parts.iter().filter(|part| part.len() == PAGE_SIZE);
+        base::lock(&self.pages).extend(pages.map(|page| page.as_ptr() as usize));
+        self.inner.send(to, lane, parts)
+    }
+    fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
+        self.inner.take_receiver(lane)
+    }
+    fn stats(&self) -> TransportStats {
+        self.inner.stats()
+    }
+}
+
 /// Two nodes' views of one memory, with the engines that keep them the same.
 struct Nodes {
     views: Vec<GuestRam>,
     ending: Arc<AtomicBool>,
     engines: Vec<Arc<Engine>>,
+    /// Where the pages were that each has sent.
+    sent: Vec<Arc<Mutex<Vec<usize>>>>,
 }
 
 impl Nodes {
@@ -37,8 +71,11 @@ impl Nodes {
         let layout = Layout::new(&spec, firmware::acpi::size_bound(&spec)).unwrap();
         let homes = Homes::new(layout.home_ranges().iter().map(|range| range.end - range.start));
         let ending = Arc::new(AtomicBool::new(false));
-        let (mut views, mut engines) = (Vec::new(), Vec::new());
-        for transport in fabric::sim::cluster(2, 1).unwrap() {
+        let (mut views, mut engines, mut sent) = (Vec::new(), Vec::new(), Vec::new());
+        for inner in fabric::sim::cluster(2, 1).unwrap() {
+            let pages = Arc::new(Mutex::new(Vec::new()));
+            let transport = Watched { inner, pages: pages.clone() };
+            sent.push(pages);
             let memory = Arc::new(DualMemory::new(homes.pages()).unwrap());
             let config = EngineConfig {
                 node: transport.node(),
@@ -63,7 +100,7 @@ impl Nodes {
             views.push(GuestRam::new(&memory, &engine, &layout).unwrap());
             engines.push(engine);
         }
-        Nodes { views, ending, engines }
+        Nodes { views, ending, engines, sent }
     }
 }
 
@@ -83,6 +120,40 @@ fn content(round: u64) -> Vec<u8> {
         bytes.extend(seed.to_le_bytes());
     }
     bytes
+}
+
+#[test]
+fn what_a_device_stores_is_never_copied_and_what_it_loads_once_at_each_end() {
+    if let Err(why) = Uffd::open() {
+        println!("skipped: {why}");
+        return;
+    }
+    const PAGES: usize = LEN as usize / PAGE_SIZE;
+    let nodes = Nodes::start();
+    // Beyond the memory of node 0: of node 1.
+    let guest = nodes.views[0].map().get_slice(GuestAddress(200 << 20), LEN as usize).unwrap();
+    let (buffers, bytes) = (Buffers::one(guest), content(1));
+    assert_eq!(nodes.views[0].write(&buffers, &bytes), bytes.len());
+    let own = bytes.as_ptr_range();
+    let own = own.start as usize..own.end as usize;
+    let sent = std::mem::take(&mut *base::lock(&nodes.sent[0]));
+    let copied = sent.iter().filter(|&&page| !own.contains(&page)).count();
+    assert_eq!((sent.len(), copied), (PAGES, 0), "pages that were sent, and of these copies");
+    let totals = || [0, 1].map(|node: usize| nodes.engines[node].totals());
+    let [device, home] = totals();
+    assert_eq!((device.stores, device.copied, home.copied), (PAGES as u64, 0, 0));
+
+    let mut read = vec![0xff; bytes.len()];
+    assert_eq!(nodes.views[0].read(&buffers, &mut read), bytes.len());
+    assert!(read == bytes, "other bytes were read than were stored");
+    let [device, home] = totals();
+    assert_eq!((device.loads, device.copied, home.copied), (PAGES as u64, PAGES as u64, PAGES as u64));
+    // From the middle of that to the middle of a page that nobody has touched.
+    let guest = nodes.views[0].map().get_slice(GuestAddress((200 << 20) + 512), LEN as usize).unwrap();
+    assert_eq!(nodes.views[0].read(&Buffers::one(guest), &mut read), bytes.len());
+    let (stored, untouched) = read.split_at(bytes.len() - 512);
+    assert!(stored == &bytes[512..] && untouched == [0; 512], "other bytes than were stored, or none");
+    assert_eq!(nodes.engines[0].totals().loads, 2 * PAGES as u64 + 1);
 }
 
 #[test]
