@@ -57,7 +57,7 @@ struct Slot {
     since: AtomicU64,
     /// When its last fault came or was answered.
     last: AtomicU64,
-    /// 1 while a fault waits.
+    /// Faults that wait. More than one: the thread was called out of a wait, for an interrupt's handler, say.
     waiting: AtomicU32,
     /// Faults of the chain so far.
     faults: AtomicU32,
@@ -125,15 +125,23 @@ impl Chains {
             slot.faults.store(0, Relaxed);
         }
         slot.faults.fetch_add(1, Relaxed);
-        slot.waiting.store(1, Relaxed);
+        slot.waiting.fetch_add(1, Relaxed);
         Chain { slot: index as u32, number: slot.number.load(Relaxed) }
     }
 
-    /// The chain's fault was answered.
+    /// A thread that was called out of a wait is back at it: the chain that it belongs to now. Nothing begins anew, its
+    /// patience least of all: else two threads that are called out again and again would wait for each other without end.
+    pub fn resumed(&self, chain: Chain) -> Chain {
+        let slot = self.slots.get(chain.slot as usize);
+        slot.map_or(chain, |slot| Chain { number: slot.number.load(Relaxed), ..chain })
+    }
+
+    /// A fault of the chain's thread was answered. Once for each [`Chains::fault`].
     pub fn answered(&self, chain: Chain, now: u64) {
         if let Some(slot) = self.slots.get(chain.slot as usize) {
             slot.last.store(now, Relaxed);
-            slot.waiting.store(0, Relaxed);
+            // Never below zero, whatever order shards come in.
+            let _ = slot.waiting.fetch_update(Relaxed, Relaxed, |waiting| waiting.checked_sub(1));
         }
     }
 
@@ -304,6 +312,31 @@ mod tests {
         }
         let found = chains.round_trip.load(Relaxed) / US;
         assert!((450..=560).contains(&found), "{found}");
+    }
+
+    #[test]
+    fn who_is_called_out_of_a_wait_and_comes_back_keeps_what_it_has_but_is_not_patient_anew() {
+        let chains = chains();
+        let chain = chains.fault(7, 0);
+        chains.answered(chain, 10 * US);
+        let waits = chains.fault(7, 20 * US);
+        // The handler of an interrupt needs a page, and has it.
+        let handler = chains.fault(7, 30 * US);
+        chains.answered(handler, 40 * US);
+        assert_eq!(chains.resumed(waits), chain);
+        assert!(chains.release_at(chain, 10 * US, 200 * US) > 200 * US);
+        let late = 40 * US + PATIENCE[PATIENCE.len() - 1] * 100 * US;
+        chains.resumed(waits);
+        assert_eq!(chains.release_at(chain, 10 * US, late), late);
+    }
+
+    #[test]
+    fn a_page_that_comes_while_its_thread_waits_for_another_does_not_end_the_other_wait() {
+        let chains = chains();
+        let chain = chains.fault(7, 0);
+        chains.fault(7, 20 * US);
+        chains.answered(chain, 30 * US);
+        assert!(chains.release_at(chain, 30 * US, 230 * US) > 230 * US);
     }
 
     #[test]

@@ -321,17 +321,20 @@ impl Core {
         let Some(page) = self.memory.page_at(fault.address) else { return Ok(()) };
         ShardStats::count(&self.stats.events);
         trace::event(Event::Fault, page.0, fault.flags());
-        let chain = self.chains.fault(fault.thread, self.chains.now());
         let known = |waiter: &&mut Waiter| waiter.page == page && waiter.thread == fault.thread;
-        match self.waiters.iter_mut().find(known) {
-            // A vCPU that was called out of its wait, for an interrupt, say, is back: it is the same wait. What it won
-            // before and meanwhile is kept while it waits, so its chain must know that it does.
+        let chain = match self.waiters.iter_mut().find(known) {
+            // A vCPU that was called out of its wait, for an interrupt, say, is back: it is the same wait.
             Some(waiter) => {
                 ShardStats::count(&self.stats.resumed_waits);
-                waiter.chain = chain;
+                waiter.chain = self.chains.resumed(waiter.chain);
+                waiter.chain
             }
-            None => self.waiters.push(Waiter { page, thread: fault.thread, chain }),
-        }
+            None => {
+                let chain = self.chains.fault(fault.thread, self.chains.now());
+                self.waiters.push(Waiter { page, thread: fault.thread, chain });
+                chain
+            }
+        };
         let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
         if fault.write {
             self.recall.wanted(page, chain);

@@ -375,7 +375,12 @@ impl Vcpu {
     /// What KVM answers.
     pub fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), KvmError> {
         self.fd.clear_sync_dirty_reg(SyncReg::Register);
-        self.fd.set_regs(regs).map_err(KvmError::call("write registers"))
+        self.fd.set_regs(regs).map_err(KvmError::call("write registers"))?;
+        // Those of the last exit are not the vCPU's any more.
+        if self.sync_regs {
+            self.fd.sync_regs_mut().regs = *regs;
+        }
+        Ok(())
     }
 
     /// As [`Vcpu::set_regs`], but KVM takes them on only at the next entry, where it can, which saves a call.

@@ -280,6 +280,7 @@ impl Cpu {
             self.finish_instruction()?;
             self.power_on.init(&mut self.kvm)?;
             self.lapic.init_reset();
+            self.pace = Pace::new(self.env.timer_rest, self.env.clock.khz());
             self.nmi = false;
             self.set_state(State::WaitForSipi);
         }

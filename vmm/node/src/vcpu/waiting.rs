@@ -137,7 +137,10 @@ impl Guest {
             // Who asked may have given up.
             let _ = tell.send(News::Failed(why));
         }
-        drop(self.memory);
+        let Guest { vcpu, _vm: vm, memory, .. } = self;
+        drop(vcpu);
+        drop(vm);
+        drop(memory);
     }
 
     fn try_run(&mut self, tell: &Sender<News>) -> Result<(), String> {
