@@ -13,7 +13,7 @@ use crate::kernels::{self, Kernel};
 use crate::qemu::Hardware;
 use crate::rack::Rack;
 use crate::stage::Stage;
-use crate::stale::{self, StaleCode, Whose};
+use crate::stale::{self, EmulatorFault, Whose};
 use crate::{drivers, guest, image, probe, setup};
 
 /// How long a host may take to run a command that does nothing.
@@ -139,10 +139,10 @@ impl Rig {
     }
 
     /// Whose kernel the emulator killed, if it did: a host's, or that of the guest with this console.
-    pub fn stale_code(&self, guest: &str) -> Option<StaleCode> {
+    pub fn emulator_fault(&self, guest: &str) -> Option<EmulatorFault> {
         let rack = self.rack()?;
-        Rack::stale_code(&self.stage, rack.hosts().len())
-            .or_else(|| stale::find(guest).map(|at| StaleCode { whose: Whose::Guest, at }))
+        Rack::emulator_fault(&self.stage, rack.hosts().len())
+            .or_else(|| stale::find(guest).map(|(sign, at)| EmulatorFault { whose: Whose::Guest, sign, at }))
     }
 
     /// The hosts, by number.

@@ -10,7 +10,7 @@ use testbed::host::Host;
 use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
 use testbed::rig::Rig;
-use testbed::stale::{StaleCode, Whose};
+use testbed::stale::{EmulatorFault, Sign, Whose};
 use testbed::verdict;
 
 /// A boot with its checks takes about a minute on an emulated host; a loaded one gets much more.
@@ -101,11 +101,14 @@ impl Scenario {
     /// Runs it on hosts that are up.
     ///
     /// # Errors
-    /// The expectation is not met. The error holds a [`testbed::stale::StaleCode`] if the emulator is to blame.
+    /// The expectation is not met. The error holds a [`testbed::stale::EmulatorFault`] if the emulator is to blame.
     pub fn run(&self, rig: &Rig) -> Result<Times> {
         let mut console = String::new();
-        self.run_to_the_end(rig, &mut console).map_err(|error| match rig.stale_code(&console) {
-            Some(stale) if stale.whose == Whose::Guest && self.machine.nodes_with_cpus() > 1 => {
+        self.run_to_the_end(rig, &mut console).map_err(|error| match rig.emulator_fault(&console) {
+            Some(stale)
+                if (stale.whose, stale.sign) == (Whose::Guest, Sign::StaleCode)
+                    && self.machine.nodes_with_cpus() > 1 =>
+            {
                 error.context(format!("{stale}, unless a node had kept a page too long: several have CPUs"))
             }
             Some(stale) => error.context(stale),
@@ -388,13 +391,13 @@ pub fn on_live_hosts<T>(
     task: impl Fn(&Rig) -> Result<T>,
 ) -> Result<T> {
     let mut result = announce(name, || task(rig));
-    let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<StaleCode>());
+    let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<EmulatorFault>());
     if let Some(stale) = stale.cloned() {
         eprintln!(
             "guest: {name}: {stale}. This is a fault of the rack: it is booted AGAIN, once, on new hosts"
         );
         reruns.push(format!("{name}: {stale}"));
-        rig.renew().context("booting new hosts in place of those where stale code ran")?;
+        rig.renew().context("booting new hosts in place of those that the emulator killed")?;
         result = announce(&format!("{name}, again"), || task(rig));
     }
     if result.is_err() && !rig.alive() {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use testbed::artifacts;
 use testbed::machine::Machine;
 use testbed::rig::Rig;
-use testbed::stale::{StaleCode, Whose};
+use testbed::stale::{EmulatorFault, Whose};
 
 use crate::options::Options;
 use crate::rails::{self, Trial};
@@ -68,7 +68,7 @@ struct Report {
     ratio_to_one_node: Option<f64>,
     /// The longest that the rest of a machine took to end after the loss of a node.
     longest_loss_seconds: Option<f64>,
-    /// Boots in which the emulator killed a host's kernel by stale code; they count as failed.
+    /// Boots in which the emulator killed a host's kernel, by stale code or broken flags; they count as failed.
     host_stale_code: usize,
     /// Boots in which it killed the guest's kernel so; they count as failed.
     guest_stale_code: usize,
@@ -189,7 +189,7 @@ fn run_all(scenarios: Vec<Scenario>, rig: &mut Rig, show: bool) -> Result<Vec<En
         let scenario = Scenario { show, ..scenario };
         let result = announce(&scenario.name, || scenario.run(rig));
         let times = result.as_ref().copied().unwrap_or_default();
-        let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<StaleCode>());
+        let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<EmulatorFault>());
         entries.push(Entry {
             name: scenario.name.clone(),
             stale: stale.map(|stale| stale.whose),
@@ -256,7 +256,7 @@ impl Report {
             trial.print();
         }
         println!(
-            "killed by stale code of the emulator: {} hosts' kernels, {} guests' kernels; {} failures of other kinds",
+            "killed by faults of the emulator: {} hosts' kernels, {} guests' kernels; {} failures of other kinds",
             self.host_stale_code,
             self.guest_stale_code,
             self.failed - self.host_stale_code - self.guest_stale_code
