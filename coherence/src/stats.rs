@@ -54,6 +54,8 @@ macro_rules! counters {
 counters! {
     /// userfaultfd events read.
     events,
+    /// Of these, those of threads that had been called out of their wait for the same page.
+    resumed_waits,
     /// Faults answered here, without another node.
     local_faults,
     /// Read faults that needed another node.

@@ -5,6 +5,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 
 const API: u64 = 0xaa;
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
@@ -238,6 +242,29 @@ impl Uffd {
             }
         }
         Ok(count)
+    }
+}
+
+impl Uffd {
+    /// Waits until faults wait, at most `limit`: the first of them, as many as are read at once. None: the time is up.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn wait(&self, limit: Duration) -> io::Result<Vec<Fault>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let mut faults = Vec::new();
+            self.read(|fault| faults.push(fault))?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !faults.is_empty() || left.is_zero() {
+                return Ok(faults);
+            }
+            let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            match ppoll(&mut ready, Some(TimeSpec::from_duration(left)), None) {
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 }
 

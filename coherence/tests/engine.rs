@@ -407,6 +407,62 @@ fn watched_pages(memory: &DualMemory) -> u64 {
     watched
 }
 
+/// As a vCPU that takes interrupts while it waits for a page.
+#[test]
+fn a_thread_that_is_called_out_of_its_wait_again_and_again_waits_once() {
+    if !can_run() {
+        return;
+    }
+    extern "C" fn ignore(_: libc::c_int) {}
+    // SAFETY: a zeroed sigaction is valid, and a handler that does nothing is async-signal-safe.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = ignore as *const () as usize;
+        assert_eq!(libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()), 0);
+    }
+    // Nobody is at node 1: the page does not come.
+    let mut cluster = fabric::sim::cluster(2, 2).unwrap();
+    let _silent = cluster.pop().unwrap();
+    let memory = Arc::new(DualMemory::new(8).unwrap());
+    let config = EngineConfig {
+        node: NodeId(0),
+        homes: Homes::new([4, 4]),
+        shards: 1,
+        first_lane: 1,
+        hold: Duration::ZERO,
+        spin: Duration::ZERO,
+        stuck: Duration::from_secs(20),
+        budget: None,
+    };
+    let on_failure = Arc::new(|e: coherence::engine::EngineError| eprintln!("engine failed: {e}"));
+    let engine = Engine::start(config, memory.clone(), Arc::new(cluster.pop().unwrap()), on_failure).unwrap();
+    let waiter = std::thread::spawn(move || {
+        // SAFETY: inside the guest view, which the thread keeps; an aligned read.
+        unsafe { memory.guest_view().add(5 * PAGE_SIZE).read_volatile() }
+    });
+    let faulted = |times| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while engine.totals().events < times {
+            assert!(std::time::Instant::now() < deadline, "fault {times} does not come");
+            std::thread::yield_now();
+        }
+    };
+    const TIMES: u64 = 50;
+    faulted(1);
+    for time in 0..TIMES {
+        let thread = std::os::unix::thread::JoinHandleExt::as_pthread_t(&waiter);
+        // SAFETY: the thread has not been joined.
+        assert_eq!(unsafe { libc::pthread_kill(thread, libc::SIGUSR1) }, 0);
+        faulted(2 + time);
+    }
+    let totals = engine.totals();
+    assert_eq!((totals.events, totals.resumed_waits), (1 + TIMES, TIMES));
+    assert_eq!((totals.remote_read_faults, totals.local_faults, totals.messages_sent), (1, 0, 1));
+    // Nobody watches the page any more: the thread goes on.
+    drop(engine);
+    waiter.join().unwrap();
+}
+
 #[test]
 fn a_stranger_on_the_lane_ends_the_engine_with_a_sentence() {
     if !can_run() {

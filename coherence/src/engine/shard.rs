@@ -74,7 +74,7 @@ struct Core {
     deferred: i32,
     misses: Vec<MissClock>,
     /// Threads that wait for a page.
-    waiters: Vec<(Page, Chain)>,
+    waiters: Vec<Waiter>,
     /// The chain for which the last page was mapped.
     winner: Chain,
     recall: Recall,
@@ -98,6 +98,14 @@ struct Held {
     look_at: u64,
     page: Page,
     won: u64,
+    chain: Chain,
+}
+
+/// A thread that waits for a page. One that is called out of its wait stays in the list until the page comes: most
+/// likely it will touch the page again.
+struct Waiter {
+    page: Page,
+    thread: u32,
     chain: Chain,
 }
 
@@ -314,7 +322,16 @@ impl Core {
         ShardStats::count(&self.stats.events);
         trace::event(Event::Fault, page.0, fault.flags());
         let chain = self.chains.fault(fault.thread, self.chains.now());
-        self.waiters.push((page, chain));
+        let known = |waiter: &&mut Waiter| waiter.page == page && waiter.thread == fault.thread;
+        match self.waiters.iter_mut().find(known) {
+            // A vCPU that was called out of its wait, for an interrupt, say, is back: it is the same wait. What it won
+            // before and meanwhile is kept while it waits, so its chain must know that it does.
+            Some(waiter) => {
+                ShardStats::count(&self.stats.resumed_waits);
+                waiter.chain = chain;
+            }
+            None => self.waiters.push(Waiter { page, thread: fault.thread, chain }),
+        }
         let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
         if fault.write {
             self.recall.wanted(page, chain);
@@ -419,7 +436,7 @@ impl Core {
         // A write that came while a read was under way goes on as a miss of its own. (What was asked for ahead
         // of its need is no miss: nobody waits for it, and when it comes it may not even be mapped.)
         let page = message.page;
-        let waited_for = self.waiters.iter().any(|(waiting, _)| *waiting == page);
+        let waited_for = self.waiters.iter().any(|waiter| waiter.page == page);
         if waited_for && self.protocol.is_missing(page) && !self.misses.iter().any(|m| m.page == page) {
             ShardStats::count(&self.stats.remote_write_faults);
             self.misses.push(MissClock { page, since: Instant::now() });
@@ -472,8 +489,8 @@ impl Core {
         let mut chain = Chain::NONE;
         let mut i = 0;
         while i < self.waiters.len() {
-            if self.waiters[i].0 == page {
-                chain = self.waiters.swap_remove(i).1;
+            if self.waiters[i].page == page {
+                chain = self.waiters.swap_remove(i).chain;
                 self.chains.answered(chain, now);
             } else {
                 i += 1;

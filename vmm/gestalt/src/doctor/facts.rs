@@ -1,5 +1,7 @@
 //! What there is to know about a host, without a judgement.
 
+use std::time::Duration;
+
 /// A host, as [`super::probe`] finds it or a test makes it up.
 #[derive(Clone, Debug)]
 pub struct HostFacts {
@@ -59,6 +61,8 @@ pub struct KvmFacts {
     pub tsc_offset: bool,
     /// Whether a guest TSC can run at another frequency than the host's.
     pub tsc_control: bool,
+    /// How long it took to call a vCPU out of its wait for a page, or why that did not work.
+    pub called_out: Result<Duration, String>,
     /// Whether guests can be given the TSC-deadline timer.
     pub deadline_timer: bool,
     /// Whether the CPU translates guest addresses itself (EPT, NPT); unknown if the module does not say.

@@ -188,6 +188,19 @@ fn kvm(facts: &HostFacts, needs: &Needs, findings: &mut Vec<Finding>) {
             "nothing to do: guests use the one-shot timer, which exits a little more often",
         ));
     }
+    // Where no virtual machine runs, or userfaultfd does not serve, that is what is to be mended.
+    if kvm.runs.is_ok() && facts.userfaultfd.is_ok() {
+        findings.push(match &kvm.called_out {
+            Ok(took) => {
+                let us = took.as_micros();
+                ok(format!("a vCPU that waits for a page can be called out of its wait (in {us} us)"))
+            }
+            Err(why) => warn(
+                format!("a vCPU that waits for a page cannot be called out of its wait ({why})"),
+                "its interrupts wait as well, and all else works: boot a Linux kernel of version 6.4 or newer",
+            ),
+        });
+    }
     if kvm.nested_paging == Some(false) {
         findings.push(fail(
             "KVM runs without EPT or NPT, and so would not see another node's writes to the guest's page tables",

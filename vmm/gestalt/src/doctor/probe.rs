@@ -8,8 +8,9 @@ use super::emulation::Signs;
 use super::facts::{HostFacts, Interface, KvmFacts, RdmaFacts, RdmaPort, Trouble, TscFacts};
 use super::trial;
 use vmm::kvm;
+use vmm::vcpu::waiting;
 
-/// Looks at this host; takes a few milliseconds, and runs a guest of six instructions.
+/// Looks at this host; takes a few milliseconds, and runs guests of a few instructions.
 pub fn host() -> HostFacts {
     let flags = cpu_flags();
     let has = |flag: &str| flags.iter().any(|known| known == flag);
@@ -92,6 +93,10 @@ fn kvm_facts() -> Result<KvmFacts, Trouble> {
         tsc_offset: cpu.as_ref().is_ok_and(|cpu| cpu.tsc_offset),
         tsc_control: cpu.as_ref().is_ok_and(|cpu| cpu.tsc_control),
         deadline_timer: cpu.as_ref().is_ok_and(|cpu| cpu.deadline_exits),
+        called_out: match &cpu {
+            Ok(cpu) => waiting::can_be_called_out(&kvm, cpu),
+            Err(error) => Err(error.to_string()),
+        },
         runs: cpu.map(drop).map_err(|error| error.to_string()),
         nested_paging: parameter("kvm_intel", "ept").or_else(|| parameter("kvm_amd", "npt")),
         ept_accessed_dirty: parameter("kvm_intel", "eptad"),

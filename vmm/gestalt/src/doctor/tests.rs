@@ -1,5 +1,7 @@
 //! The judgement on hosts that are made up.
 
+use std::time::Duration;
+
 use super::facts::{Interface, KvmFacts, RdmaFacts, TscFacts};
 use super::*;
 
@@ -15,6 +17,7 @@ fn good() -> HostFacts {
             runs: Ok(()),
             tsc_offset: true,
             tsc_control: true,
+            called_out: Ok(Duration::from_micros(40)),
             deadline_timer: true,
             nested_paging: Some(true),
             ept_accessed_dirty: None,
@@ -82,6 +85,10 @@ fn what_is_only_slow_or_risky_warns() {
         (with_kvm(|kvm| kvm.tsc_offset = false), "TSC offset"),
         (with_kvm(|kvm| kvm.tsc_control = false), "scale the TSC"),
         (with_kvm(|kvm| kvm.deadline_timer = false), "TSC-deadline"),
+        (
+            with_kvm(|kvm| kvm.called_out = Err("it stays".into())),
+            "cannot be called out of its wait (it stays)",
+        ),
         (with_kvm(|kvm| kvm.ept_accessed_dirty = Some(true)), "eptad=0"),
         (HostFacts { cpus: 1, ..good() }, "this host has 1"),
         (HostFacts { shmem_huge: Some("never".into()), ..good() }, "echo advise >"),

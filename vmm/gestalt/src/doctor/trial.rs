@@ -1,6 +1,5 @@
 //! Trying, on one page, what the coherence engine lives on.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -9,7 +8,6 @@ use std::time::{Duration, Instant};
 use coherence::memory::DualMemory;
 use coherence::page::{PAGE_SIZE, Page};
 use coherence::uffd::{Mode, Uffd};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long one page fault may take.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -56,21 +54,9 @@ fn answer(uffd: &Uffd, start: u64) -> Result<(), String> {
 }
 
 fn wait(uffd: &Uffd, deadline: Instant) -> Result<coherence::uffd::Fault, String> {
-    loop {
-        let mut found = None;
-        uffd.read(|fault| found = Some(fault)).map_err(|error| format!("reading a fault: {error}"))?;
-        if let Some(fault) = found {
-            return Ok(fault);
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err("an expected fault did not come".into());
-        }
-        let mut ready = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(left.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
-        // An interrupted poll is looked at again above.
-        let _ = poll(&mut ready, timeout);
-    }
+    let left = deadline.saturating_duration_since(Instant::now());
+    let faults = uffd.wait(left).map_err(|error| format!("reading a fault: {error}"))?;
+    faults.first().copied().ok_or_else(|| "an expected fault did not come".into())
 }
 
 /// A thread that reads the page and then writes it.

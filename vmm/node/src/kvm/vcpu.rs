@@ -128,6 +128,7 @@ pub struct Vcpu {
     fd: VcpuFd,
     run_size: usize,
     tsc_offset: bool,
+    sync_regs: bool,
 }
 
 impl Vcpu {
@@ -136,7 +137,7 @@ impl Vcpu {
             fd.set_sync_valid_reg(SyncReg::Register);
         }
         let tsc_offset = attributes && ioctls::has_tsc_offset(&fd);
-        Vcpu { fd, run_size, tsc_offset }
+        Vcpu { fd, run_size, tsc_offset, sync_regs }
     }
 
     /// Enters the guest until something is to be done. A pending exit is completed first.
@@ -361,7 +362,10 @@ impl Vcpu {
     ///
     /// # Errors
     /// What KVM answers.
-    pub fn regs(&self) -> Result<kvm_regs, KvmError> {
+    pub fn regs(&mut self) -> Result<kvm_regs, KvmError> {
+        if let Some(regs) = self.regs_to_come() {
+            return Ok(regs);
+        }
         self.fd.get_regs().map_err(KvmError::call("read registers"))
     }
 
@@ -369,8 +373,38 @@ impl Vcpu {
     ///
     /// # Errors
     /// What KVM answers.
-    pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), KvmError> {
+    pub fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), KvmError> {
+        self.fd.clear_sync_dirty_reg(SyncReg::Register);
         self.fd.set_regs(regs).map_err(KvmError::call("write registers"))
+    }
+
+    /// As [`Vcpu::set_regs`], but KVM takes them on only at the next entry, where it can, which saves a call.
+    ///
+    /// # Errors
+    /// What KVM answers.
+    pub fn set_regs_at_entry(&mut self, regs: &kvm_regs) -> Result<(), KvmError> {
+        if !self.sync_regs {
+            return self.set_regs(regs);
+        }
+        self.fd.sync_regs_mut().regs = *regs;
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+        Ok(())
+    }
+
+    /// What [`Vcpu::set_regs_at_entry`] set and KVM has not taken on yet.
+    fn regs_to_come(&mut self) -> Option<kvm_regs> {
+        let run = self.fd.get_kvm_run();
+        let dirty = run.kvm_dirty_regs & u64::from(KVM_SYNC_X86_REGS) != 0;
+        // SAFETY: the registers are the union's only member with a meaning, and made of integers.
+        dirty.then_some(unsafe { run.s.regs.regs })
+    }
+
+    /// Debug register 7.
+    ///
+    /// # Errors
+    /// What KVM answers.
+    pub fn dr7(&self) -> Result<u64, KvmError> {
+        Ok(self.fd.get_debug_regs().map_err(KvmError::call("read debug registers"))?.dr7)
     }
 
     /// The system registers.

@@ -31,7 +31,7 @@ use crate::router::peers::{Peers, spawn_heartbeat};
 use crate::router::remote::{AllDevices, DeviceServer, LocalDevices};
 use crate::router::{CONTROL_LANE, Router};
 use crate::trace;
-use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus};
+use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus, waiting};
 use devices::platform::bus::Shared;
 use devices::platform::hotplug::HotPlug;
 use devices::virtio::GuestRam;
@@ -65,6 +65,9 @@ impl Host {
     pub fn open(assignment: &Assignment) -> anyhow::Result<Host> {
         let kvm = caps::open()?;
         let cpu = HostCpu::probe(&kvm)?;
+        if let Err(why) = waiting::can_be_called_out(&kvm, &cpu) {
+            tracing::warn!("vCPUs take no interrupts while they wait for a page: {why}");
+        }
         let listener = Listener::bind(&assignment.fabric_listen)?;
         Ok(Host { kvm, cpu, listener, key: PrivateKey::generate()? })
     }
@@ -214,6 +217,7 @@ impl Node {
                 interrupts: router.clone(),
                 clock: clock.clone(),
                 on_idle: Arc::new(move |thread| idle.idle(thread)),
+                shipper: None,
                 on_failure: Arc::new(move |failure| drop(vcpu_events.send(failure.into()))),
             };
             Vcpus::create(&vm, table, &configs, &env)?

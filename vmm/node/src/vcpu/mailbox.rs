@@ -81,6 +81,11 @@ impl Mailbox {
         self.thread.store(base::thread::id(), Ordering::SeqCst);
     }
 
+    /// Whether `thread` is the vCPU's.
+    pub fn is_of(&self, thread: u32) -> bool {
+        thread != 0 && self.thread.load(Ordering::SeqCst) as u32 == thread
+    }
+
     /// The vCPU's thread ends: nobody signals it any more.
     pub fn abandon(&self) {
         self.thread.store(0, Ordering::SeqCst);

@@ -18,6 +18,12 @@
 //! The way of one interrupt: `post` sets a bit in the mailbox -> the thread drains the mailbox into its local
 //! APIC -> [`devices::irq::lapic::Lapic::acknowledge`] picks the vector -> KVM_INTERRUPT -> the guest's handler.
 //!
+//! A wait for a page is not a trap: the kick ends it like any stay in the guest, with nothing done of the instruction
+//! that needs the page. The thread then does what it was called for, and enters again; the guest takes its interrupt,
+//! or touches the page again, which the engine knows as the same wait. An interrupt that cannot be taken yet calls out
+//! once. ([`waiting`] tells on which hosts. Accesses of KVM's own emulator wait to their end everywhere, and once
+//! kicked they spin there; on CPUs with VMX or SVM it makes few: device accesses and string I/O.)
+//!
 //! | file | concept |
 //! |---|---|
 //! | [`mailbox`] | what others leave for a vCPU, and the kick |
@@ -25,10 +31,12 @@
 //! | [`run`] | the thread's loop |
 //! | `exits` | what is done about each reason to leave the guest |
 //! | [`msr`] | model-specific registers that are ours |
+//! | [`ship`] | an instruction that is carried out elsewhere |
 //! | [`registers`] | power-on, INIT, SIPI and boot states |
 //! | `timer` | the local APIC timer's alarm |
-//! | `pace` | how soon the next timer interrupt may come |
 //! | [`signal`] | blocking, sending and awaiting the kick signal |
+//! | [`waiting`] | whether a vCPU that waits for a page can be called out, tried |
+//! | [`user_mode`] | a vCPU that begins at CPL 3, for probes and tests |
 //! | [`report`] | what is said of a vCPU that cannot go on |
 //! | [`control`] | starting, pausing, stopping and dumping all of them |
 
@@ -36,18 +44,21 @@ pub mod control;
 mod exits;
 pub mod mailbox;
 pub mod msr;
-mod pace;
 pub mod registers;
 pub mod report;
 pub mod run;
+pub mod ship;
 pub mod signal;
 pub mod table;
 mod timer;
+pub mod user_mode;
+pub mod waiting;
 
 pub use control::{Vcpus, VcpusError};
 pub use mailbox::Mailbox;
 pub use registers::Start;
 pub use report::VcpuFailure;
+pub use ship::Shipper;
 pub use table::{Counters, Table};
 
 use std::sync::Arc;
@@ -94,6 +105,8 @@ pub struct Environment {
     pub clock: Arc<GuestClock>,
     /// Called by a vCPU's thread when it halts, with the thread's number: it has nothing to do for now.
     pub on_idle: Arc<dyn Fn(u32) + Send + Sync>,
+    /// Carries instructions out elsewhere, if that is done at all.
+    pub shipper: Option<Arc<dyn Shipper>>,
     /// Called at most once for each vCPU, from its thread, when it cannot go on.
     pub on_failure: Arc<dyn Fn(VcpuFailure) + Send + Sync>,
 }

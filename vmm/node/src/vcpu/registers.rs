@@ -32,7 +32,7 @@ pub(super) struct PowerOn {
 
 impl PowerOn {
     /// Sets what firmware would have set, and remembers the rest as KVM made it. CPUID must be set before.
-    pub(super) fn new(vcpu: &Vcpu, apic_base: u64, msrs: &[(u32, u64)]) -> Result<PowerOn, KvmError> {
+    pub(super) fn new(vcpu: &mut Vcpu, apic_base: u64, msrs: &[(u32, u64)]) -> Result<PowerOn, KvmError> {
         vcpu.set_msrs(&[(msr::MISC_ENABLE, MISC_ENABLE), (msr::MTRR_DEF_TYPE, MTRR_DEF_TYPE)])?;
         vcpu.set_msrs(msrs)?;
         let regs = vcpu.regs()?;
@@ -44,7 +44,7 @@ impl PowerOn {
     }
 
     /// INIT: registers as after power-on, nothing on its way to the guest.
-    pub(super) fn init(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
+    pub(super) fn init(&self, vcpu: &mut Vcpu) -> Result<(), KvmError> {
         let none = kvm_vcpu_events {
             flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
             ..Default::default()
@@ -55,7 +55,7 @@ impl PowerOn {
     }
 
     /// Start-up: real mode at the beginning of page `vector` (SDM vol. 3, 9.4.4).
-    pub(super) fn sipi(&self, vcpu: &Vcpu, vector: u8) -> Result<(), KvmError> {
+    pub(super) fn sipi(&self, vcpu: &mut Vcpu, vector: u8) -> Result<(), KvmError> {
         let mut sregs = self.sregs;
         sregs.cs.selector = u16::from(vector) << 8;
         sregs.cs.base = u64::from(vector) << 12;
@@ -64,32 +64,40 @@ impl PowerOn {
     }
 
     /// The kernel's entry.
-    pub(super) fn boot(&self, vcpu: &Vcpu, boot: &BspRegisters) -> Result<(), KvmError> {
-        let data = segment(&boot.data);
-        vcpu.set_sregs(&kvm_sregs {
-            cs: segment(&boot.cs),
-            ds: data,
-            es: data,
-            fs: data,
-            gs: data,
-            ss: data,
-            tr: segment(&boot.tr),
-            gdt: kvm_dtable { base: boot.gdt.base, limit: boot.gdt.limit, ..Default::default() },
-            idt: kvm_dtable { base: boot.idt.base, limit: boot.idt.limit, ..Default::default() },
-            cr0: boot.cr0,
-            cr3: boot.cr3,
-            cr4: boot.cr4,
-            efer: boot.efer,
-            ..self.sregs
-        })?;
-        vcpu.set_regs(&kvm_regs {
-            rip: boot.rip,
-            rsp: boot.rsp,
-            rsi: boot.rsi,
-            rflags: boot.rflags,
-            ..Default::default()
-        })
+    pub(super) fn boot(&self, vcpu: &mut Vcpu, boot: &BspRegisters) -> Result<(), KvmError> {
+        begin(vcpu, boot, &self.sregs)
     }
+}
+
+/// Sets the state that `boot` describes, and of `rest` what it says nothing of.
+///
+/// # Errors
+/// What KVM answers.
+pub fn begin(vcpu: &mut Vcpu, boot: &BspRegisters, rest: &kvm_sregs) -> Result<(), KvmError> {
+    let data = segment(&boot.data);
+    vcpu.set_sregs(&kvm_sregs {
+        cs: segment(&boot.cs),
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        tr: segment(&boot.tr),
+        gdt: kvm_dtable { base: boot.gdt.base, limit: boot.gdt.limit, ..Default::default() },
+        idt: kvm_dtable { base: boot.idt.base, limit: boot.idt.limit, ..Default::default() },
+        cr0: boot.cr0,
+        cr3: boot.cr3,
+        cr4: boot.cr4,
+        efer: boot.efer,
+        ..*rest
+    })?;
+    vcpu.set_regs(&kvm_regs {
+        rip: boot.rip,
+        rsp: boot.rsp,
+        rsi: boot.rsi,
+        rflags: boot.rflags,
+        ..Default::default()
+    })
 }
 
 fn segment(from: &Segment) -> kvm_segment {

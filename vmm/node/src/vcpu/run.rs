@@ -1,17 +1,16 @@
 //! The loop of one vCPU's thread.
 //!
 //! ```text
-//!   attend ─> follow clock ─> drain mailbox ─> expire timer ─> asleep? wait
-//!     ^                                                          │ no
-//!     │                                          inject ─> arm timer ─> KVM_RUN ─> handle exit
-//!     └────────────────────────────────────────────────────────────────────────────────┘
+//!   attend ─> follow clock ─> ship ─> drain mailbox ─> expire timer ─> asleep? wait
+//!     ^                                                                  │ no
+//!     │                                                  inject ─> arm timer ─> KVM_RUN ─> handle exit
+//!     └────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::pace::Pace;
 use super::registers::{PowerOn, Start};
 use super::report::{self, LastExits, VcpuFailure};
 use super::table::{Slot, State, Table, Wish, count};
@@ -22,10 +21,10 @@ use crate::trace;
 use devices::irq::lapic::Lapic;
 
 /// Longest uninterrupted sleep. Wake-ups are not lost; this only bounds what a mistake would cost.
-const LONGEST_SLEEP: Duration = Duration::from_secs(1);
+pub(super) const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// How long a vCPU waits for the others to leave the guest before it takes on a stepped clock. A thread that
-/// has been kicked and has not left by then is not running guest code: it is waiting for a page or for a host
-/// CPU, and KVM sees the pending kick before it goes on.
+/// has been kicked and has not left by then is not running guest code: it is waiting for a host CPU, or for a page
+/// that KVM's emulator needs, and KVM sees the pending kick before it goes on.
 const STEP_WAIT_NS: u64 = 200_000;
 /// Exits that completing one instruction may make: string I/O in pieces, an access split over two pages.
 const MAX_COMPLETIONS: usize = 4096;
@@ -75,26 +74,27 @@ pub(super) struct Cpu {
     /// The TSC offset that KVM has been given.
     offset: u64,
     /// The guest TSC that the timer is armed for.
-    armed: Option<u64>,
-    pub(super) pace: Pace,
+    pub(super) armed: Option<u64>,
+    /// How many shipped instructions in a row were not done.
+    pub(super) in_vain: u32,
 }
 
 impl Cpu {
     /// Prepares the vCPU; its thread is to call [`Cpu::thread`].
     pub(super) fn new(
         local: u32,
-        kvm: Vcpu,
+        mut kvm: Vcpu,
         config: &VcpuConfig,
         table: Arc<Table>,
         env: Environment,
     ) -> Result<Cpu, KvmError> {
         let lapic = Lapic::new(config.apic_id, matches!(config.start, Start::Boot(_)));
         kvm.set_cpuid(&config.cpuid)?;
-        let power_on = PowerOn::new(&kvm, lapic.apic_base(), &config.msrs)?;
+        let power_on = PowerOn::new(&mut kvm, lapic.apic_base(), &config.msrs)?;
         let state = match &config.start {
             Start::WaitForSipi => State::WaitForSipi,
             Start::Boot(registers) => {
-                power_on.boot(&kvm, registers)?;
+                power_on.boot(&mut kvm, registers)?;
                 State::Running
             }
         };
@@ -121,7 +121,7 @@ impl Cpu {
             nmi: false,
             offset,
             armed: None,
-            pace: Pace::default(),
+            in_vain: 0,
         })
     }
 
@@ -149,11 +149,6 @@ impl Cpu {
         self.env.clock.host().wrapping_add(self.offset)
     }
 
-    /// When the local APIC's timer interrupt is to come.
-    fn timer_due(&self) -> Option<u64> {
-        self.lapic.timer_deadline().map(|deadline| self.pace.due(deadline))
-    }
-
     fn prepare(&mut self) -> Result<Timer, End> {
         let failed =
             |error: std::io::Error| End::Failed { why: format!("its thread cannot be set up: {error}") };
@@ -172,6 +167,7 @@ impl Cpu {
             self.follow_clock()?;
             // Order: from here on posters kick; then take what they left until now.
             self.slot().mailbox.doze();
+            self.ship_if_asked()?;
             self.drain()?;
             let signalled = if self.table.wish() != Wish::Run || self.table_wants_dump() {
                 Signalled::Unknown
@@ -216,13 +212,10 @@ impl Cpu {
         idle.parked += 1;
         table.changed.notify_all();
         loop {
-            if self.slot().dump_wanted.swap(false, Ordering::SeqCst) {
+            if self.table_wants_dump() {
                 drop(idle);
-                let text = self.dump();
-                let slot = self.slot();
-                *base::lock(&slot.dump) = Some(text);
+                self.answer_dump();
                 idle = table.idle();
-                table.changed.notify_all();
             }
             if enough(table.wish()) {
                 break;
@@ -232,6 +225,19 @@ impl Cpu {
             idle = waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0;
         }
         idle.parked -= 1;
+    }
+
+    /// Shows the registers to who wants them.
+    pub(super) fn answer_dump(&mut self) {
+        if !self.slot().dump_wanted.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let text = self.dump();
+        *base::lock(&self.slot().dump) = Some(text);
+        let table = self.table.clone();
+        // Under the lock, so that who is about to wait sees the text or the notice.
+        drop(table.idle());
+        table.changed.notify_all();
     }
 
     /// Takes on the node's clock if it was stepped.
@@ -264,7 +270,7 @@ impl Cpu {
         if startup.init {
             trace::event(trace::Event::Post, self.vcpu.into(), 0x200);
             self.finish_instruction()?;
-            self.power_on.init(&self.kvm)?;
+            self.power_on.init(&mut self.kvm)?;
             self.lapic.init_reset();
             self.nmi = false;
             self.set_state(State::WaitForSipi);
@@ -286,13 +292,13 @@ impl Cpu {
         if let Some(vector) = startup.sipi {
             trace::event(trace::Event::Post, self.vcpu.into(), 0x300 | u64::from(vector));
             if self.state == State::WaitForSipi {
-                self.power_on.sipi(&self.kvm, vector)?;
+                self.power_on.sipi(&mut self.kvm, vector)?;
                 self.set_state(State::Running);
             }
         }
         let now = self.now();
-        if self.timer_due().is_some_and(|due| due <= now) && self.lapic.expire_timer(now) {
-            self.pace.interrupted(now);
+        if self.lapic.timer_deadline().is_some_and(|deadline| deadline <= now) && self.lapic.expire_timer(now)
+        {
             count(&self.slot().counters.timer_interrupts, 1);
         }
         if self.state == State::Halted && (self.nmi || self.halted_enabled && self.lapic.pending().is_some())
@@ -309,7 +315,7 @@ impl Cpu {
 
     /// Halted, or waiting for start-up: sleeps until a kick or the timer's time.
     fn sleep(&mut self) -> Signalled {
-        let deadline = self.timer_due().filter(|_| self.state == State::Halted);
+        let deadline = self.lapic.timer_deadline().filter(|_| self.state == State::Halted);
         let timeout = deadline.map_or(LONGEST_SLEEP, |deadline| {
             let ticks = deadline.saturating_sub(self.now());
             Duration::from_nanos(self.env.clock.nanoseconds(ticks)).min(LONGEST_SLEEP)
@@ -410,7 +416,7 @@ impl Cpu {
 
     /// Arms the timer for the local APIC's next interrupt, unless it is.
     fn arm(&mut self, timer: &Timer) -> Result<(), End> {
-        let deadline = self.timer_due();
+        let deadline = self.lapic.timer_deadline();
         if let Some(at) = deadline
             && self.armed != deadline
         {

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
+use coherence::page::Page;
+
 use super::Mailbox;
 use crate::node_msg::Signal;
 
@@ -87,6 +89,10 @@ counters! {
     ipis,
     /// Interrupts of the local APIC timer.
     timer_interrupts,
+    /// Instructions carried out elsewhere.
+    shipped,
+    /// Instructions that were to be carried out elsewhere, and were not.
+    not_shipped,
     /// Nanoseconds halted.
     halted_ns,
 }
@@ -106,6 +112,10 @@ pub struct Slot {
     pub(super) in_guest: AtomicBool,
     /// The TSC offset that the vCPU runs with.
     pub(super) offset: AtomicU64,
+    /// One more than the page whose accessing instruction is to be shipped; 0: none.
+    ship: AtomicU64,
+    /// One more than the page that must come the next time that it is touched; 0: none.
+    pub(super) wants: AtomicU64,
     pub(super) dump_wanted: AtomicBool,
     pub(super) dump: Mutex<Option<String>>,
     state: AtomicU8,
@@ -118,6 +128,8 @@ impl Slot {
             counters: LiveCounters::default(),
             in_guest: AtomicBool::new(false),
             offset: AtomicU64::new(0),
+            ship: AtomicU64::new(0),
+            wants: AtomicU64::new(0),
             dump_wanted: AtomicBool::new(false),
             dump: Mutex::new(None),
             state: AtomicU8::new(State::WaitForSipi as u8),
@@ -127,6 +139,14 @@ impl Slot {
     /// What its thread is doing.
     pub fn state(&self) -> State {
         State::from_u8(self.state.load(Ordering::Relaxed))
+    }
+
+    /// The page whose accessing instruction is to be shipped, if one is.
+    pub(super) fn take_ship(&self) -> Option<Page> {
+        match self.ship.load(Ordering::SeqCst) {
+            0 => None,
+            _ => self.ship.swap(0, Ordering::SeqCst).checked_sub(1).map(Page),
+        }
     }
 
     pub(super) fn set_state(&self, state: State) {
@@ -204,6 +224,33 @@ impl Table {
         for slot in self.slots.iter().filter(|slot| slot.in_guest.load(Ordering::SeqCst)) {
             slot.mailbox.kick();
         }
+    }
+
+    /// Whether a fault of `thread` on `page` may be answered by [`Table::ship`]: it is a vCPU's, inside the guest, where a
+    /// kick ends a wait, and has not said that it needs the page itself.
+    pub fn may_ship(&self, thread: u32, page: Page) -> bool {
+        let Some(slot) = self.slot_of(thread) else { return false };
+        let is = |word: &AtomicU64| {
+            word.compare_exchange(page.0 + 1, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
+        // One that was called out and comes again without having looked cannot leave: KVM's emulator waits.
+        let called = is(&slot.ship);
+        slot.in_guest.load(Ordering::SeqCst) && !is(&slot.wants) && !called
+    }
+
+    /// Has the vCPU whose thread is `thread` called out of its wait for `page`, to have the instruction that accesses it
+    /// shipped. `false` if there is no such vCPU in the guest: then the page must come.
+    pub fn ship(&self, thread: u32, page: Page) -> bool {
+        let slot = self.slot_of(thread).filter(|slot| slot.in_guest.load(Ordering::SeqCst));
+        let Some(slot) = slot else { return false };
+        // Order: who is called out finds the page.
+        slot.ship.store(page.0 + 1, Ordering::SeqCst);
+        slot.mailbox.kick();
+        true
+    }
+
+    fn slot_of(&self, thread: u32) -> Option<&Slot> {
+        self.slots.iter().find(|slot| slot.mailbox.is_of(thread))
     }
 
     pub(super) fn wish(&self) -> Wish {

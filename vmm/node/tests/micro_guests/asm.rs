@@ -27,4 +27,11 @@ macro_rules! code16 {
     }};
 }
 
-pub(crate) use code16;
+/// The bytes of 64-bit code, likewise.
+macro_rules! code64 {
+    ($($line:expr),+ $(,)?) => {
+        $crate::asm::code16!(".code64", $($line),+)
+    };
+}
+
+pub(crate) use {code16, code64};

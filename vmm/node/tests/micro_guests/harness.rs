@@ -3,18 +3,20 @@
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
+use coherence::memory::DualMemory;
+use coherence::page::{PAGE_SIZE, Page};
+use coherence::uffd::{Fault, Mode, Uffd};
 use fabric::{NodeId, Transport, sim};
 use firmware::boot::{BspRegisters, DescriptorTable, Segment};
 use firmware::cpuid::CpuidEntry;
 use firmware::layout::CpuPlace;
-use vm_memory::MmapRegion;
 use vmm::clock::{GuestClock, Scale};
 use vmm::kvm::{HostCpu, Vm, caps};
 use vmm::node_msg::Signal;
 use vmm::router::peers::Peers;
 use vmm::router::{LinkFailure, Router};
 use vmm::vcpu::table::State;
-use vmm::vcpu::{Devices, Environment, Space, Start, Table, VcpuConfig, VcpuFailure, Vcpus};
+use vmm::vcpu::{Devices, Environment, Shipper, Space, Start, Table, VcpuConfig, VcpuFailure, Vcpus};
 
 /// Long enough for a slow, busy host; a test that waits so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -92,7 +94,11 @@ pub struct Parts {
     writes: mpsc::Receiver<Write>,
     on_failure: mpsc::Sender<VcpuFailure>,
     places: Vec<CpuPlace>,
-    memory: MmapRegion<()>,
+    memory: Arc<DualMemory>,
+    /// Who carries instructions out elsewhere, if a test has one.
+    pub shipper: Option<Arc<dyn Shipper>>,
+    /// How the boot processor begins: in real mode at [`CODE`], unless a test says otherwise.
+    pub start: BspRegisters,
     khz: u32,
     cpuid: Vec<CpuidEntry>,
 }
@@ -134,7 +140,7 @@ impl Parts {
             true => GuestClock::new(host.tsc_khz.into(), Scale::ONE),
             false => GuestClock::fixed(host.tsc_khz.into()),
         });
-        let memory = MmapRegion::new(MEMORY).unwrap();
+        let memory = Arc::new(DualMemory::new((MEMORY / PAGE_SIZE) as u64).unwrap());
         let cpuid = cpuid(host);
         Parts {
             devices,
@@ -147,6 +153,8 @@ impl Parts {
             on_failure,
             places: here,
             memory,
+            shipper: None,
+            start: real_mode(),
             khz: host.tsc_khz,
             cpuid,
         }
@@ -162,7 +170,7 @@ impl Parts {
     pub fn load(&self, gpa: u16, bytes: &[u8]) {
         assert!(usize::from(gpa) + bytes.len() <= MEMORY);
         // SAFETY: the range was checked, and no guest runs while the test loads.
-        unsafe { self.memory.as_ptr().add(gpa.into()).copy_from(bytes.as_ptr(), bytes.len()) };
+        unsafe { self.memory.guest_view().add(gpa.into()).copy_from(bytes.as_ptr(), bytes.len()) };
     }
 
     /// Makes real-mode vector `vector` run the code at `gpa`.
@@ -170,12 +178,20 @@ impl Parts {
         self.load(u16::from(vector) * 4, &[gpa as u8, (gpa >> 8) as u8, 0, 0]);
     }
 
+    /// From now on `page` is missing: who touches it waits until the test gives it.
+    pub fn withhold(&self, page: u64) -> Withheld {
+        let uffd = Uffd::open().unwrap();
+        let address = self.memory.guest_address(Page(page));
+        uffd.register(address, PAGE_SIZE as u64, Mode::Remote).unwrap();
+        Withheld { memory: self.memory.clone(), uffd, page: Page(page) }
+    }
+
     /// Makes the vCPUs, node 0's first one starting at [`CODE`], and lets them run. `devices` are theirs.
     pub fn run_with(self, devices: Arc<dyn Devices>) -> Guest {
         let kvm = caps::open().unwrap();
         let vm = Vm::new(&kvm).unwrap();
         // SAFETY: the guest keeps the memory after its VM, and the test touches it by copies only.
-        unsafe { vm.add_memory(0, 0, self.memory.as_ptr(), MEMORY as u64).unwrap() };
+        unsafe { vm.add_memory(0, 0, self.memory.guest_view(), MEMORY as u64).unwrap() };
         let configs: Vec<_> = self
             .places
             .iter()
@@ -185,7 +201,7 @@ impl Parts {
                 cpuid: self.cpuid.clone(),
                 msrs: Vec::new(),
                 start: match place.vcpu {
-                    0 => Start::Boot(Box::new(real_mode())),
+                    0 => Start::Boot(Box::new(self.start)),
                     _ => Start::WaitForSipi,
                 },
             })
@@ -196,6 +212,7 @@ impl Parts {
             interrupts: self.router.clone(),
             clock: self.clock.clone(),
             on_idle: Arc::new(|_| {}),
+            shipper: self.shipper.clone(),
             on_failure: Arc::new(move |failure| drop(on_failure.lock().unwrap().send(failure))),
         };
         let vcpus = Vcpus::create(&vm, self.table.clone(), &configs, &env).unwrap();
@@ -212,6 +229,47 @@ impl Parts {
     /// Ticks of the guest's TSC in a second.
     pub fn hz(&self) -> u64 {
         u64::from(self.khz) * 1000
+    }
+}
+
+/// A page that the test plays the engine for.
+pub struct Withheld {
+    memory: Arc<DualMemory>,
+    uffd: Uffd,
+    page: Page,
+}
+
+impl Withheld {
+    /// Waits until a vCPU waits for the page.
+    pub fn fault(&self) -> Fault {
+        self.fault_within(PATIENCE).expect("no vCPU touched the page in time")
+    }
+
+    /// Waits for so long at most until a vCPU waits for the page.
+    pub fn fault_within(&self, time: Duration) -> Option<Fault> {
+        self.uffd.wait(time).unwrap().first().copied()
+    }
+
+    /// Whether no vCPU begins to wait for the page for so long.
+    pub fn is_quiet_for(&self, time: Duration) -> bool {
+        self.uffd.wait(time).unwrap().is_empty()
+    }
+
+    /// The page comes, with `word` at its beginning; who waits goes on.
+    pub fn give(&self, word: u64) {
+        let mut bytes = [0; PAGE_SIZE];
+        bytes[..8].copy_from_slice(&word.to_le_bytes());
+        // SAFETY: the page is not mapped: it was missing, and only this gives it.
+        unsafe { self.memory.fill(self.page, Some(&bytes)) };
+        self.uffd.map(self.memory.guest_address(self.page), PAGE_SIZE as u64, false).unwrap();
+    }
+
+    /// The page goes away again. Its first word.
+    pub fn take(&self) -> u64 {
+        self.memory.unmap(self.page, 1).unwrap();
+        let word = self.memory.read(self.page)[..8].try_into().unwrap();
+        self.memory.free(self.page, 1).unwrap();
+        u64::from_le_bytes(word)
     }
 }
 
