@@ -63,9 +63,13 @@ impl Ours {
         self.engine.idle(nix::unistd::gettid().as_raw() as u32);
     }
 
-    /// The engine's counters.
+    /// The engine's counters, and what its hold policy has measured.
     pub fn counters(&self) -> Vec<(String, u64)> {
-        self.engine.totals().list().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
+        let (enough, round_trip) = self.engine.measured();
+        let measured = [("enough_ns", enough), ("round_trip_ns", round_trip)];
+        let measured = measured.map(|(name, time)| (name.to_owned(), time.as_nanos() as u64));
+        let counters = self.engine.totals().list().into_iter().map(|(name, n)| (name.to_owned(), n));
+        counters.chain(measured).collect()
     }
 
     /// Whether the engine still runs.

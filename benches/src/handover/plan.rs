@@ -14,15 +14,15 @@ use crate::report::Row;
 const RUN_US: u64 = 300_000;
 /// Round trips of the floor.
 const ROUND_TRIPS: u64 = 2000;
-/// How long production keeps a page that it won at least, in microseconds.
-const HOLD_US: u64 = 100;
+/// CPU time that production lets a thread use at least before a page that it won goes, in microseconds: as little as does.
+const HOLD_US: u64 = 0;
 
 /// One way to treat the words that nodes share. What is compared later (operations shipped, or not) is another variant.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Variant {
     /// What a row's name says of it, if anything.
     pub name: &'static str,
-    /// How long a page that was won is kept at least, in microseconds.
+    /// CPU time that a thread may use at least before a page that it won goes, in microseconds.
     pub hold_us: u64,
 }
 
@@ -97,6 +97,11 @@ pub struct Detail {
     pub messages: f64,
     /// Demands that waited because a page was kept.
     pub deferred: f64,
+    /// CPU time in which a thread gets on with a page that it won, as the engine found, in microseconds; the longest of
+    /// all nodes'.
+    pub enough_us: f64,
+    /// What a page costs that nobody keeps, likewise.
+    pub round_trip_us: f64,
 }
 
 /// What is to be measured.
@@ -188,6 +193,8 @@ impl Plan {
         for variant in &self.variants {
             let mut cell = Cell::start(Kind { hold_us: variant.hold_us, ..kind }, &self.cpus)?;
             let all: Vec<usize> = (0..kind.nodes).collect();
+            // A machine that has booted has faulted on many pages: what the engines measure they have measured.
+            run(&mut cell, &APART[1], &all)?;
             for task in &CONTENDED {
                 let done = run(&mut cell, task, &all)?;
                 let each_us = RUN_US as f64 / done.operations();
@@ -214,6 +221,8 @@ struct Done {
     remote_faults: u64,
     messages: u64,
     deferred: u64,
+    enough_ns: u64,
+    round_trip_ns: u64,
 }
 
 impl Done {
@@ -233,6 +242,8 @@ impl Done {
             remote_faults: each(self.remote_faults),
             messages: each(self.messages),
             deferred: each(self.deferred),
+            enough_us: self.enough_ns as f64 / 1000.0,
+            round_trip_us: self.round_trip_ns as f64 / 1000.0,
         }
     }
 }
@@ -259,8 +270,8 @@ fn run(cell: &mut Cell, task: &Task, nodes: &[usize]) -> Result<Done> {
             work_us: task.work_us,
         });
     }
-    let counters = |cell: &mut Cell| -> Result<[u64; 3]> {
-        let mut sums = [0; 3];
+    let counters = |cell: &mut Cell| -> Result<[u64; 5]> {
+        let mut sums = [0; 5];
         for &node in nodes {
             let Reply::Counters(counters) = cell.tell(node, Command::Counters)? else {
                 bail!("a node did not answer with its counters");
@@ -270,6 +281,8 @@ fn run(cell: &mut Cell, task: &Task, nodes: &[usize]) -> Result<Done> {
                     "remote_read_faults" | "remote_write_faults" => sums[0] += count,
                     "messages_sent" => sums[1] += count,
                     "deferred" => sums[2] += count,
+                    "enough_ns" => sums[3] = count.max(sums[3]),
+                    "round_trip_ns" => sums[4] = count.max(sums[4]),
                     _ => {}
                 }
             }
@@ -282,12 +295,23 @@ fn run(cell: &mut Cell, task: &Task, nodes: &[usize]) -> Result<Done> {
         _ => cell.tell_all(&jobs.into_iter().map(Command::Run).collect::<Vec<_>>())?,
     };
     let after = counters(cell)?;
+    if let Ok(d) = std::env::var("H_TRACE")
+        && task.program == Program::Exchange
+    {
+        for &node in nodes {
+            if let Reply::Trace(t) = cell.tell(node, Command::Trace)? {
+                std::fs::write(format!("{d}/trace_{}_{node}.txt", nodes.len()), t)?;
+            }
+        }
+    }
     let counts = replies.into_iter().map(|reply| match reply {
         Reply::Count(count) => Ok(count),
         other => bail!("a node answered {other:?} instead of its count"),
     });
     let [remote_faults, messages, deferred] = [0, 1, 2].map(|i| after[i] - before[i]);
-    Ok(Done { counts: counts.collect::<Result<_>>()?, remote_faults, messages, deferred })
+    let [enough_ns, round_trip_ns] = [after[3], after[4]];
+    let counts = counts.collect::<Result<_>>()?;
+    Ok(Done { counts, remote_faults, messages, deferred, enough_ns, round_trip_ns })
 }
 
 fn name(task: &Task, variant: &Variant, kind: Kind) -> String {
@@ -311,19 +335,29 @@ fn row(task: &Task, variant: &Variant, kind: Kind, ours_us: f64, floor_us: f64) 
 /// The details as a table.
 pub fn table(details: &[Detail]) -> String {
     let mut text = format!(
-        "{:44} {:10} {:>12} {:>7} {:>9} {:>9} {:>9}\n",
-        "operation", "transport", "a second", "fewest", "faults", "messages", "deferred"
+        "{:44} {:10} {:>12} {:>7} {:>9} {:>9} {:>9} {:>9} {:>9}\n",
+        "operation",
+        "transport",
+        "a second",
+        "fewest",
+        "faults",
+        "messages",
+        "deferred",
+        "enough us",
+        "trip us"
     );
     for detail in details {
         text += &format!(
-            "{:44} {:10} {:12.0} {:7.2} {:9.3} {:9.3} {:9.3}\n",
+            "{:44} {:10} {:12.0} {:7.2} {:9.3} {:9.3} {:9.3} {:9.1} {:9.1}\n",
             detail.op,
             detail.transport,
             detail.per_second,
             detail.fewest,
             detail.remote_faults,
             detail.messages,
-            detail.deferred
+            detail.deferred,
+            detail.enough_us,
+            detail.round_trip_us
         );
     }
     text
@@ -351,6 +385,8 @@ mod tests {
                 remote_faults: 800,
                 messages: 0,
                 deferred: 0,
+                enough_ns: 0,
+                round_trip_ns: 0,
             };
             let row = row(&CONTENDED[0], &VARIANTS[0], kind, RUN_US as f64 / done.operations(), 50.0);
             measured.note(row, done.detail(&CONTENDED[0], &VARIANTS[0], kind));

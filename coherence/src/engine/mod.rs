@@ -2,16 +2,16 @@
 //!
 //! One thread a shard. It owns the shard's protocol, userfaultfd and lane, so two faults never share a
 //! lock: faults of different shards meet different threads, faults of one shard are batched. Between
-//! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
+//! faults a thread spins for a while, then sleeps on its descriptors. [`hold`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
 //! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back; [`Engine::discard`]
 //! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices.
 
 mod ahead;
 mod budget;
-pub mod chains;
 mod direct;
 mod discard;
+pub mod hold;
 mod outbox;
 mod recall;
 mod shard;
@@ -27,8 +27,8 @@ use fabric::{FabricError, LaneId, NodeId, Transport};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 pub use self::budget::{budget_for, check_budget};
-use self::chains::Chains;
 pub use self::discard::DiscardError;
+use self::hold::HoldPolicy;
 use self::shard::{Request, Shard};
 use crate::memory::DualMemory;
 use crate::page::{Homes, Shards};
@@ -47,7 +47,8 @@ pub struct EngineConfig {
     pub shards: u16,
     /// Lane of shard 0; shard `s` uses `first_lane + s`.
     pub first_lane: LaneId,
-    /// How long a page that was just won is kept at least ([`chains`]).
+    /// How long a page that was just won is kept at least; 0 for as long as is right by what the engine measures
+    /// ([`hold`]).
     pub hold: Duration,
     /// How long an idle shard polls before it sleeps.
     pub spin: Duration,
@@ -115,7 +116,7 @@ pub struct Engine {
     discarding: Mutex<()>,
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
-    chains: Arc<Chains>,
+    policy: Arc<HoldPolicy>,
     /// Kept open even when a shard has failed: a guest that cannot be served must stand still.
     uffds: Vec<Arc<Uffd>>,
 }
@@ -147,7 +148,7 @@ impl Engine {
             discarding: Mutex::new(()),
             threads: Vec::new(),
             stop,
-            chains: Arc::new(Chains::new(config.hold)),
+            policy: Arc::new(HoldPolicy::new(config.hold)),
             uffds: Vec::new(),
         };
         for id in 0..shards.count() {
@@ -163,7 +164,7 @@ impl Engine {
                 memory.clone(),
                 transport.clone(),
                 stats.clone(),
-                engine.chains.clone(),
+                engine.policy.clone(),
             )?;
             let uffd = shard.uffd();
             let (bell2, stop, on_failure) = (bell.clone(), engine.stop.clone(), on_failure.clone());
@@ -184,14 +185,21 @@ impl Engine {
         Ok(engine)
     }
 
-    /// The calling thread's vCPU has nothing to do until somebody wakes it: what was kept for it may go.
+    /// The thread's vCPU has nothing to do until somebody wakes it, or was called out of its wait for a page: what was
+    /// kept for it may go.
     pub fn idle(&self, thread: u32) {
-        if self.chains.idle(thread) {
+        if self.policy.idle(thread) {
             for door in &self.doors {
                 // A full eventfd wakes as well.
                 let _ = door.bell.write(1);
             }
         }
+    }
+
+    /// What the hold policy has measured: the CPU time after which a thread has got on with what it won, and what a page
+    /// costs that nobody keeps.
+    pub fn measured(&self) -> (Duration, Duration) {
+        self.policy.measured()
     }
 
     /// Counters so far.

@@ -1,7 +1,7 @@
 //! Prefetching what is needed together.
 //!
 //! What a node loses to another it mostly wants back together: the page tables of a walk, a lock and what it
-//! guards. So each shard notes which pages a chain of faults ([`super::chains`]) wrote after its first: they are
+//! guards. So each shard notes which pages a gathering ([`super::hold`]) wrote after its first: they are
 //! the first page's *companions*. When that page is missed again, its companions that are gone as well are
 //! asked for in parallel instead of one by one.
 //!
@@ -9,7 +9,7 @@
 //! page that leaves untouched is a companion no more; one that was of use several times is mapped at once. (An
 //! idea of temporal and spatial memory streaming, Wenisch et al. 2005, Somogyi et al. 2006.)
 
-use super::chains::Chain;
+use super::hold::Claim;
 use crate::page::Page;
 
 /// First pages remembered; a later one with the same place takes it.
@@ -44,14 +44,14 @@ struct Group {
 /// What one shard remembers.
 pub struct Recall {
     groups: Box<[Group]>,
-    /// The first page of each thread's last chain.
-    chains: Vec<(Chain, Page)>,
+    /// The first page of each thread's last gathering.
+    gatherings: Vec<(Claim, Page)>,
 }
 
 impl Recall {
     /// Nothing yet.
     pub fn new() -> Recall {
-        Recall { groups: vec![Group::default(); GROUPS].into(), chains: Vec::new() }
+        Recall { groups: vec![Group::default(); GROUPS].into(), gatherings: Vec::new() }
     }
 
     fn group(&mut self, first: Page) -> &mut Group {
@@ -63,17 +63,17 @@ impl Recall {
         group
     }
 
-    /// Notes that a thread wants to write the page, as part of that chain.
-    pub fn wanted(&mut self, page: Page, chain: Chain) {
-        let same_thread = |other: &&mut (Chain, Page)| other.0.same_thread(chain);
-        let first = match self.chains.iter_mut().find(same_thread) {
-            Some((last, first)) if *last == chain => *first,
+    /// Notes that a thread wants to write the page, as part of that gathering.
+    pub fn wanted(&mut self, page: Page, claim: Claim) {
+        let same_thread = |other: &&mut (Claim, Page)| other.0.same_thread(claim);
+        let first = match self.gatherings.iter_mut().find(same_thread) {
+            Some((last, first)) if *last == claim => *first,
             Some(last) => {
-                *last = (chain, page);
+                *last = (claim, page);
                 page
             }
             None => {
-                self.chains.push((chain, page));
+                self.gatherings.push((claim, page));
                 page
             }
         };
@@ -116,7 +116,7 @@ impl Recall {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::chains::Chains;
+    use crate::engine::hold::HoldPolicy;
 
     fn companions(recall: &mut Recall, first: u64) -> Vec<(u64, bool)> {
         let mut found = Vec::new();
@@ -124,22 +124,22 @@ mod tests {
         found.into_iter().map(|c| (c.page.0, c.is_sure())).collect()
     }
 
-    /// Faults of one chain, and then so long nothing that the next is another's.
-    fn chain(chains: &Chains, recall: &mut Recall, now: &mut u64, pages: &[u64]) {
+    /// Pages that are gathered, and then so much CPU time that the next is another gathering's.
+    fn gather(policy: &HoldPolicy, recall: &mut Recall, cpu: &mut u64, pages: &[u64]) {
         for &page in pages {
-            let chain = chains.fault(7, *now);
-            recall.wanted(Page(page), chain);
-            chains.answered(chain, *now);
+            let claim = policy.fault(7, Page(page), 0, &|_| Some(*cpu));
+            recall.wanted(Page(page), claim);
+            policy.mapped(claim, 0);
         }
-        *now += 1_000_000_000;
+        *cpu += 1_000_000_000;
     }
 
     #[test]
-    fn pages_of_a_chain_are_recalled_by_its_first() {
-        let (chains, mut recall) = (Chains::new(std::time::Duration::from_micros(100)), Recall::new());
-        let mut now = 1_000_000_000;
-        chain(&chains, &mut recall, &mut now, &[1, 2, 3]);
-        chain(&chains, &mut recall, &mut now, &[8, 9]);
+    fn pages_that_are_gathered_are_recalled_by_its_first() {
+        let (policy, mut recall) = (HoldPolicy::new(std::time::Duration::ZERO), Recall::new());
+        let mut cpu = 1_000_000_000;
+        gather(&policy, &mut recall, &mut cpu, &[1, 2, 3]);
+        gather(&policy, &mut recall, &mut cpu, &[8, 9]);
         assert_eq!(companions(&mut recall, 1), [(2, false), (3, false)]);
         assert_eq!(companions(&mut recall, 8), [(9, false)]);
         assert_eq!(companions(&mut recall, 2), []);

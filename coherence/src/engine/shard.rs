@@ -2,15 +2,14 @@
 
 mod effects;
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver as Inbox, Sender};
+use fabric::trace::{self, Event};
 use fabric::{LaneId, NodeId, Receiver, Transport};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
@@ -19,9 +18,10 @@ use nix::sys::time::TimeSpec;
 use self::effects::{body_of, is_zero};
 use super::ahead::{ReadAhead, Window};
 use super::budget::copies_of_shard;
-use super::chains::{Chain, Chains};
 use super::direct::{Job, Jobs};
 use super::discard::Discards;
+use super::hold::held::cpu_time;
+use super::hold::{Claim, HoldPolicy, Holds};
 use super::outbox::Outbox;
 use super::recall::Recall;
 use super::{EngineConfig, EngineError, recall};
@@ -29,7 +29,6 @@ use crate::memory::DualMemory;
 use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
 use crate::protocol::{Body, Effect, Eviction, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
-use crate::trace::{self, Event};
 use crate::uffd::{Fault, Mode, Uffd};
 
 /// What other threads may ask of a shard.
@@ -67,22 +66,17 @@ struct Core {
     transport: Arc<dyn Transport>,
     stats: Arc<ShardStats>,
     effects: Vec<Effect>,
-    chains: Arc<Chains>,
-    /// Pages that are kept, by when to look at them.
-    holds: BinaryHeap<Reverse<Held>>,
-    /// Demands that wait for some of them, as told to `chains`.
-    deferred: i32,
+    policy: Arc<HoldPolicy>,
+    holds: Holds,
     misses: Vec<MissClock>,
-    /// Threads that wait for a page.
-    waiters: Vec<Waiter>,
-    /// The chain for which the last page was mapped.
-    winner: Chain,
     recall: Recall,
     read_ahead: ReadAhead,
     /// What a miss recalled, before it is asked for.
     recalled: Vec<recall::Companion>,
     /// Pages that were recalled and not touched yet, and with which page.
     untouched: PageMap<Page>,
+    /// Pages that were recalled and have not come yet, and for whom.
+    coming: PageMap<Claim>,
     garbage: Vec<Page>,
     most_garbage: usize,
     discards: Discards,
@@ -90,23 +84,6 @@ struct Core {
     outbox: Outbox,
     /// Pages in a row that are to be mapped read-only, and how many they are.
     to_map: Option<(Page, u64)>,
-}
-
-/// A page that was won, and for which chain of faults.
-#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Held {
-    look_at: u64,
-    page: Page,
-    won: u64,
-    chain: Chain,
-}
-
-/// A thread that waits for a page. One that is called out of its wait stays in the list until the page comes: most
-/// likely it will touch the page again.
-struct Waiter {
-    page: Page,
-    thread: u32,
-    chain: Chain,
 }
 
 /// When a fault that needs another node began.
@@ -123,7 +100,7 @@ impl Shard {
         memory: Arc<DualMemory>,
         transport: Arc<dyn Transport>,
         stats: Arc<ShardStats>,
-        chains: Arc<Chains>,
+        policy: Arc<HoldPolicy>,
     ) -> Result<Shard, EngineError> {
         let uffd = Arc::new(Uffd::open().map_err(EngineError::Setup)?);
         let home = config.homes.range(config.node);
@@ -160,16 +137,14 @@ impl Shard {
             transport,
             stats,
             effects: Vec::with_capacity(64),
-            chains,
-            holds: BinaryHeap::with_capacity(1024),
-            deferred: 0,
+            holds: Holds::new(policy.clone()),
+            policy,
             misses: Vec::with_capacity(64),
-            waiters: Vec::with_capacity(64),
-            winner: Chain::NONE,
             recall: Recall::new(),
             read_ahead: ReadAhead::new(config.homes.clone()),
             recalled: Vec::with_capacity(64),
             untouched: PageMap::default(),
+            coming: PageMap::default(),
             garbage: Vec::with_capacity(most_garbage),
             most_garbage,
             discards: Discards::default(),
@@ -193,8 +168,8 @@ impl Shard {
         bell: &EventFd,
         stop: &AtomicBool,
     ) -> Result<(), EngineError> {
-        trace::event(Event::ShardThread, self.core.lane.into(), 0);
-        if !base::thread::make_urgent() {
+        trace::event(Event::Thread, 1, u64::from(self.core.lane));
+        if !fabric::urgent() {
             tracing::debug!("no right to a real-time priority: page faults may wait for a time slice");
         }
         let mut idle_since: Option<Instant> = None;
@@ -217,7 +192,7 @@ impl Shard {
                 continue;
             }
             if self.sleep(bell)? && bell.read().is_ok() {
-                self.core.reconsider_holds();
+                self.core.holds.reconsider(self.core.policy.now());
             }
         }
         Ok(())
@@ -246,12 +221,14 @@ impl Shard {
     /// Waits for something to do; whether the bell rang.
     fn sleep(&self, bell: &EventFd) -> Result<bool, EngineError> {
         // A hold that ends matters only to who waits for it; the others end when something happens.
-        let next = if self.core.deferred > 0 { self.core.holds.peek() } else { None };
-        let now = self.core.chains.now();
-        let next = next.map(|Reverse(held)| held.look_at.saturating_sub(now));
+        let now = self.core.policy.now();
+        let next = self.core.holds.next_look().map(|look_at| look_at.saturating_sub(now));
         let timeout = next.map_or(TICK, Duration::from_nanos).min(TICK);
-        let mut fds = [self.receiver.fd(), self.core.uffd.as_fd(), bell.as_fd()]
-            .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        // SAFETY: the receiver lives as long as this call and keeps its descriptor open.
+        let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
+        // SAFETY: likewise the userfaultfd.
+        let uffd = unsafe { BorrowedFd::borrow_raw(self.core.uffd.as_raw_fd()) };
+        let mut fds = [lane, uffd, bell.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None) {
             Ok(_) => Ok(fds[2].any() == Some(true)),
             Err(nix::Error::EINTR) => Ok(false),
@@ -321,27 +298,17 @@ impl Core {
         let Some(page) = self.memory.page_at(fault.address) else { return Ok(()) };
         ShardStats::count(&self.stats.events);
         trace::event(Event::Fault, page.0, fault.flags());
-        let chain = self.chains.fault(fault.thread, self.chains.now());
-        let known = |waiter: &&mut Waiter| waiter.page == page && waiter.thread == fault.thread;
-        match self.waiters.iter_mut().find(known) {
-            // A vCPU that was called out of its wait, for an interrupt, say, is back: it is the same wait. What it won
-            // before and meanwhile is kept while it waits, so its chain must know that it does.
-            Some(waiter) => {
-                ShardStats::count(&self.stats.resumed_waits);
-                waiter.chain = chain;
-            }
-            None => self.waiters.push(Waiter { page, thread: fault.thread, chain }),
-        }
+        let claim = self.holds.waits(page, fault.thread, self.policy.now(), &cpu_time);
         let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
         if fault.write {
-            self.recall.wanted(page, chain);
+            self.recall.wanted(page, claim);
         }
         if let Some(first) = self.untouched.remove(page) {
             ShardStats::count(&self.stats.prefetches_used);
             self.recall.touched(first, page);
             if self.protocol.rights(page) >= want {
                 self.protocol.hold(page);
-                self.hold(page, chain);
+                self.holds.hold_for(page, claim, self.policy.now());
             }
         }
         let window = if fault.write { None } else { self.read_ahead.touched(page) };
@@ -363,7 +330,7 @@ impl Core {
                 }
                 self.misses.push(MissClock { page, since: Instant::now() });
                 if fault.write {
-                    self.prefetch_companions(page)?;
+                    self.prefetch_companions(page, claim)?;
                 } else if !self.home.contains(&page.0) {
                     self.read_ahead.missed(page);
                 }
@@ -389,12 +356,13 @@ impl Core {
     }
 
     /// Asks for what was needed together with this page before.
-    fn prefetch_companions(&mut self, page: Page) -> Result<(), EngineError> {
+    fn prefetch_companions(&mut self, page: Page, claim: Claim) -> Result<(), EngineError> {
         let mut recalled = std::mem::take(&mut self.recalled);
         self.recall.companions(page, &mut recalled);
         for companion in recalled.drain(..) {
             if self.protocol.prefetch(companion.page, true, &mut self.effects) {
                 ShardStats::count(&self.stats.prefetches);
+                self.coming.insert(companion.page, claim);
                 if companion.is_sure() {
                     self.recall.touched(page, companion.page);
                     // A fault that nobody waits for: the page is mapped when it comes.
@@ -436,7 +404,7 @@ impl Core {
         // A write that came while a read was under way goes on as a miss of its own. (What was asked for ahead
         // of its need is no miss: nobody waits for it, and when it comes it may not even be mapped.)
         let page = message.page;
-        let waited_for = self.waiters.iter().any(|waiter| waiter.page == page);
+        let waited_for = self.holds.is_awaited(page);
         if waited_for && self.protocol.is_missing(page) && !self.misses.iter().any(|m| m.page == page) {
             ShardStats::count(&self.stats.remote_write_faults);
             self.misses.push(MissClock { page, since: Instant::now() });
@@ -444,59 +412,18 @@ impl Core {
         Ok(())
     }
 
-    fn hold(&mut self, page: Page, chain: Chain) {
-        let won = self.chains.now();
-        let look_at = self.chains.release_at(chain, won, won);
-        self.holds.push(Reverse(Held { look_at, page, won, chain }));
-    }
-
-    /// A vCPU has gone idle: what was kept for it may go earlier than planned.
-    fn reconsider_holds(&mut self) {
-        let now = self.chains.now();
-        let mut holds = std::mem::take(&mut self.holds).into_vec();
-        for Reverse(held) in &mut holds {
-            held.look_at = self.chains.release_at(held.chain, held.won, now);
-        }
-        self.holds = holds.into();
-    }
-
-    /// Releases pages that were kept long enough.
+    /// Releases pages that were held long enough.
     fn release_due(&mut self) -> Result<usize, EngineError> {
         let mut released = 0;
-        while let Some(&Reverse(held)) = self.holds.peek() {
-            let now = self.chains.now();
-            if held.look_at > now {
-                break;
-            }
-            self.holds.pop();
-            let look_at = self.chains.release_at(held.chain, held.won, now);
-            if look_at > now {
-                self.holds.push(Reverse(Held { look_at, ..held }));
-                continue;
-            }
-            self.protocol.release(held.page, &mut self.effects);
+        while let Some((page, claim)) = self.holds.due(self.policy.now()) {
+            self.protocol.release(page, &mut self.effects);
             if !self.effects.is_empty() {
-                self.chains.broken(held.chain);
+                self.policy.lost(claim, self.policy.now());
             }
             self.apply(Body::Absent)?;
             released += 1;
         }
         Ok(released)
-    }
-
-    /// The page is mapped: who waited for it goes on. The chain of one of them, if any.
-    fn answer_waiters(&mut self, page: Page, now: u64) -> Chain {
-        let mut chain = Chain::NONE;
-        let mut i = 0;
-        while i < self.waiters.len() {
-            if self.waiters[i].page == page {
-                chain = self.waiters.swap_remove(i).chain;
-                self.chains.answered(chain, now);
-            } else {
-                i += 1;
-            }
-        }
-        chain
     }
 
     /// Before a Get of pages that never left this home: finds out how many of them nobody has touched, and

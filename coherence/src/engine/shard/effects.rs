@@ -5,7 +5,6 @@ use crate::trace::{self, Event};
 use fabric::NodeId;
 
 use super::super::EngineError;
-use super::super::chains::Chain;
 use super::super::outbox::Source;
 use super::Core;
 use crate::page::{BLOCK, PAGE_SIZE, Page};
@@ -21,11 +20,7 @@ impl Core {
         }
         self.effects = effects;
         self.effects.clear();
-        let deferred = self.protocol.deferred() as i32;
-        if deferred != self.deferred {
-            self.chains.count_deferred(deferred - self.deferred);
-            self.deferred = deferred;
-        }
+        self.holds.set_deferred(self.protocol.deferred());
         Ok(())
     }
 
@@ -111,6 +106,9 @@ impl Core {
             }
             Effect::Unmap(page, rights) => {
                 trace::event(Event::Unmap, page.0, 0);
+                if !self.protocol.is_leaving(page) {
+                    self.holds.taken(page);
+                }
                 ShardStats::count(match rights {
                     _ if self.protocol.is_leaving(page) => &self.stats.evictions,
                     Rights::Exclusive => &self.stats.handovers,
@@ -162,11 +160,8 @@ impl Core {
                 self.jobs.answer(page, done.then_some(Body::Absent));
             }
             Effect::Hold(page) => {
-                // The page was mapped just before for who waited, unless it came ahead of its need.
-                let mapped = self.untouched.get(page).is_none();
-                let chain =
-                    if mapped { std::mem::replace(&mut self.winner, Chain::NONE) } else { Chain::NONE };
-                self.hold(page, chain);
+                let ahead = self.coming.remove(page);
+                self.holds.hold(page, ahead, self.policy.now());
             }
             // Nothing is shipped yet: no fault says that it may be, and no home has a class.
             Effect::Ship(_) | Effect::Operate { .. } | Effect::Operated { .. } => {}
@@ -260,11 +255,11 @@ impl Core {
     }
 
     fn finish_miss(&mut self, page: Page) {
-        self.winner = self.answer_waiters(page, self.chains.now());
+        self.holds.mapped(page, self.policy.now());
         if let Some(i) = self.misses.iter().position(|m| m.page == page) {
             let miss = self.misses.swap_remove(i);
             let took = miss.since.elapsed();
-            self.chains.took(took);
+            self.holds.came(page, took);
             self.stats.record(took);
         }
     }
