@@ -23,7 +23,9 @@
 //!
 //! # Two that wait for each other
 //! A thread that has waited for one page for some round trips keeps nothing for it. For how many is drawn for each
-//! gathering, from [`PATIENCE`]: one of the two gives up long before the other, and not always the same.
+//! gathering: two for every second, four for every fourth, eight for every eighth, and so on. So one of the two gives up
+//! long before the other, and not always the same; and of many that want the same pages one has about as much patience as
+//! all others together, however many they are.
 //!
 //! # Where that is too short
 //! A thread that lost a page before it had its CPU time (its host is busy) keeps the next for twice as long, each time
@@ -37,8 +39,8 @@ use std::time::{Duration, Instant};
 
 use crate::page::Page;
 
-/// For how many round trips a gathering keeps what it won while it waits.
-const PATIENCE: [u64; 8] = [2, 4, 4, 8, 8, 16, 32, 64];
+/// For how many round trips a gathering keeps what it won while it waits, at least.
+const PATIENCE: u64 = 2;
 /// The longest that anything is kept after the last page of its gathering came, and that a gathering is patient.
 const LONGEST: u64 = 200_000_000;
 /// No instruction needs more pages than this: after so many a thread has got on, and a gathering begins.
@@ -263,7 +265,8 @@ impl HoldPolicy {
     fn patience(&self, claim: Claim) -> u64 {
         // Nodes count their gatherings differently, and start theirs at different times.
         let draw = u64::from(claim.number).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ self.salt;
-        let round_trips = PATIENCE[(draw >> 40) as usize % PATIENCE.len()];
+        let draw = (draw ^ draw >> 32).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40;
+        let round_trips = PATIENCE << draw.trailing_zeros().min(DOUBLINGS);
         (round_trips * self.round_trip.load(Relaxed)).min(LONGEST)
     }
 
@@ -438,7 +441,7 @@ mod tests {
         let policy = policy();
         let claim = win(&policy, 1, 0, 0);
         policy.fault(7, Page(2), 20 * US, &at(US));
-        let late = 20 * US + PATIENCE[PATIENCE.len() - 1] * 100 * US;
+        let late = 20 * US + (PATIENCE << DOUBLINGS) * 100 * US;
         assert_eq!(policy.look(claim, late), late);
     }
 }
