@@ -27,7 +27,7 @@ pub struct Kind {
     pub polling: Polling,
     /// How many nodes.
     pub nodes: usize,
-    /// How long a page that was won is kept, in microseconds.
+    /// How long a page that was won is kept at least, in microseconds.
     pub hold_us: u64,
     /// Pages of other nodes that each may have; any number if none is given.
     pub copies: Option<u64>,

@@ -77,7 +77,7 @@ pub struct Setup {
     pub polling: Polling,
     /// Pages whose home each node is.
     pub pages: Vec<u64>,
-    /// How long a page that was won is kept, in microseconds.
+    /// How long a page that was won is kept at least, in microseconds.
     pub hold_us: u64,
     /// Pages of other nodes that it may have; any number if none is given.
     pub copies: Option<u64>,
