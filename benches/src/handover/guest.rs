@@ -86,12 +86,7 @@ impl Guest {
         let rung = bell.clone();
         let listener = std::thread::Builder::new().name("wake-ups".into()).spawn(move || {
             base::thread::make_urgent();
-            // It sleeps in `listen`.
-            while !rung.stop.load(Ordering::Acquire) {
-                if listen(&mut *receiver, &rung).is_err() {
-                    break;
-                }
-            }
+            while !rung.stop.load(Ordering::Acquire) && listen(&mut *receiver, &rung).is_ok() {}
         })?;
         Ok(Guest { vcpu, _vm: vm, host, bell, transport, listener: Some(listener) })
     }

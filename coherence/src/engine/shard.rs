@@ -3,13 +3,12 @@
 mod effects;
 
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver as Inbox, Sender};
-use fabric::trace::{self, Event};
 use fabric::{LaneId, NodeId, Receiver, Transport};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::EventFd;
@@ -29,6 +28,7 @@ use crate::memory::DualMemory;
 use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
 use crate::protocol::{Body, Effect, Eviction, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
 use crate::stats::ShardStats;
+use crate::trace::{self, Event};
 use crate::uffd::{Fault, Mode, Uffd};
 
 /// What other threads may ask of a shard.
@@ -168,8 +168,8 @@ impl Shard {
         bell: &EventFd,
         stop: &AtomicBool,
     ) -> Result<(), EngineError> {
-        trace::event(Event::Thread, 1, u64::from(self.core.lane));
-        if !fabric::urgent() {
+        trace::event(Event::ShardThread, self.core.lane.into(), 0);
+        if !base::thread::make_urgent() {
             tracing::debug!("no right to a real-time priority: page faults may wait for a time slice");
         }
         let mut idle_since: Option<Instant> = None;
@@ -224,11 +224,8 @@ impl Shard {
         let now = self.core.policy.now();
         let next = self.core.holds.next_look().map(|look_at| look_at.saturating_sub(now));
         let timeout = next.map_or(TICK, Duration::from_nanos).min(TICK);
-        // SAFETY: the receiver lives as long as this call and keeps its descriptor open.
-        let lane = unsafe { BorrowedFd::borrow_raw(self.receiver.fd()) };
-        // SAFETY: likewise the userfaultfd.
-        let uffd = unsafe { BorrowedFd::borrow_raw(self.core.uffd.as_raw_fd()) };
-        let mut fds = [lane, uffd, bell.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let mut fds = [self.receiver.fd(), self.core.uffd.as_fd(), bell.as_fd()]
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None) {
             Ok(_) => Ok(fds[2].any() == Some(true)),
             Err(nix::Error::EINTR) => Ok(false),
@@ -298,6 +295,9 @@ impl Core {
         let Some(page) = self.memory.page_at(fault.address) else { return Ok(()) };
         ShardStats::count(&self.stats.events);
         trace::event(Event::Fault, page.0, fault.flags());
+        if self.holds.waits_again(page, fault.thread) {
+            ShardStats::count(&self.stats.resumed_waits);
+        }
         let claim = self.holds.waits(page, fault.thread, self.policy.now(), &cpu_time);
         let want = if fault.write { Rights::Exclusive } else { Rights::Shared };
         if fault.write {

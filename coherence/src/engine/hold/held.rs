@@ -62,6 +62,11 @@ impl Holds {
         &self.policy
     }
 
+    /// Whether the thread waits for the page already: it was called out of its wait, for an interrupt, say, and is back.
+    pub fn waits_again(&self, page: Page, thread: u32) -> bool {
+        self.waiters.iter().any(|waiter| waiter.page == page && waiter.thread == thread)
+    }
+
     /// A thread waits for a page. One that was called out of its wait comes again: that is the same wait.
     pub fn waits(&mut self, page: Page, thread: u32, now: u64, cpu: CpuTime<'_>) -> Claim {
         let same = |waiter: &&Waiter| waiter.page == page && waiter.thread == thread;
