@@ -129,7 +129,7 @@ mod tests {
         for &page in pages {
             let claim = policy.fault(7, Page(page), 0, &|_| Some(*cpu));
             recall.wanted(Page(page), claim);
-            policy.mapped(claim, 0);
+            policy.mapped(claim, Page(page), 0);
         }
         *cpu += 1_000_000_000;
     }

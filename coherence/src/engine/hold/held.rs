@@ -13,6 +13,8 @@ use crate::protocol::PageMap;
 struct Waiter {
     page: Page,
     thread: u32,
+    /// When it began to wait.
+    since: u64,
     claim: Claim,
 }
 
@@ -69,12 +71,13 @@ impl Holds {
 
     /// A thread waits for a page. One that was called out of its wait comes again: that is the same wait.
     pub fn waits(&mut self, page: Page, thread: u32, now: u64, cpu: CpuTime<'_>) -> Claim {
-        let same = |waiter: &&Waiter| waiter.page == page && waiter.thread == thread;
-        if let Some(waiter) = self.waiters.iter().find(same) {
+        let same = |waiter: &&mut Waiter| waiter.page == page && waiter.thread == thread;
+        if let Some(waiter) = self.waiters.iter_mut().find(same) {
+            waiter.claim = self.policy.fault_again(waiter.claim, page, waiter.since);
             return waiter.claim;
         }
         let claim = self.policy.fault(thread, page, now, cpu);
-        self.waiters.push(Waiter { page, thread, claim });
+        self.waiters.push(Waiter { page, thread, since: now, claim });
         claim
     }
 
@@ -89,7 +92,7 @@ impl Holds {
         won.retain(|(other, _)| *other != page);
         waiters.retain(|waiter| {
             if waiter.page == page {
-                won.push((page, policy.mapped(waiter.claim, now)));
+                won.push((page, policy.mapped(waiter.claim, page, now)));
             }
             waiter.page != page
         });
@@ -215,6 +218,38 @@ mod tests {
         holds.hold(Page(7), None, 60 * US);
         assert!(holds.due(10_000 * US).is_some());
         assert!(holds.due(10_000 * US).is_none());
+    }
+
+    #[test]
+    fn who_comes_back_to_a_wait_from_an_interrupt_keeps_what_it_gathered_before_and_in_between() {
+        let mut holds = holds();
+        let cpu = |_| Some(0);
+        let win = |holds: &mut Holds, page, now| {
+            holds.waits(Page(page), 1, now, &cpu);
+            holds.mapped(Page(page), now);
+            holds.hold(Page(page), None, now);
+        };
+        win(&mut holds, 6, 0);
+        holds.waits(Page(7), 1, 10 * US, &cpu);
+        // An interrupt's handler needs a page of its own, and gets it. Then the thread waits for the one before.
+        win(&mut holds, 8, 20 * US);
+        holds.waits(Page(7), 1, 30 * US, &cpu);
+        assert_eq!(holds.due(180 * US), None);
+        // The page for which it waits does not come, and its patience ends, counted from its first fault.
+        let late = 10 * US + 2 * 1024 * 100 * US;
+        assert!(holds.due(late).is_some());
+    }
+
+    #[test]
+    fn a_page_that_comes_while_its_thread_waits_for_another_ends_no_other_wait() {
+        let mut holds = holds();
+        let cpu = |_| Some(0);
+        holds.waits(Page(6), 1, 0, &cpu);
+        // Called out of that wait, the thread is in a handler now.
+        holds.waits(Page(7), 1, 10 * US, &cpu);
+        holds.mapped(Page(6), 20 * US);
+        holds.hold(Page(6), None, 20 * US);
+        assert_eq!(holds.due(180 * US), None);
     }
 
     #[test]

@@ -86,7 +86,7 @@ struct Slot {
     waiting: AtomicU32,
     /// Pages of the gathering so far.
     pages: AtomicU32,
-    /// The last page, and how often in a row it was wanted.
+    /// The page of the last fault, and how often in a row it was wanted.
     page: AtomicU64,
     again: AtomicU32,
     /// 1 if a page went since the last fault was answered.
@@ -178,11 +178,24 @@ impl HoldPolicy {
         Claim { slot: index as u32, number: slot.number.load(Relaxed) }
     }
 
-    /// The page that the thread of `claim` waits for is mapped: the claim with which it is kept.
-    pub fn mapped(&self, claim: Claim, now: u64) -> Claim {
+    /// A thread that was called out of its wait for the page, which began at `since`, waits for it again: the gathering to
+    /// which that belongs now. Faults in between, of an interrupt's handler, were faults of the same thread.
+    pub fn fault_again(&self, claim: Claim, page: Page, since: u64) -> Claim {
         let Some(slot) = self.slots.get(claim.slot as usize) else { return Claim::NONE };
-        slot.last.store(now, Relaxed);
-        slot.waiting.store(0, Relaxed);
+        slot.page.store(page.0, Relaxed);
+        slot.last.store(since, Relaxed);
+        slot.waiting.store(1, Relaxed);
+        Claim { number: slot.number.load(Relaxed), ..claim }
+    }
+
+    /// The page that the thread of `claim` waits for is mapped: the claim with which it is kept.
+    pub fn mapped(&self, claim: Claim, page: Page, now: u64) -> Claim {
+        let Some(slot) = self.slots.get(claim.slot as usize) else { return Claim::NONE };
+        // One that was called out of this wait may wait for another page meanwhile.
+        if slot.page.load(Relaxed) == page.0 {
+            slot.last.store(now, Relaxed);
+            slot.waiting.store(0, Relaxed);
+        }
         if slot.pages.load(Relaxed) == 0 {
             // What it had gathered went meanwhile.
             slot.pages.store(1, Relaxed);
@@ -304,7 +317,7 @@ mod tests {
 
     fn win(policy: &HoldPolicy, page: u64, now: u64, cpu: u64) -> Claim {
         let claim = policy.fault(7, Page(page), now, &at(cpu));
-        policy.mapped(claim, now)
+        policy.mapped(claim, Page(page), now)
     }
 
     #[test]
@@ -337,7 +350,7 @@ mod tests {
             let claim = policy.fault(7, Page(page), page * 90 * US, &at(page * 20 * US));
             assert_eq!(claim, first);
             assert!(policy.look(first, page * 90 * US + 50 * US) > page * 90 * US + 50 * US);
-            policy.mapped(claim, page * 90 * US + 80 * US);
+            policy.mapped(claim, Page(page), page * 90 * US + 80 * US);
         }
         assert_eq!(policy.first_look(first, 600 * US), 600 * US + 5 * 100 * US);
     }
@@ -394,7 +407,7 @@ mod tests {
         let claim = win(&policy, 1, 0, 0);
         let waits = policy.fault(7, Page(2), 20 * US, &at(US));
         policy.lost(claim, 40 * US);
-        let claim = policy.mapped(waits, 60 * US);
+        let claim = policy.mapped(waits, Page(2), 60 * US);
         assert_eq!(policy.look(claim, 61 * US), 160 * US);
     }
 
