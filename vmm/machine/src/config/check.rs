@@ -11,7 +11,10 @@ use firmware::pci::HOT_SLOTS;
 use super::devices::{DeviceRequest, PlacedDevice, check_share, place, place_next};
 use super::rdma::FabricKind;
 use super::units::{check_name, check_word};
-use super::{ConfigError, MAX_HOLD, MAX_SHARDS, MIN_SILENCE, MachineConfig, NodeConfig, NodeHost, wrong};
+use super::{
+    ConfigError, MAX_HOLD, MAX_SHARDS, MAX_TIMER_REST, MIN_SILENCE, MachineConfig, NodeConfig, NodeHost,
+    wrong,
+};
 use crate::control::Machine;
 
 /// A machine whose description has been checked, with every device in its place; what a coordinator starts. It reads like
@@ -70,6 +73,7 @@ impl CheckedMachine {
             shards: self.shards(),
             devices,
             hold: self.hold,
+            timer_rest: self.timer_rest,
             silence: self.silence,
             rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),
             plaintext_fabric: self.plaintext_fabric,
@@ -130,6 +134,12 @@ impl MachineConfig {
             return wrong(format!(
                 "a hold of {:?} would stall every other node: choose {MAX_HOLD:?} or less",
                 self.hold
+            ));
+        }
+        if self.timer_rest > MAX_TIMER_REST {
+            return wrong(format!(
+                "timer_rest = {} would stop the guest's clocks: choose {MAX_TIMER_REST} or less, and 0 on real servers",
+                self.timer_rest
             ));
         }
         let pages = self.nodes.iter().map(|node| node.spec.memory / PAGE_SIZE as u64);
@@ -238,6 +248,7 @@ mod tests {
             (MachineConfig { shards: Some(0), ..good.clone() }, "0 shards"),
             (MachineConfig { silence: Duration::from_millis(100), ..good.clone() }, "too short"),
             (MachineConfig { hold: Duration::from_secs(1), ..good.clone() }, "stall every other node"),
+            (MachineConfig { timer_rest: 65, ..good.clone() }, "0 on real servers"),
             (
                 machine(vec![NodeConfig { budget: Some(256 << 20), ..node("b", NodeHost::Local) }]),
                 "256 MiB, is too small",

@@ -10,6 +10,8 @@
 //! silence = "3s"                      # a node that says nothing for so long is lost
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
+//! timer_rest = 8                      # emulated hosts only: after a timer interrupt's handler its CPU is left alone
+//!                                     # for so many times as long as it took; default: 0, each comes at its time
 //! join_timeout = "10min"
 //! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
 //! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own
@@ -92,6 +94,7 @@ struct FileForm {
     silence: Option<String>,
     shards: Option<u16>,
     hold: Option<String>,
+    timer_rest: Option<u32>,
     join_timeout: Option<String>,
     key: Option<PathBuf>,
     #[serde(default)]
@@ -286,6 +289,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         key: form.key,
         plaintext_fabric: form.plaintext_fabric,
         hold: duration("hold", form.hold, default.hold)?,
+        timer_rest: form.timer_rest.unwrap_or(default.timer_rest),
         join_timeout: match form.join_timeout {
             None => None,
             given => Some(duration("join_timeout", given, Duration::ZERO)?),

@@ -43,6 +43,8 @@ pub const MIN_SILENCE: Duration = Duration::from_secs(1);
 pub const DEFAULT_HOLD: Duration = Duration::from_micros(100);
 /// The longest hold: every other node's access to the page waits for it.
 pub const MAX_HOLD: Duration = Duration::from_millis(100);
+/// The most that [`MachineConfig::timer_rest`] may be.
+pub const MAX_TIMER_REST: u32 = 64;
 /// CPUs of the largest node for each coherence shard, unless the machine file says how many shards there are: one
 /// userfaultfd does not serve more than a few CPUs that fault all the time.
 pub const CPUS_PER_SHARD: u32 = 8;
@@ -128,6 +130,9 @@ pub struct MachineConfig {
     pub shards: Option<u16>,
     /// How long a node keeps a page that it just won.
     pub hold: Duration,
+    /// After a timer interrupt's handler its CPU is left alone for so many times as long as it took. For emulated hosts,
+    /// where a handler may take longer than a tick; 0 on real servers: each interrupt comes at its time.
+    pub timer_rest: u32,
     /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can give to
     /// nodes on its own host only.
     pub key: Option<PathBuf>,
@@ -156,6 +161,7 @@ impl Default for MachineConfig {
             silence: DEFAULT_SILENCE,
             shards: None,
             hold: DEFAULT_HOLD,
+            timer_rest: 0,
             join_timeout: None,
             fabric: FabricKind::default(),
             rdma: RdmaConfig::default(),

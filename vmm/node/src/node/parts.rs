@@ -217,6 +217,7 @@ impl Node {
                 interrupts: router.clone(),
                 clock: clock.clone(),
                 on_idle: Arc::new(move |thread| idle.idle(thread)),
+                timer_rest: machine.timer_rest,
                 shipper: None,
                 on_failure: Arc::new(move |failure| drop(vcpu_events.send(failure.into()))),
             };

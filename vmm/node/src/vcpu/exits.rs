@@ -8,7 +8,7 @@ use super::table::{State, count};
 use crate::kvm::Exit;
 use crate::trace;
 use devices::irq::Effect;
-use devices::irq::lapic::Lapic;
+use devices::irq::lapic::{self, Lapic};
 
 /// Refused MSR accesses that are logged, for each vCPU.
 const LOGGED_MSRS: u32 = 32;
@@ -93,6 +93,9 @@ impl Cpu {
 
     fn write_msr(&mut self, index: u32, value: u64) {
         if Lapic::handles(index) {
+            if index == lapic::msr::EOI {
+                self.pace.finished(self.lapic.in_service(), self.now());
+            }
             match self.lapic.write_msr(index, value, self.now()) {
                 Ok(effect) => self.apply(effect),
                 Err(_) => self.refuse(index, Some(value)),

@@ -34,6 +34,7 @@
 //! | [`ship`] | an instruction that is carried out elsewhere |
 //! | [`registers`] | power-on, INIT, SIPI and boot states |
 //! | `timer` | the local APIC timer's alarm |
+//! | `pace` | how soon the next timer interrupt may come, on emulated hosts |
 //! | [`signal`] | blocking, sending and awaiting the kick signal |
 //! | [`waiting`] | whether a vCPU that waits for a page can be called out, tried |
 //! | [`user_mode`] | a vCPU that begins at CPL 3, for probes and tests |
@@ -44,6 +45,7 @@ pub mod control;
 mod exits;
 pub mod mailbox;
 pub mod msr;
+mod pace;
 pub mod registers;
 pub mod report;
 pub mod run;
@@ -105,6 +107,8 @@ pub struct Environment {
     pub clock: Arc<GuestClock>,
     /// Called by a vCPU's thread when it halts, with the thread's number: it has nothing to do for now.
     pub on_idle: Arc<dyn Fn(u32) + Send + Sync>,
+    /// After a timer interrupt's handler the next one waits so many times as long as it took; 0 on real servers.
+    pub timer_rest: u32,
     /// Carries instructions out elsewhere, if that is done at all.
     pub shipper: Option<Arc<dyn Shipper>>,
     /// Called at most once for each vCPU, from its thread, when it cannot go on.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::pace::Pace;
 use super::registers::{PowerOn, Start};
 use super::report::{self, LastExits, VcpuFailure};
 use super::table::{Slot, State, Table, Wish, count};
@@ -75,6 +76,7 @@ pub(super) struct Cpu {
     offset: u64,
     /// The guest TSC that the timer is armed for.
     pub(super) armed: Option<u64>,
+    pub(super) pace: Pace,
     /// How many shipped instructions in a row were not done.
     pub(super) in_vain: u32,
 }
@@ -111,6 +113,7 @@ impl Cpu {
             kvm,
             lapic,
             table,
+            pace: Pace::new(env.timer_rest, env.clock.khz()),
             env,
             state,
             refused_msrs: 0,
@@ -147,6 +150,12 @@ impl Cpu {
     /// What the guest's TSC reads now.
     pub(super) fn now(&self) -> u64 {
         self.env.clock.host().wrapping_add(self.offset)
+    }
+
+    /// When the local APIC's timer interrupt is to come.
+    fn timer_due(&self) -> Option<u64> {
+        let deadline = self.lapic.timer_deadline()?;
+        Some(if self.state == State::Halted { deadline } else { self.pace.due(deadline) })
     }
 
     fn prepare(&mut self) -> Result<Timer, End> {
@@ -297,8 +306,7 @@ impl Cpu {
             }
         }
         let now = self.now();
-        if self.lapic.timer_deadline().is_some_and(|deadline| deadline <= now) && self.lapic.expire_timer(now)
-        {
+        if self.timer_due().is_some_and(|due| due <= now) && self.lapic.expire_timer(now) {
             count(&self.slot().counters.timer_interrupts, 1);
         }
         if self.state == State::Halted && (self.nmi || self.halted_enabled && self.lapic.pending().is_some())
@@ -315,7 +323,7 @@ impl Cpu {
 
     /// Halted, or waiting for start-up: sleeps until a kick or the timer's time.
     fn sleep(&mut self) -> Signalled {
-        let deadline = self.lapic.timer_deadline().filter(|_| self.state == State::Halted);
+        let deadline = self.timer_due().filter(|_| self.state == State::Halted);
         let timeout = deadline.map_or(LONGEST_SLEEP, |deadline| {
             let ticks = deadline.saturating_sub(self.now());
             Duration::from_nanos(self.env.clock.nanoseconds(ticks)).min(LONGEST_SLEEP)
@@ -385,6 +393,9 @@ impl Cpu {
         {
             trace::event(trace::Event::Inject, self.vcpu.into(), vector.into());
             self.kvm.interrupt(vector)?;
+            if vector == self.lapic.timer_vector() {
+                self.pace.began(vector, self.now());
+            }
             count(&self.slot().counters.injected, 1);
         }
         self.kvm.request_interrupt_window(self.lapic.pending().is_some());
@@ -416,7 +427,7 @@ impl Cpu {
 
     /// Arms the timer for the local APIC's next interrupt, unless it is.
     fn arm(&mut self, timer: &Timer) -> Result<(), End> {
-        let deadline = self.lapic.timer_deadline();
+        let deadline = self.timer_due();
         if let Some(at) = deadline
             && self.armed != deadline
         {
@@ -441,6 +452,7 @@ impl Cpu {
         let mut text = report::dump(&mut self.kvm, &name, &state, &self.last);
         text.push_str(&format!("  local APIC: {:?}\n", self.lapic));
         text.push_str(&format!("  guest TSC {:#x}, counters {:?}\n", self.now(), self.slot().counters));
+        text.push_str(&format!("  {:?}\n", self.pace));
         text
     }
 }

@@ -212,6 +212,7 @@ impl Parts {
             interrupts: self.router.clone(),
             clock: self.clock.clone(),
             on_idle: Arc::new(|_| {}),
+            timer_rest: 0,
             shipper: self.shipper.clone(),
             on_failure: Arc::new(move |failure| drop(on_failure.lock().unwrap().send(failure))),
         };

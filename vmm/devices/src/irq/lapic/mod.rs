@@ -299,6 +299,16 @@ impl Lapic {
         self.timer.next().filter(|_| self.lvt[TIMER] & LVT_MASKED == 0)
     }
 
+    /// The vector of the timer's interrupt.
+    pub fn timer_vector(&self) -> u8 {
+        self.lvt[TIMER] as u8
+    }
+
+    /// The vector whose handler the next end-of-interrupt ends.
+    pub fn in_service(&self) -> Option<u8> {
+        self.isr.highest()
+    }
+
     /// Lets the timer fire if it is due at TSC `now`. True if it posted its interrupt.
     pub fn expire_timer(&mut self, now: u64) -> bool {
         self.timer.expire(now) && self.fire_lvt(TIMER)
