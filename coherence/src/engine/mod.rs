@@ -5,7 +5,8 @@
 //! faults a thread spins for a while, then sleeps on its descriptors. [`hold`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
 //! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back; [`Engine::discard`]
-//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices.
+//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices; [`ship`] is for instructions whose
+//! page stays where it is.
 
 mod ahead;
 mod budget;
@@ -15,6 +16,7 @@ pub mod hold;
 mod outbox;
 mod recall;
 mod shard;
+pub mod ship;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
@@ -125,6 +127,16 @@ pub struct Engine {
 struct Door {
     requests: Sender<Request>,
     bell: Arc<EventFd>,
+}
+
+impl Door {
+    /// Asks for something; a shard that has ended does not hear it.
+    fn ask(&self, request: Request) {
+        if self.requests.send(request).is_ok() {
+            // A full eventfd wakes as well.
+            let _ = self.bell.write(1);
+        }
+    }
 }
 
 impl Engine {

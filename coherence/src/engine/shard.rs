@@ -23,10 +23,13 @@ use super::hold::held::cpu_time;
 use super::hold::{Claim, HoldPolicy, Holds};
 use super::outbox::Outbox;
 use super::recall::Recall;
+use super::ship::{Asked, Called, PATIENCE, Vcpus};
 use super::{EngineConfig, EngineError, recall};
 use crate::memory::DualMemory;
 use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
-use crate::protocol::{Body, Effect, Eviction, Kind, Message, PageMap, Protocol, Rights, RunPolicy};
+use crate::protocol::{
+    Body, Class, Effect, Eviction, Kind, Message, Operation, PageMap, Protocol, Rights, RunPolicy, Shipping,
+};
 use crate::stats::ShardStats;
 use crate::trace::{self, Event};
 use crate::uffd::{Fault, Mode, Uffd};
@@ -39,6 +42,12 @@ pub enum Request {
     Discard(Range<u64>, Sender<()>),
     /// A device reads or overwrites pages of this shard.
     Direct(Box<Job>),
+    /// Faults of these vCPUs may be answered by shipping.
+    Ship(Arc<dyn Vcpus>, Shipping),
+    /// A vCPU does this with a page.
+    Operate { page: Page, token: u32, operation: Operation },
+    /// A page of this home is of this class.
+    SetClass(Page, Class),
 }
 
 /// Frames whose pages went away, kept this many at most before they are given back to the host; fewer where the
@@ -69,6 +78,14 @@ struct Core {
     policy: Arc<HoldPolicy>,
     holds: Holds,
     misses: Vec<MissClock>,
+    /// The vCPUs whose faults may be answered by shipping, if anything is shipped.
+    vcpus: Option<Arc<dyn Vcpus>>,
+    /// Which of them were called out.
+    called: Vec<Called>,
+    /// Operations of vCPUs that are under way.
+    asked: Vec<Asked>,
+    /// Pages that must come though they were to stay where they are.
+    unshippable: Vec<Page>,
     recall: Recall,
     read_ahead: ReadAhead,
     /// What a miss recalled, before it is asked for.
@@ -140,6 +157,10 @@ impl Shard {
             holds: Holds::new(policy.clone()),
             policy,
             misses: Vec::with_capacity(64),
+            vcpus: None,
+            called: Vec::new(),
+            asked: Vec::new(),
+            unshippable: Vec::new(),
             recall: Recall::new(),
             read_ahead: ReadAhead::new(config.homes.clone()),
             recalled: Vec::with_capacity(64),
@@ -215,15 +236,17 @@ impl Shard {
         core.settle()?;
         let frames = frames?;
         let faults = core.take_faults()?;
+        core.fetch_unshippable()?;
         Ok(frames + faults + released > 0)
     }
 
     /// Waits for something to do; whether the bell rang.
     fn sleep(&self, bell: &EventFd) -> Result<bool, EngineError> {
         // A hold that ends matters only to who waits for it; the others end when something happens.
+        let tick = if self.core.called.is_empty() { TICK } else { PATIENCE };
         let now = self.core.policy.now();
         let next = self.core.holds.next_look().map(|look_at| look_at.saturating_sub(now));
-        let timeout = next.map_or(TICK, Duration::from_nanos).min(TICK);
+        let timeout = next.map_or(tick, Duration::from_nanos).min(tick);
         let mut fds = [self.receiver.fd(), self.core.uffd.as_fd(), bell.as_fd()]
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None) {
@@ -250,6 +273,73 @@ impl Core {
                 self.apply_together()?;
             }
             Request::Direct(job) => self.direct(job)?,
+            Request::Ship(vcpus, shipping) => {
+                self.protocol.set_shipping(shipping);
+                self.vcpus = Some(vcpus);
+            }
+            Request::Operate { page, token, operation } => {
+                ShardStats::count(&self.stats.operations);
+                self.asked.push(Asked { page, token, since: Instant::now() });
+                if self.protocol.operate(page, token, operation, &mut self.effects) {
+                    self.apply(Body::Absent)?;
+                } else {
+                    self.operated(page, token, None);
+                }
+            }
+            Request::SetClass(page, class) => self.protocol.set_class(page, class),
+        }
+        Ok(())
+    }
+
+    /// A vCPU's operation was done, or was not.
+    fn operated(&mut self, page: Page, token: u32, old: Option<u128>) {
+        self.asked.retain(|asked| (asked.page, asked.token) != (page, token));
+        ShardStats::count(if old.is_some() {
+            &self.stats.operations_done
+        } else {
+            &self.stats.operations_refused
+        });
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.answered(token, old);
+        }
+    }
+
+    /// The page stays where it is: those who wait for it and can do without are called out, and if one cannot it comes.
+    fn ship(&mut self, page: Page) {
+        self.misses.retain(|miss| miss.page != page);
+        let mut must_come = false;
+        for thread in self.holds.give_up(page, self.policy.now()) {
+            if self.vcpus.as_ref().is_some_and(|vcpus| vcpus.call_out(thread, page)) {
+                self.called.push(Called { page, thread, since: Instant::now() });
+            } else {
+                must_come = true;
+            }
+        }
+        if must_come {
+            self.unshippable.push(page);
+        }
+    }
+
+    /// Lets the pages come that cannot be done without after all, among them those of vCPUs that were called out and do not
+    /// look. Rare: so they come to be written, which serves who reads as well.
+    fn fetch_unshippable(&mut self) -> Result<(), EngineError> {
+        if let Some(vcpus) = self.vcpus.as_ref().filter(|_| !self.called.is_empty()) {
+            let unshippable = &mut self.unshippable;
+            self.called.retain(|called| {
+                let waits = vcpus.is_called(called.thread, called.page);
+                let stuck = waits && called.since.elapsed() > PATIENCE;
+                if stuck {
+                    unshippable.push(called.page);
+                }
+                waits && !stuck
+            });
+        }
+        while let Some(page) = self.unshippable.pop() {
+            self.protocol.fault(page, true, &mut self.effects);
+            self.apply(Body::Absent)?;
+            if self.protocol.is_missing(page) && !self.misses.iter().any(|miss| miss.page == page) {
+                self.misses.push(MissClock { page, since: Instant::now() });
+            }
         }
         Ok(())
     }
@@ -314,7 +404,12 @@ impl Core {
         let window = if fault.write { None } else { self.read_ahead.touched(page) };
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
-        self.protocol.fault(page, fault.write, &mut self.effects);
+        if self.vcpus.as_ref().is_some_and(|vcpus| vcpus.may_ship(fault.thread, page)) {
+            self.protocol.set_time(self.policy.now() / 1000);
+            self.protocol.fault_may_ship(page, fault.write, &mut self.effects);
+        } else {
+            self.protocol.fault(page, fault.write, &mut self.effects);
+        }
         self.apply(Body::Absent)?;
         match (was_missing, self.protocol.is_missing(page)) {
             (false, false) => ShardStats::count(&self.stats.local_faults),
@@ -395,6 +490,7 @@ impl Core {
             u64::from(message.kind.code()) << 16 | u64::from(from.0),
         );
         let zeroes = self.surrender(&message)?;
+        self.protocol.set_time(self.policy.now() / 1000);
         self.protocol.message(from, message, zeroes, &mut self.effects)?;
         self.apply(body)?;
         if let Kind::Data { .. } = message.kind {
@@ -438,6 +534,7 @@ impl Core {
         }
         let pages = || (first.0..first.0 + absent).map(Page);
         pages().for_each(|page| self.memory.ensure_frame(page));
+        self.stats.count_withdrawal();
         self.memory.unmap(first, absent).map_err(|source| EngineError::Page {
             what: "unmapping",
             page: first.0,
@@ -451,6 +548,12 @@ impl Core {
     fn check_stuck(&self, now: Instant, limit: Duration) -> Result<(), EngineError> {
         if self.jobs.oldest().is_some_and(|since| now.saturating_duration_since(since) > limit) {
             let state = format!("a device waits for its pages; {}", self.protocol.describe().join("; "));
+            return Err(EngineError::Stuck { seconds: limit.as_secs(), state });
+        }
+        if let Some(asked) =
+            self.asked.iter().find(|asked| now.saturating_duration_since(asked.since) > limit)
+        {
+            let state = format!("a vCPU waits for what it does with page {:#x} elsewhere", asked.page.0);
             return Err(EngineError::Stuck { seconds: limit.as_secs(), state });
         }
         match self.misses.iter().find(|m| now.saturating_duration_since(m.since) > limit) {

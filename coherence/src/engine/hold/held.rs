@@ -86,6 +86,21 @@ impl Holds {
         self.waiters.iter().any(|waiter| waiter.page == page)
     }
 
+    /// The page does not come: who waited for it is called out of the wait, and holds nothing. Their threads.
+    pub fn give_up(&mut self, page: Page, now: u64) -> Vec<u32> {
+        let Holds { policy, waiters, .. } = self;
+        let mut threads = Vec::new();
+        waiters.retain(|waiter| {
+            if waiter.page == page {
+                policy.mapped(waiter.claim, page, now);
+                policy.idle(waiter.thread);
+                threads.push(waiter.thread);
+            }
+            waiter.page != page
+        });
+        threads
+    }
+
     /// The page is mapped: who waited for it goes on.
     pub fn mapped(&mut self, page: Page, now: u64) {
         let Holds { policy, waiters, won, .. } = self;

@@ -118,10 +118,12 @@ impl Core {
                     self.recall.strike(first, page);
                 }
                 self.pin_down(page);
+                self.stats.count_withdrawal();
                 self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
             }
             Effect::Probe(page) => {
                 ShardStats::count(&self.stats.probes);
+                self.stats.count_withdrawal();
                 self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
             }
             Effect::Free(page) => {
@@ -139,6 +141,7 @@ impl Core {
                 for page in (first.0..first.0 + u64::from(count)).map(Page) {
                     self.untouched.remove(page);
                 }
+                self.stats.count_withdrawal();
                 self.memory.free(first, count.into()).map_err(failed("giving up the frame", first))?;
                 ShardStats::add(&self.stats.discarded, count.into());
             }
@@ -163,8 +166,13 @@ impl Core {
                 let ahead = self.coming.remove(page);
                 self.holds.hold(page, ahead, self.policy.now());
             }
-            // Nothing is shipped yet: no fault says that it may be, and no home has a class.
-            Effect::Ship(_) | Effect::Operate { .. } | Effect::Operated { .. } => {}
+            Effect::Ship(page) => self.ship(page),
+            Effect::Operate { to, page, token, operation } => {
+                ShardStats::count(&self.stats.operated);
+                let old = Some(self.memory.operate(page, &operation).into());
+                self.send(to, Message { page, kind: Kind::Operated { token, old } }, Body::Absent)?;
+            }
+            Effect::Operated { page, token, old } => self.operated(page, token, old.map(u128::from)),
             Effect::Deferred(page) => {
                 trace::event(Event::Defer, page.0, 0);
                 ShardStats::count(&self.stats.deferred);

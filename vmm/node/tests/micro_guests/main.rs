@@ -9,6 +9,7 @@ mod clock;
 mod harness;
 mod interrupts;
 mod nodes;
+mod shipped;
 mod shipping;
 mod startup;
 mod user;
