@@ -148,7 +148,7 @@ impl Machine {
             text += &format!("kernel = \"{guest}/{kernel}\"\ninitrd = \"{guest}/initramfs\"\n");
         }
         if emulated {
-            // Bringing the pages that a tick's handler touches takes longer than a tick there: the guest would do nothing
+            // Bringing the pages that a tick touches takes longer than a tick there: the guest would do nothing
             // but handle ticks.
             text += "timer_rest = 8\n";
         }

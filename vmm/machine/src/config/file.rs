@@ -10,8 +10,8 @@
 //! silence = "3s"                      # a node that says nothing for so long is lost
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
-//! timer_rest = 8                      # emulated hosts only: after a timer interrupt's handler its CPU is left alone
-//!                                     # for so many times as long as it took; default: 0, each comes at its time
+//! timer_rest = 8                      # emulated hosts only: after a timer interrupt its CPU is left alone for so
+//!                                     # many times as long as it took, 4 s at most; default: 0, each comes at its time
 //! join_timeout = "10min"
 //! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
 //! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own

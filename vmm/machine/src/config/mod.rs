@@ -130,8 +130,8 @@ pub struct MachineConfig {
     pub shards: Option<u16>,
     /// How long a node keeps a page that it just won.
     pub hold: Duration,
-    /// After a timer interrupt's handler its CPU is left alone for so many times as long as it took. For emulated hosts,
-    /// where a handler may take longer than a tick; 0 on real servers: each interrupt comes at its time.
+    /// After a timer interrupt its CPU is left alone for so many times as long as it took. For emulated hosts, where one
+    /// may take longer than a tick; 0 on real servers: each interrupt comes at its time.
     pub timer_rest: u32,
     /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can give to
     /// nodes on its own host only.

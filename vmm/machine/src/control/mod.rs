@@ -67,7 +67,7 @@ pub struct Machine {
     pub shards: u16,
     /// How long a node keeps a page that it just won before it gives it up.
     pub hold: Duration,
-    /// After a timer interrupt's handler its CPU is left alone for so many times as long as it took; 0: not at all.
+    /// After a timer interrupt its CPU is left alone for so many times as long as it took; 0: not at all.
     pub timer_rest: u32,
     /// How long a peer may say nothing before it counts as lost.
     pub silence: Duration,

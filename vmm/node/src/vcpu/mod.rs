@@ -107,7 +107,7 @@ pub struct Environment {
     pub clock: Arc<GuestClock>,
     /// Called by a vCPU's thread when it halts, with the thread's number: it has nothing to do for now.
     pub on_idle: Arc<dyn Fn(u32) + Send + Sync>,
-    /// After a timer interrupt's handler the next one waits so many times as long as it took; 0 on real servers.
+    /// After a timer interrupt the next one waits so many times as long as it took; 0 on real servers.
     pub timer_rest: u32,
     /// Carries instructions out elsewhere, if that is done at all.
     pub shipper: Option<Arc<dyn Shipper>>,

@@ -154,8 +154,7 @@ impl Cpu {
 
     /// When the local APIC's timer interrupt is to come.
     fn timer_due(&self) -> Option<u64> {
-        let deadline = self.lapic.timer_deadline()?;
-        Some(if self.state == State::Halted { deadline } else { self.pace.due(deadline) })
+        self.lapic.timer_deadline().map(|deadline| self.pace.due(deadline))
     }
 
     fn prepare(&mut self) -> Result<Timer, End> {
@@ -307,6 +306,7 @@ impl Cpu {
         }
         let now = self.now();
         if self.timer_due().is_some_and(|due| due <= now) && self.lapic.expire_timer(now) {
+            self.pace.interrupted(self.lapic.timer_vector(), now);
             count(&self.slot().counters.timer_interrupts, 1);
         }
         if self.state == State::Halted && (self.nmi || self.halted_enabled && self.lapic.pending().is_some())
@@ -393,9 +393,6 @@ impl Cpu {
         {
             trace::event(trace::Event::Inject, self.vcpu.into(), vector.into());
             self.kvm.interrupt(vector)?;
-            if vector == self.lapic.timer_vector() {
-                self.pace.began(vector, self.now());
-            }
             count(&self.slot().counters.injected, 1);
         }
         self.kvm.request_interrupt_window(self.lapic.pending().is_some());
