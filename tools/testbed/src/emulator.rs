@@ -1,4 +1,4 @@
-//! A check of the emulator: how often it runs code that is no longer in memory. See [`crate::stale`].
+//! A check of the emulator: how often it runs code that is no longer in memory. See [`crate::emulator_fault`].
 
 use std::io::{self, Read};
 use std::path::Path;

@@ -4,9 +4,9 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use serde::Serialize;
 use testbed::artifacts;
+use testbed::emulator_fault::{EmulatorFault, Whose};
 use testbed::machine::Machine;
 use testbed::rig::Rig;
-use testbed::stale::{EmulatorFault, Whose};
 
 use crate::options::Options;
 use crate::rails::{self, Trial};
@@ -69,9 +69,9 @@ struct Report {
     /// The longest that the rest of a machine took to end after the loss of a node.
     longest_loss_seconds: Option<f64>,
     /// Boots in which the emulator killed a host's kernel, by stale code or broken flags; they count as failed.
-    host_stale_code: usize,
+    hosts_killed: usize,
     /// Boots in which it killed the guest's kernel so; they count as failed.
-    guest_stale_code: usize,
+    guests_killed: usize,
     failed: usize,
 }
 
@@ -79,7 +79,7 @@ struct Report {
 struct Entry {
     name: String,
     #[serde(skip)]
-    stale: Option<Whose>,
+    fault: Option<Whose>,
     boot_seconds: Option<f64>,
     loss_seconds: Option<f64>,
     failure: Option<String>,
@@ -189,15 +189,15 @@ fn run_all(scenarios: Vec<Scenario>, rig: &mut Rig, show: bool) -> Result<Vec<En
         let scenario = Scenario { show, ..scenario };
         let result = announce(&scenario.name, || scenario.run(rig));
         let times = result.as_ref().copied().unwrap_or_default();
-        let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<EmulatorFault>());
+        let fault = result.as_ref().err().and_then(|error| error.downcast_ref::<EmulatorFault>());
         entries.push(Entry {
             name: scenario.name.clone(),
-            stale: stale.map(|stale| stale.whose),
+            fault: fault.map(|fault| fault.whose),
             boot_seconds: times.boot_seconds,
             loss_seconds: times.loss_seconds,
             failure: result.as_ref().err().map(|error| format!("{error:#}")),
         });
-        if stale.is_some() || result.is_err() && !rig.alive() {
+        if fault.is_some() || result.is_err() && !rig.alive() {
             eprintln!("soak: new hosts are booted");
             rig.renew()?;
         }
@@ -215,9 +215,9 @@ impl Report {
         self.ratio_to_one_node =
             self.boot_median_seconds.zip(self.one_node_boot_seconds).map(|(many, one)| many / one);
         self.longest_loss_seconds = self.kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
-        let killed: Vec<Whose> = self.entries().filter_map(|entry| entry.stale).collect();
-        self.guest_stale_code = killed.iter().filter(|whose| **whose == Whose::Guest).count();
-        self.host_stale_code = killed.len() - self.guest_stale_code;
+        let killed: Vec<Whose> = self.entries().filter_map(|entry| entry.fault).collect();
+        self.guests_killed = killed.iter().filter(|whose| **whose == Whose::Guest).count();
+        self.hosts_killed = killed.len() - self.guests_killed;
         self.failed = self.failures().count();
     }
 
@@ -257,9 +257,9 @@ impl Report {
         }
         println!(
             "killed by faults of the emulator: {} hosts' kernels, {} guests' kernels; {} failures of other kinds",
-            self.host_stale_code,
-            self.guest_stale_code,
-            self.failed - self.host_stale_code - self.guest_stale_code
+            self.hosts_killed,
+            self.guests_killed,
+            self.failed - self.hosts_killed - self.guests_killed
         );
         for (name, failure) in self.failures() {
             println!("failed: {name}: {}", failure.lines().next().unwrap_or_default());

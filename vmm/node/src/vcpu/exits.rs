@@ -93,10 +93,11 @@ impl Cpu {
 
     fn write_msr(&mut self, index: u32, value: u64) {
         if Lapic::handles(index) {
+            let now = self.now();
             if index == lapic::msr::EOI {
-                self.pace.finished(self.lapic.in_service(), self.now());
+                self.pace.finished(self.lapic.in_service(), now);
             }
-            match self.lapic.write_msr(index, value, self.now()) {
+            match self.lapic.write_msr(index, value, now) {
                 Ok(effect) => self.apply(effect),
                 Err(_) => self.refuse(index, Some(value)),
             }

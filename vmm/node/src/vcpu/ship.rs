@@ -10,6 +10,8 @@
 //! The registers change only when the answer is here. Until then the vCPU stands still: it shows its registers to who asks
 //! and ends if it must; a pause waits for the answer, so that nobody sees the instruction done in memory and not in the
 //! registers. Interrupts are taken at the next entry, before the instruction or after it, as they come.
+//!
+//! Only tests have a [`Shipper`] so far: in a node every page moves.
 
 use std::sync::atomic::Ordering;
 

@@ -47,7 +47,7 @@ pub fn can_be_called_out(kvm: &Kvm, cpu: &HostCpu) -> Result<Duration, String> {
     unsafe { vm.add_memory(0, 0, memory.guest_view(), memory.len() as u64) }.map_err(|e| e.to_string())?;
     let vcpu = vm.create_vcpu(0).map_err(|error| error.to_string())?;
     let (tell, told) = channel();
-    let guest = Guest { vcpu, _vm: vm, memory: memory.clone(), cpuid: cpu.cpuid.clone() };
+    let guest = Guest { vcpu, _vm: vm, _memory: memory.clone(), cpuid: cpu.cpuid.clone() };
     std::thread::Builder::new()
         .name("trial".into())
         .spawn(move || guest.run(&tell))
@@ -127,7 +127,7 @@ fn write(memory: &DualMemory) {
 struct Guest {
     vcpu: Vcpu,
     _vm: Vm,
-    memory: Arc<DualMemory>,
+    _memory: Arc<DualMemory>,
     cpuid: Vec<firmware::cpuid::CpuidEntry>,
 }
 
@@ -137,10 +137,6 @@ impl Guest {
             // Who asked may have given up.
             let _ = tell.send(News::Failed(why));
         }
-        let Guest { vcpu, _vm: vm, memory, .. } = self;
-        drop(vcpu);
-        drop(vm);
-        drop(memory);
     }
 
     fn try_run(&mut self, tell: &Sender<News>) -> Result<(), String> {

@@ -105,7 +105,7 @@ impl GuestRam {
         let whole = |range: &Range<u64>| (range.start | range.end).is_multiple_of(PAGE_SIZE as u64);
         debug_assert!(ranges.iter().all(whole), "{ranges:x?} are not whole pages");
         debug_assert!(ranges.is_sorted_by(|one, next| one.end <= next.start), "{ranges:x?} are not in order");
-        let parts = ranges.iter().flat_map(|range| {
+        let mut parts = ranges.iter().flat_map(|range| {
             self.map.iter().filter_map(move |region| {
                 let first = region.start_addr().0;
                 let part = range.start.max(first)..range.end.min(first + region.len());
@@ -118,7 +118,7 @@ impl GuestRam {
             let zero = |(part, _): (Range<u64>, u64)| {
                 self.map.write_slice(&vec![0; (part.end - part.start) as usize], GuestAddress(part.start))
             };
-            return { parts }.try_for_each(zero).map_err(io::Error::other);
+            return parts.try_for_each(zero).map_err(io::Error::other);
         };
         let pages = parts.filter_map(|(part, host)| {
             let first = memory.page_at(host)?.0;

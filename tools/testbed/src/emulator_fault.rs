@@ -15,12 +15,12 @@
 //! may be repeated on a fresh host; it never counts as passed.
 //!
 //! # Flags that no CPU has
-//! Guests over two nodes died now and then in or after a `rep movs` that had faulted, with `EFLAGS: a09a8246` and
-//! `a0800682`: bits 22 to 31 of RFLAGS do not exist (SDM volume 1, section 3.4.3), neither IRET nor POPF can set them, and
-//! Gestalt never writes a running vCPU's flags. What is left are the
-//! emulator and, less likely, the host's KVM. The bits look like a pointer's; QEMU keeps flags as the operands of the last
-//! instruction, and may have taken those for flags when the guest was left. That is inferred from two deaths, and not shown
-//! by a program of its own as stale code is. With the direction flag among them the copy runs backwards.
+//! Two guests over two nodes died in or just after a copy, with `EFLAGS: a09a8246` and `a0800682`: bits 22 to 31 of RFLAGS do
+//! not exist (SDM volume 1, section 3.4.3). The bits look like a pointer's; QEMU keeps flags as the operands of the last
+//! instruction, and may have taken those for flags. That is inferred, and not shown by a program of its own as stale code is.
+//! And a kernel prints its flags from its stack, which is the guest's memory.
+//!
+//! With CPUs on several nodes neither sign clears Gestalt: a page that a node kept too long could look the same.
 
 use std::fmt;
 
