@@ -1,7 +1,8 @@
-//! A check of the emulator: how often it runs code that is no longer in memory. See [`crate::emulator_fault`].
+//! Checks of the emulator, each by a program of its own without Linux and without Gestalt: how often it runs code that is
+//! no longer in memory ([`crate::stale`]), and whether it keeps a CPU's flags whole.
 
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -10,8 +11,12 @@ use anyhow::{Context, Result, anyhow};
 use crate::{exec, qemu};
 
 /// The program that patches itself, a machine's only one; its first comment tells what it does.
-const PROGRAM: &str = include_str!("../files/stale-code.c");
-/// How it is compiled: for a 32-bit processor without an operating system, as multiboot wants it.
+const STALE_CODE: &str = include_str!("../files/stale-code.c");
+/// The program that looks at its flags, likewise.
+const BROKEN_FLAGS: &str = include_str!("../files/broken-flags.c");
+/// The flags that it must find: SF alone, and none but the bit that is always 1.
+const RIGHT_FLAGS: Flags = Flags { sum: 0x82, small: 0x02 };
+/// How they are compiled: for a 32-bit processor without an operating system, as multiboot wants it.
 const COMPILE: &[&str] = &[
     "-m32",
     "-O2",
@@ -44,24 +49,49 @@ pub struct Count {
     pub stale_code: u64,
 }
 
-/// Runs the program on so many emulated CPUs (2 to 16) until it has made so many patches, or for `limit`: a busy machine
+/// The flags that a CPU had after an addition and CMPXCHG8B, for two operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Flags {
+    /// Of the operand 0xa0800480.
+    pub sum: u32,
+    /// Of the operand 1.
+    pub small: u32,
+}
+
+impl Flags {
+    /// Whether they are what every CPU has then.
+    pub fn are_right(self) -> bool {
+        self == RIGHT_FLAGS
+    }
+}
+
+/// Runs the program that patches itself on so many emulated CPUs (2 to 16) until it has made so many patches, or for `limit`: a busy machine
 /// seldom lets two emulated CPUs run at the same time, and a patch then takes some time slices. Needs gcc and the emulator.
 ///
 /// # Errors
 /// It cannot be compiled or run, or has not made a hundred patches within `limit`.
-pub fn check(cpus: u32, patches: u32, limit: Duration) -> Result<Count> {
-    let dir = tempfile::tempdir()?;
-    let (source, program) = (dir.path().join("stale-code.c"), dir.path().join("stale-code"));
-    std::fs::write(&source, PROGRAM)?;
-    exec::run(Command::new("gcc").args(COMPILE).arg("-o").arg(&program).arg(&source), None)?;
-    let said = run(&program, cpus, patches, limit)?;
-    said.lines().rev().find_map(parse).with_context(|| {
-        format!("the emulator came to nothing within {limit:?}: it said {said:?}; let it run for longer")
-    })
+pub fn stale_code(cpus: u32, patches: u32, limit: Duration) -> Result<Count> {
+    let said = run(STALE_CODE, cpus, &format!("{cpus} {patches}"), limit)?;
+    said.lines().rev().find_map(count_in).with_context(|| nothing_came(limit, &said))
 }
 
-/// What the program and the emulator said, all of it.
-fn run(program: &Path, cpus: u32, patches: u32, limit: Duration) -> Result<String> {
+/// Runs the program that looks at its flags, for `limit` at most. Needs gcc and the emulator.
+///
+/// # Errors
+/// It cannot be compiled or run, or says nothing.
+pub fn flags(limit: Duration) -> Result<Flags> {
+    let said = run(BROKEN_FLAGS, 1, "", limit)?;
+    said.lines().find_map(flags_in).with_context(|| nothing_came(limit, &said))
+}
+
+fn nothing_came(limit: Duration, said: &str) -> String {
+    format!("the emulator came to nothing within {limit:?}: it said {said:?}; let it run for longer")
+}
+
+/// What a program and the emulator said, all of it.
+fn run(source: &str, cpus: u32, arguments: &str, limit: Duration) -> Result<String> {
+    let dir = tempfile::tempdir()?;
+    let program = compile(source, dir.path())?;
     let (mut reader, writer) = io::pipe().context("making a pipe")?;
     let mut command = Command::new(qemu::program());
     command
@@ -69,7 +99,7 @@ fn run(program: &Path, cpus: u32, patches: u32, limit: Duration) -> Result<Strin
         .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-m", "64", "-smp", &cpus.to_string()])
         .arg("-kernel")
         .arg(program)
-        .args(["-append", &format!("{cpus} {patches}"), "-debugcon", "stdio"])
+        .args(["-append", arguments, "-debugcon", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4"])
         .stdin(Stdio::null())
         .stdout(writer.try_clone()?)
@@ -93,8 +123,22 @@ fn run(program: &Path, cpus: u32, patches: u32, limit: Duration) -> Result<Strin
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+fn compile(source: &str, dir: &Path) -> Result<PathBuf> {
+    let (file, program) = (dir.join("program.c"), dir.join("program"));
+    std::fs::write(&file, source)?;
+    exec::run(Command::new("gcc").args(COMPILE).arg("-o").arg(&program).arg(&file), None)?;
+    Ok(program)
+}
+
+/// Reads `flags=00000082 00000002`.
+fn flags_in(said: &str) -> Option<Flags> {
+    let (sum, small) = said.strip_prefix("flags=")?.split_once(' ')?;
+    let number = |digits| u32::from_str_radix(digits, 16).ok();
+    Some(Flags { sum: number(sum)?, small: number(small)? })
+}
+
 /// Reads `cpus=2 patches=10 ...`.
-fn parse(said: &str) -> Option<Count> {
+fn count_in(said: &str) -> Option<Count> {
     let number = |name: &str| {
         let words = said.split_whitespace().filter_map(|word| word.split_once('='));
         words.into_iter().find(|(key, _)| *key == name)?.1.parse().ok()
@@ -117,8 +161,30 @@ mod tests {
     fn a_count_is_read_from_what_the_program_says() {
         let said = "cpus=2 patches=10 expected_int3=55 stale_int3=1 stale_code=0\n";
         let count = Count { cpus: 2, patches: 10, expected_int3: 55, stale_int3: 1, stale_code: 0 };
-        assert_eq!(parse(said), Some(count));
-        assert_eq!(parse("cpus=2 patches=10"), None);
+        assert_eq!(count_in(said), Some(count));
+        assert_eq!(count_in("cpus=2 patches=10"), None);
+    }
+
+    #[test]
+    fn flags_are_read_from_what_the_program_says() {
+        let broken = flags_in("flags=a0800482 00000002").unwrap();
+        assert_eq!(broken, Flags { sum: 0xa080_0482, small: 2 });
+        assert!(!broken.are_right());
+        assert!(flags_in("flags=00000082 00000002").unwrap().are_right());
+        for nothing in ["", "flags=82", "flags=x 2", "qemu: 1 2"] {
+            assert_eq!(flags_in(nothing), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn the_flags_are_right_or_hold_the_operand() {
+        if setup::missing(setup::TO_COMPILE) || setup::missing(setup::TO_EMULATE) {
+            eprintln!("skipped: gcc or the emulator is not installed");
+            return;
+        }
+        let found = flags(Duration::from_secs(300)).unwrap();
+        let broken = Flags { sum: 0xa080_0482, small: 0x03 };
+        assert!(found.are_right() || found == broken, "{found:x?}");
     }
 
     #[test]
@@ -127,7 +193,7 @@ mod tests {
             eprintln!("skipped: gcc or the emulator is not installed");
             return;
         }
-        let count = check(2, 20, Duration::from_secs(300)).unwrap();
+        let count = stale_code(2, 20, Duration::from_secs(300)).unwrap();
         assert_eq!((count.cpus, count.patches), (2, 20));
         // Or the other CPU was never there, and nothing could have been stale.
         assert!(count.expected_int3 > 0, "{count:?}");

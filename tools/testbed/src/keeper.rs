@@ -2,7 +2,7 @@
 //!
 //! KVM switches two code paths of the whole kernel on with the first virtual machine and off with the last: the scheduler's
 //! notifiers (`preempt_notifier_key`, in the middle of `__schedule`) and CPUs without a local APIC in the kernel
-//! (`kvm_has_noapic_vcpu`). Both by patching code that all CPUs run, which an emulator may get wrong: see [`crate::emulator_fault`].
+//! (`kvm_has_noapic_vcpu`). Both by patching code that all CPUs run, which an emulator may get wrong: see [`crate::stale`].
 
 use std::fs::File;
 use std::io;

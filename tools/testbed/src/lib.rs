@@ -6,7 +6,7 @@
 //!
 //! - [`rig`] puts a whole run together; start there.
 //! - [`boot`] runs one boot of a [`machine`] and says what came of it; [`verdict`] judges it.
-//! - [`emulator_fault`] tells the emulator's own fault apart, [`emulator`] proves it, [`keeper`] makes it rare.
+//! - [`stale`] tells the emulator's own fault apart, [`emulator`] proves it, [`keeper`] makes it rare.
 //! - [`host`] runs jobs on a host, through [`proto`], against an [`agent`].
 //! - [`rack`] is the emulated hosts: [`qemu`] one of them, [`switch`] their network, [`image`] what they boot.
 //!   [`bochs`] is an emulated host with an Intel processor, or another AMD one.
@@ -35,7 +35,6 @@ pub mod debian;
 mod devices;
 pub mod drivers;
 pub mod emulator;
-pub mod emulator_fault;
 pub mod exec;
 pub mod guest;
 pub mod host;
@@ -54,6 +53,7 @@ pub mod report;
 pub mod rig;
 pub mod setup;
 pub mod stage;
+pub mod stale;
 pub mod switch;
 pub mod terminal;
 pub mod verdict;

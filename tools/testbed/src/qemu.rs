@@ -74,8 +74,9 @@ impl Qemu {
         let mut command = Command::new(&program);
         command
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"])
-            // Five-level paging would only make every emulated page walk longer.
-            .args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"])
+            // Five-level paging would only make every emulated page walk longer. CMPXCHG16B breaks the flags of a CPU in QEMU 7.2,
+            // which kills kernels now and then: see `files/broken-flags.c` and `docs/testing.md`.
+            .args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,cx16=off"])
             .args(["-smp", &(hardware.cpus + 1).to_string(), "-m", &hardware.memory_mib.to_string()])
             .arg("-kernel")
             .arg(&image.vmlinuz)

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::emulator_fault::{self, EmulatorFault, Whose};
 use crate::host::Host;
 use crate::image::HostImage;
 use crate::progress::Step;
 use crate::qemu::{Hardware, Qemu};
 use crate::stage::{IN_HOST, Stage};
+use crate::stale::{self, StaleCode, Whose};
 use crate::switch::Switch;
 
 /// A host boots in 5 s on an idle machine; on a busy one that took 120 s, and sometimes more than 180.
@@ -37,14 +37,14 @@ pub struct Rack {
 
 impl Rack {
     /// Boots `count` hosts that see `stage`, and waits until all take jobs. The stage's `bin/` must hold the
-    /// `testbed` binary, which is their agent. If the emulator kills one, all are booted once more.
+    /// `testbed` binary, which is their agent. If the emulator kills one by stale code, all are booted once more.
     ///
     /// # Errors
     /// QEMU is missing or a host does not come up: then the error carries the end of its console.
     pub fn start(image: &HostImage, hardware: &Hardware, count: usize, stage: &Stage) -> Result<Self> {
         Self::boot(image, hardware, count, stage).or_else(|error| {
-            let fault = Self::emulator_fault(stage, count).ok_or(error)?;
-            eprintln!("testbed: while the hosts started {fault}: they are started AGAIN");
+            let stale = Self::stale_code(stage, count).ok_or(error)?;
+            eprintln!("testbed: while the hosts started {stale}: they are started AGAIN");
             Self::boot(image, hardware, count, stage)
         })
     }
@@ -104,12 +104,12 @@ impl Rack {
         Ok(())
     }
 
-    /// The first of `count` hosts of which the emulator killed the kernel, by the consoles on `stage`.
-    pub fn emulator_fault(stage: &Stage, count: usize) -> Option<EmulatorFault> {
+    /// The first of `count` hosts of which the kernel died by stale code, by the consoles on `stage`.
+    pub fn stale_code(stage: &Stage, count: usize) -> Option<StaleCode> {
         (0..count).find_map(|index| {
             let bytes = std::fs::read(console(stage.path(), index)).ok()?;
-            let (sign, at) = emulator_fault::find(&String::from_utf8_lossy(&bytes))?;
-            Some(EmulatorFault { whose: Whose::Host(index), sign, at })
+            let at = stale::find(&String::from_utf8_lossy(&bytes))?;
+            Some(StaleCode { whose: Whose::Host(index), at })
         })
     }
 

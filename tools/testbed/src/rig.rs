@@ -8,12 +8,12 @@ use anyhow::{Result, bail, ensure};
 
 use crate::bochs::{BochsHost, Processor};
 use crate::cache::Cache;
-use crate::emulator_fault::{self, EmulatorFault, Whose};
 use crate::host::Host;
 use crate::kernels::{self, Kernel};
 use crate::qemu::Hardware;
 use crate::rack::Rack;
 use crate::stage::Stage;
+use crate::stale::{self, StaleCode, Whose};
 use crate::{drivers, guest, image, probe, setup};
 
 /// How long a host may take to run a command that does nothing.
@@ -139,11 +139,10 @@ impl Rig {
     }
 
     /// Whose kernel the emulator killed, if it did: a host's, or that of the guest with this console.
-    pub fn emulator_fault(&self, guest: &str) -> Option<EmulatorFault> {
+    pub fn stale_code(&self, guest: &str) -> Option<StaleCode> {
         let rack = self.rack()?;
-        Rack::emulator_fault(&self.stage, rack.hosts().len()).or_else(|| {
-            emulator_fault::find(guest).map(|(sign, at)| EmulatorFault { whose: Whose::Guest, sign, at })
-        })
+        Rack::stale_code(&self.stage, rack.hosts().len())
+            .or_else(|| stale::find(guest).map(|at| StaleCode { whose: Whose::Guest, at }))
     }
 
     /// The hosts, by number.

@@ -1,4 +1,5 @@
-//! `cargo xtask emulator-check`: whether the installed emulator runs code that is no longer in memory.
+//! `cargo xtask emulator-check`: whether the installed emulator runs code that is no longer in memory, and whether it
+//! breaks a CPU's flags.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -6,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use testbed::emulator::{self, Count};
+use testbed::emulator::{self, Count, Flags};
 use testbed::{exec, qemu, setup};
 
 use crate::report;
@@ -29,13 +30,15 @@ pub struct EmulatorCheck {
 #[derive(Serialize)]
 struct Report {
     emulator: String,
+    flags: Flags,
+    flags_are_right: bool,
     count: Count,
     stale_int3_per_million: f64,
     seconds: f64,
 }
 
 impl EmulatorCheck {
-    /// Does the task. That the emulator runs stale code is a finding, no failure.
+    /// Does the task. What is wrong with the emulator is a finding, no failure.
     ///
     /// # Errors
     /// The check cannot be run.
@@ -43,15 +46,25 @@ impl EmulatorCheck {
         report::forget("emulator-check")?;
         setup::ensure(&[setup::TO_COMPILE, setup::TO_EMULATE])?;
         let version = exec::run(Command::new(qemu::program()).arg("--version"), None)?;
+        let limit = Duration::from_secs(self.seconds);
+        let flags = emulator::flags(limit)?;
         let begin = Instant::now();
-        let count = emulator::check(self.cpus, self.patches, Duration::from_secs(self.seconds))?;
+        let count = emulator::stale_code(self.cpus, self.patches, limit)?;
         let report = Report {
             emulator: version.lines().next().unwrap_or_default().into(),
+            flags,
+            flags_are_right: flags.are_right(),
             count,
             stale_int3_per_million: count.stale_int3 as f64 * 1e6 / count.patches.max(1) as f64,
             seconds: begin.elapsed().as_secs_f64(),
         };
         println!("{}", report.emulator);
+        println!(
+            "flags after an addition and CMPXCHG8B: {:#x} and {:#x}, which is {}",
+            flags.sum,
+            flags.small,
+            if report.flags_are_right { "right" } else { "WRONG: 0x82 and 0x2 would be right" }
+        );
         println!(
             "{} patches of code that {} other CPUs ran, in {:.1} s",
             count.patches,

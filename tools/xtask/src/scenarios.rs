@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use testbed::boot::{Boot, Outcome, Watch};
-use testbed::emulator_fault::{EmulatorFault, Whose};
 use testbed::host::Host;
 use testbed::kernels::Kernel;
 use testbed::machine::{Machine, Node};
 use testbed::rig::Rig;
+use testbed::stale::{StaleCode, Whose};
 use testbed::verdict;
 
 /// A boot with its checks takes about a minute on an emulated host; a loaded one gets much more.
@@ -101,13 +101,13 @@ impl Scenario {
     /// Runs it on hosts that are up.
     ///
     /// # Errors
-    /// The expectation is not met. The error holds a [`testbed::emulator_fault::EmulatorFault`] if the emulator is to blame.
+    /// The expectation is not met. The error holds a [`testbed::stale::StaleCode`] if the emulator is to blame.
     pub fn run(&self, rig: &Rig) -> Result<Times> {
         let mut console = String::new();
-        self.run_to_the_end(rig, &mut console).map_err(|error| match rig.emulator_fault(&console) {
-            Some(fault) if fault.whose == Whose::Guest && self.machine.nodes_with_cpus() > 1 => error
-                .context(format!("{fault}, unless a node gave the guest wrong memory: several have CPUs")),
-            Some(fault) => error.context(fault),
+        self.run_to_the_end(rig, &mut console).map_err(|error| match rig.stale_code(&console) {
+            Some(stale) if stale.whose == Whose::Guest && self.machine.nodes_with_cpus() > 1 => error
+                .context(format!("{stale}, unless a node gave the guest wrong memory: several have CPUs")),
+            Some(stale) => error.context(stale),
             None => error,
         })
     }
@@ -387,13 +387,13 @@ pub fn on_live_hosts<T>(
     task: impl Fn(&Rig) -> Result<T>,
 ) -> Result<T> {
     let mut result = announce(name, || task(rig));
-    let fault = result.as_ref().err().and_then(|error| error.downcast_ref::<EmulatorFault>());
-    if let Some(fault) = fault.cloned() {
+    let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<StaleCode>());
+    if let Some(stale) = stale.cloned() {
         eprintln!(
-            "guest: {name}: {fault}. This is a fault of the rack: it is booted AGAIN, once, on new hosts"
+            "guest: {name}: {stale}. This is a fault of the rack: it is booted AGAIN, once, on new hosts"
         );
-        reruns.push(format!("{name}: {fault}"));
-        rig.renew().context("booting new hosts in place of those that the emulator killed")?;
+        reruns.push(format!("{name}: {stale}"));
+        rig.renew().context("booting new hosts in place of those where stale code ran")?;
         result = announce(&format!("{name}, again"), || task(rig));
     }
     if result.is_err() && !rig.alive() {

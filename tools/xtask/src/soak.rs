@@ -4,9 +4,9 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use serde::Serialize;
 use testbed::artifacts;
-use testbed::emulator_fault::{EmulatorFault, Whose};
 use testbed::machine::Machine;
 use testbed::rig::Rig;
+use testbed::stale::{StaleCode, Whose};
 
 use crate::options::Options;
 use crate::rails::{self, Trial};
@@ -68,10 +68,10 @@ struct Report {
     ratio_to_one_node: Option<f64>,
     /// The longest that the rest of a machine took to end after the loss of a node.
     longest_loss_seconds: Option<f64>,
-    /// Boots in which the emulator killed a host's kernel, by stale code or broken flags; they count as failed.
-    hosts_killed: usize,
+    /// Boots in which the emulator killed a host's kernel by stale code; they count as failed.
+    host_stale_code: usize,
     /// Boots in which it killed the guest's kernel so; they count as failed.
-    guests_killed: usize,
+    guest_stale_code: usize,
     failed: usize,
 }
 
@@ -79,7 +79,7 @@ struct Report {
 struct Entry {
     name: String,
     #[serde(skip)]
-    fault: Option<Whose>,
+    stale: Option<Whose>,
     boot_seconds: Option<f64>,
     loss_seconds: Option<f64>,
     failure: Option<String>,
@@ -189,15 +189,15 @@ fn run_all(scenarios: Vec<Scenario>, rig: &mut Rig, show: bool) -> Result<Vec<En
         let scenario = Scenario { show, ..scenario };
         let result = announce(&scenario.name, || scenario.run(rig));
         let times = result.as_ref().copied().unwrap_or_default();
-        let fault = result.as_ref().err().and_then(|error| error.downcast_ref::<EmulatorFault>());
+        let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<StaleCode>());
         entries.push(Entry {
             name: scenario.name.clone(),
-            fault: fault.map(|fault| fault.whose),
+            stale: stale.map(|stale| stale.whose),
             boot_seconds: times.boot_seconds,
             loss_seconds: times.loss_seconds,
             failure: result.as_ref().err().map(|error| format!("{error:#}")),
         });
-        if fault.is_some() || result.is_err() && !rig.alive() {
+        if stale.is_some() || result.is_err() && !rig.alive() {
             eprintln!("soak: new hosts are booted");
             rig.renew()?;
         }
@@ -215,9 +215,9 @@ impl Report {
         self.ratio_to_one_node =
             self.boot_median_seconds.zip(self.one_node_boot_seconds).map(|(many, one)| many / one);
         self.longest_loss_seconds = self.kills.iter().filter_map(|entry| entry.loss_seconds).reduce(f64::max);
-        let killed: Vec<Whose> = self.entries().filter_map(|entry| entry.fault).collect();
-        self.guests_killed = killed.iter().filter(|whose| **whose == Whose::Guest).count();
-        self.hosts_killed = killed.len() - self.guests_killed;
+        let killed: Vec<Whose> = self.entries().filter_map(|entry| entry.stale).collect();
+        self.guest_stale_code = killed.iter().filter(|whose| **whose == Whose::Guest).count();
+        self.host_stale_code = killed.len() - self.guest_stale_code;
         self.failed = self.failures().count();
     }
 
@@ -256,10 +256,10 @@ impl Report {
             trial.print();
         }
         println!(
-            "killed by faults of the emulator: {} hosts' kernels, {} guests' kernels; {} failures of other kinds",
-            self.hosts_killed,
-            self.guests_killed,
-            self.failed - self.hosts_killed - self.guests_killed
+            "killed by stale code of the emulator: {} hosts' kernels, {} guests' kernels; {} failures of other kinds",
+            self.host_stale_code,
+            self.guest_stale_code,
+            self.failed - self.host_stale_code - self.guest_stale_code
         );
         for (name, failure) in self.failures() {
             println!("failed: {name}: {}", failure.lines().next().unwrap_or_default());

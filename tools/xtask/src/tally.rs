@@ -28,7 +28,7 @@ pub struct Tally {
     pub parts: Vec<Part>,
     /// What each guest boot came to.
     pub guests: Vec<GuestResult>,
-    /// What was booted again because the emulator killed a kernel.
+    /// What was booted again because the emulator ran stale code.
     pub reruns: Vec<String>,
     /// A sentence for each failure that is neither a guest's nor one of `cargo test`'s.
     pub findings: Vec<String>,
