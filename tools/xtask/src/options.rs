@@ -23,9 +23,9 @@ pub struct Options {
     /// How many nodes
     #[arg(long, default_value_t = 2, conflicts_with = "node")]
     pub nodes: usize,
-    /// CPUs of each node
-    #[arg(long, default_value_t = 2, conflicts_with = "node")]
-    pub cpus: u32,
+    /// CPUs of each node; 2 if not given, and 1 in Bochs
+    #[arg(long, conflicts_with = "node")]
+    pub cpus: Option<u32>,
     /// Memory of each node in MiB
     #[arg(long, default_value_t = 512, conflicts_with = "node", value_parser = mebibytes)]
     pub memory: u32,
@@ -58,7 +58,7 @@ impl Options {
     pub fn for_tests(emulate: bool) -> Self {
         Self {
             nodes: 2,
-            cpus: 2,
+            cpus: None,
             memory: 512,
             node: vec![],
             hosts: 1,
@@ -75,7 +75,7 @@ impl Options {
     /// # Errors
     /// No such machine is possible.
     pub fn machine(&self) -> Result<Machine> {
-        let mut machine = Machine::equal(self.nodes, self.cpus, self.memory);
+        let mut machine = Machine::equal(self.nodes, self.cpus.unwrap_or(self.usual_cpus()), self.memory);
         if !self.node.is_empty() {
             machine.nodes.clone_from(&self.node);
         }
@@ -106,6 +106,14 @@ impl Options {
         self.emulate.map(|emulate| emulate.emulator(self.eptad))
     }
 
+    /// CPUs of a host, and of a node, unless the user says otherwise: Bochs emulates all of them one after the other.
+    fn usual_cpus(&self) -> u32 {
+        match self.emulator() {
+            Some(Emulator::Bochs(_)) => 1,
+            _ => 2,
+        }
+    }
+
     /// For tasks that a host in Bochs cannot do: it has no disks and no network, and takes its time.
     ///
     /// # Errors
@@ -122,10 +130,7 @@ impl Options {
     /// Hosts on which all of `machines` can be booted, one after the other.
     pub fn rig(&self, machines: &[&Machine]) -> RigConfig {
         let mut config = RigConfig { emulate: self.emulator(), kernels: vec![], ..RigConfig::default() };
-        config.hardware.cpus = self.host_cpus.unwrap_or(match config.emulate {
-            Some(Emulator::Bochs(_)) => 1,
-            _ => 2,
-        });
+        config.hardware.cpus = self.host_cpus.unwrap_or(self.usual_cpus());
         config.hardware.memory_mib =
             machines.iter().map(|machine| machine.host_memory_mib()).max().unwrap_or(0);
         config.hardware.networks = 1 + machines.iter().map(|machine| machine.rails).max().unwrap_or(0);
