@@ -4,16 +4,14 @@
 //! sleeps until the last answer is in. So long it lends its buffer: what is stored is sent from there, and what was read is
 //! copied once, from where the transport has received it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 use super::Engine;
-use super::lent::{Lender, Lent, LentMut};
-use super::shard::Request;
+use super::lent::Lender;
+use super::request::{Bytes, Job, Request, Wanted};
 use crate::page::{PAGE_SIZE, Page};
-use crate::protocol::Body;
 
 /// What a device reads of a page.
 pub struct Load<'a> {
@@ -87,118 +85,5 @@ impl Engine {
         // Waits for all shards; an engine that ends takes its jobs with it.
         drop(lender);
         done.iter().map(|done| done.load(Relaxed)).collect()
-    }
-}
-
-/// A device's bytes for a page.
-enum Bytes {
-    Load { offset: usize, to: LentMut },
-    Store(Lent),
-}
-
-/// A page that a device wants to read or to overwrite.
-struct Wanted {
-    page: Page,
-    bytes: Bytes,
-    /// Where it is among the pages that the device asked for.
-    place: usize,
-}
-
-/// What a device wants of one shard. The device waits until it is dropped.
-pub struct Job {
-    pages: Vec<Wanted>,
-    /// Which of all pages of the device were read or written.
-    done: Arc<[AtomicBool]>,
-    /// Pages without an answer.
-    left: usize,
-    since: Instant,
-}
-
-impl Wanted {
-    fn to_store(&self) -> Option<&Lent> {
-        match &self.bytes {
-            Bytes::Store(lent) => Some(lent),
-            Bytes::Load { .. } => None,
-        }
-    }
-}
-
-/// A page of a job under way.
-#[derive(Copy, Clone)]
-struct Place {
-    job: usize,
-    at: usize,
-}
-
-/// A shard's jobs under way.
-#[derive(Default)]
-pub struct Jobs {
-    jobs: Vec<Option<Box<Job>>>,
-    /// Who waits for a page; one at most.
-    waiting: HashMap<Page, Place>,
-}
-
-impl Jobs {
-    /// Takes a job on; its number.
-    pub fn begin(&mut self, job: Box<Job>) -> usize {
-        match self.jobs.iter().position(Option::is_none) {
-            Some(free) => {
-                self.jobs[free] = Some(job);
-                free
-            }
-            None => {
-                self.jobs.push(Some(job));
-                self.jobs.len() - 1
-            }
-        }
-    }
-
-    /// The page at place `at` of a job, and what is to be written there, if anything; `None` beyond the last.
-    pub fn page(&self, job: usize, at: usize) -> Option<(Page, Option<Lent>)> {
-        let wanted = self.jobs[job].as_ref()?.pages.get(at)?;
-        Some((wanted.page, wanted.to_store().cloned()))
-    }
-
-    /// Until the page has its answer, it is for this place.
-    pub fn expect(&mut self, page: Page, job: usize, at: usize) {
-        self.waiting.insert(page, Place { job, at });
-    }
-
-    /// What is to be written to a page that waits for its answer.
-    pub fn to_store(&self, page: Page) -> Option<&Lent> {
-        let place = self.waiting.get(&page)?;
-        self.jobs[place.job].as_ref()?.pages[place.at].to_store()
-    }
-
-    /// The answer for a page: `None` if it was not done, else what was read.
-    pub fn answer(&mut self, page: Page, done: Option<Body<'_>>) {
-        let Some(Place { job: number, at }) = self.waiting.remove(&page) else { return };
-        if let (Some(job), Some(read)) = (&mut self.jobs[number], done) {
-            let wanted = &mut job.pages[at];
-            match (&mut wanted.bytes, read) {
-                (Bytes::Load { offset, to }, Body::Bytes(page)) => {
-                    let len = to.len();
-                    to.copy_from_slice(&page[*offset..*offset + len]);
-                }
-                (Bytes::Load { to, .. }, Body::Zero | Body::Absent) => to.fill(0),
-                (Bytes::Store(_), _) => {}
-            }
-            job.done[wanted.place].store(true, Relaxed);
-        }
-        self.end_one(number);
-    }
-
-    /// One page less is to be answered; after the last the device has its bytes back.
-    pub fn end_one(&mut self, number: usize) {
-        let Some(job) = &mut self.jobs[number] else { return };
-        job.left -= 1;
-        if job.left == 0 {
-            self.jobs[number] = None;
-        }
-    }
-
-    /// When the oldest job began.
-    pub fn oldest(&self) -> Option<Instant> {
-        self.jobs.iter().flatten().map(|job| job.since).min()
     }
 }

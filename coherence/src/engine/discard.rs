@@ -3,10 +3,10 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Sender, unbounded};
+use crossbeam::channel::unbounded;
 
 use super::Engine;
-use super::shard::Request;
+use super::request::Request;
 use crate::page::{BLOCK, Page};
 
 /// Pages were not discarded: the engine has ended or takes too long.
@@ -44,33 +44,5 @@ impl Engine {
         }
         drop(done);
         (0..parts).try_for_each(|_| answers.recv_deadline(deadline).map_err(|_| DiscardError))
-    }
-}
-
-/// A shard's part of it: who waits for which pages.
-#[derive(Default)]
-pub struct Discards(Vec<Discard>);
-
-struct Discard {
-    pages: Range<u64>,
-    left: u64,
-    done: Sender<()>,
-}
-
-impl Discards {
-    /// Somebody waits until all of `pages` are done.
-    pub fn begin(&mut self, pages: Range<u64>, done: Sender<()>) {
-        self.0.push(Discard { left: pages.end - pages.start, pages, done });
-    }
-
-    /// So many pages are done.
-    pub fn done(&mut self, first: Page, count: u16) {
-        let waits = |discard: &Discard| discard.pages.contains(&first.0) && discard.left > 0;
-        let Some(at) = self.0.iter().position(waits) else { return };
-        self.0[at].left = self.0[at].left.saturating_sub(count.into());
-        if self.0[at].left == 0 {
-            // Who waited may have given up.
-            let _ = self.0.remove(at).done.send(());
-        }
     }
 }

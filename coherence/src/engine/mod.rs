@@ -15,6 +15,7 @@ mod discard;
 mod lent;
 mod outbox;
 mod recall;
+mod request;
 mod shard;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,7 +32,8 @@ pub use self::budget::{budget_for, check_budget};
 use self::chains::Chains;
 pub use self::direct::{Load, Store};
 pub use self::discard::DiscardError;
-use self::shard::{Request, Shard};
+use self::request::Request;
+use self::shard::Shard;
 use crate::memory::DualMemory;
 use crate::page::{Homes, Shards};
 use crate::protocol::Violation;

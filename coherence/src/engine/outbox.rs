@@ -6,6 +6,8 @@
 //!
 //! Messages to one node leave in the order in which they were sent; the shard's lane promises that.
 
+use std::sync::Arc;
+
 use fabric::{FabricError, LaneId, NodeId, Transport};
 
 use super::lent::Lent;
@@ -36,27 +38,42 @@ pub struct Outgoing {
 }
 
 /// The messages that wait. What is sent of a frame is what is there at the flush: until then nobody may change it.
-#[derive(Default)]
 pub struct Outbox {
+    transport: Arc<dyn Transport>,
+    lane: LaneId,
     waiting: Vec<Outgoing>,
     /// For copies.
     spare: Vec<Box<[u8; PAGE_SIZE]>>,
     /// Whether more messages may follow at once.
-    pub gathering: bool,
+    gathering: bool,
 }
 
 impl Outbox {
+    /// Nothing waits; what is sent takes that lane.
+    pub fn new(transport: Arc<dyn Transport>, lane: LaneId) -> Outbox {
+        Outbox { transport, lane, waiting: Vec::new(), spare: Vec::new(), gathering: false }
+    }
+
+    /// The lane of all messages.
+    pub fn lane(&self) -> LaneId {
+        self.lane
+    }
+
+    /// Whether more messages may follow at once.
+    pub fn is_gathering(&self) -> bool {
+        self.gathering
+    }
+
+    /// Says from now on whether more messages may follow at once; what was said before.
+    pub fn gather(&mut self, gathering: bool) -> bool {
+        std::mem::replace(&mut self.gathering, gathering)
+    }
+
     /// Sends the message, or keeps it for the next [`Outbox::flush`].
     ///
     /// # Safety
     /// The frames of messages whose bytes are there must satisfy [`DualMemory::frame`] until the flush.
-    pub unsafe fn send(
-        &mut self,
-        outgoing: Outgoing,
-        memory: &DualMemory,
-        transport: &dyn Transport,
-        lane: LaneId,
-    ) -> Result<(), FabricError> {
+    pub unsafe fn send(&mut self, outgoing: Outgoing, memory: &DualMemory) -> Result<(), FabricError> {
         let demand = matches!(
             outgoing.message.kind,
             Kind::Invalidate { .. } | Kind::ForwardShared { .. } | Kind::ForwardExclusive { .. }
@@ -65,7 +82,7 @@ impl Outbox {
         let follows = self.waiting.iter().any(|waiting| waiting.to == outgoing.to);
         if self.waiting.len() >= MOST || (follows && !may_wait) {
             // SAFETY: the caller's promise, for the messages that wait.
-            unsafe { self.flush(memory, transport, lane) }?;
+            unsafe { self.flush(memory) }?;
         }
         if may_wait {
             self.waiting.push(outgoing);
@@ -74,7 +91,7 @@ impl Outbox {
         let head = outgoing.message.head(outgoing.zero);
         // SAFETY: the caller's promise, for this message.
         let body = unsafe { outgoing.body(memory) }.map_or(&[][..], |body| body);
-        transport.send(outgoing.to, lane, &[head.as_bytes(), body])?;
+        self.transport.send(outgoing.to, self.lane, &[head.as_bytes(), body])?;
         self.spare.extend(outgoing.copy());
         Ok(())
     }
@@ -83,12 +100,7 @@ impl Outbox {
     ///
     /// # Safety
     /// As [`Outbox::send`].
-    pub unsafe fn flush(
-        &mut self,
-        memory: &DualMemory,
-        transport: &dyn Transport,
-        lane: LaneId,
-    ) -> Result<(), FabricError> {
+    pub unsafe fn flush(&mut self, memory: &DualMemory) -> Result<(), FabricError> {
         while let Some(to) = self.waiting.first().map(|waiting| waiting.to) {
             let together = self.waiting.iter().filter(|waiting| waiting.to == to);
             let (mut heads, mut frames, mut count) = ([Head::default(); MOST], [[&[][..]; 2]; MOST], 0);
@@ -102,8 +114,8 @@ impl Outbox {
                 *frame = [head.as_bytes(), body];
             }
             match &frames[..count] {
-                [frame] => transport.send(to, lane, frame)?,
-                frames => transport.send_all(to, lane, frames)?,
+                [frame] => self.transport.send(to, self.lane, frame)?,
+                frames => self.transport.send_all(to, self.lane, frames)?,
             }
             let sent = self.waiting.extract_if(.., |waiting| waiting.to == to);
             self.spare.extend(sent.filter_map(Outgoing::copy));
@@ -196,18 +208,19 @@ mod tests {
     const DATA: Kind = Kind::Data { rights: Rights::Shared, acks: 0, body: true, run: 0 };
 
     fn sent(gathering: bool, messages: &[(u16, Kind)]) -> Vec<(u16, Vec<usize>)> {
-        let (notes, memory) = (Notes::default(), DualMemory::new(4).unwrap());
-        let mut outbox = Outbox { gathering, ..Outbox::default() };
+        let (notes, memory) = (Arc::new(Notes::default()), DualMemory::new(4).unwrap());
+        let mut outbox = Outbox::new(notes.clone(), 0);
+        outbox.gather(gathering);
         for &(to, kind) in messages {
             let message = Message { page: Page(1), kind };
             let outgoing = Outgoing { to: NodeId(to), message, source: Source::Frame, zero: false };
             // SAFETY: nobody else uses the memory.
-            unsafe { outbox.send(outgoing, &memory, &notes, 0) }.unwrap();
+            unsafe { outbox.send(outgoing, &memory) }.unwrap();
         }
         // SAFETY: as above.
-        unsafe { outbox.flush(&memory, &notes, 0) }.unwrap();
+        unsafe { outbox.flush(&memory) }.unwrap();
         assert!(outbox.is_empty());
-        notes.0.into_inner().unwrap()
+        std::mem::take(&mut *notes.0.lock().unwrap())
     }
 
     #[test]

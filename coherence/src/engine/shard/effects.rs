@@ -5,10 +5,9 @@ use crate::trace::{self, Event};
 use fabric::NodeId;
 
 use super::super::EngineError;
-use super::super::chains::Chain;
 use super::super::outbox::{Outgoing, Source};
 use super::Core;
-use crate::page::{BLOCK, PAGE_SIZE, Page};
+use crate::page::{PAGE_SIZE, Page};
 use crate::protocol::{Body, Effect, Kind, Message, Rights};
 use crate::stats::ShardStats;
 
@@ -21,16 +20,29 @@ impl Core {
         }
         self.effects = effects;
         self.effects.clear();
-        let deferred = self.protocol.deferred() as i32;
-        if deferred != self.deferred {
-            self.chains.count_deferred(deferred - self.deferred);
-            self.deferred = deferred;
-        }
+        self.holds.set_deferred(self.protocol.deferred());
         Ok(())
     }
 
+    /// Does `work`, of which messages for one node leave together, and neighbours are mapped together.
+    pub(super) fn together<T>(
+        &mut self,
+        work: impl FnOnce(&mut Core) -> Result<T, EngineError>,
+    ) -> Result<T, EngineError> {
+        let gathering = self.outbox.gather(true);
+        let done = work(self);
+        self.outbox.gather(gathering);
+        let done = done?;
+        self.settle()?;
+        Ok(done)
+    }
+
+    /// Carries out what the protocol asked for, together.
+    pub(super) fn apply_together(&mut self) -> Result<(), EngineError> {
+        self.together(|core| core.apply(Body::Absent))
+    }
+
     fn carry_out(&mut self, effect: Effect, body: Body<'_>) -> Result<(), EngineError> {
-        let failed = |what, page: Page| move |source| EngineError::Page { what, page: page.0, source };
         match effect {
             Effect::Send { .. } | Effect::Hold(_) | Effect::Deferred(_) | Effect::Discarded(..) => {}
             Effect::Written(_) | Effect::Loaded(..) | Effect::Stored(..) => {}
@@ -39,7 +51,7 @@ impl Core {
             Effect::Clear(page) if !self.outbox.has(page) => {}
             Effect::Land(_) | Effect::Clear(_) => self.flush()?,
             // Nor may a page be mapped after it was to lose rights.
-            Effect::Protect(_) | Effect::Unmap(..) | Effect::Probe(_) => self.map_gathered()?,
+            Effect::Protect(_) | Effect::Unmap(..) | Effect::Probe(_) => self.mapping.map_gathered()?,
             _ => self.settle()?,
         }
         match effect {
@@ -51,63 +63,37 @@ impl Core {
                 };
                 // SAFETY: the protocol lands bytes only in pages that are not mapped, and only this shard
                 // writes its pages.
-                unsafe { self.memory.fill(page, bytes) };
+                unsafe { self.mapping.memory().fill(page, bytes) };
             }
-            Effect::Map(page, Rights::Shared) if self.outbox.gathering => {
+            Effect::Map(page, Rights::Shared) if self.outbox.is_gathering() => {
                 trace::event(Event::Install, page.0, Rights::Shared as u64);
                 self.finish_miss(page);
-                let begins_range = self.begins_range(page);
-                match &mut self.to_map {
-                    Some((first, count)) if first.0 + *count == page.0 && !begins_range => *count += 1,
-                    _ => {
-                        self.map_gathered()?;
-                        self.to_map = Some((page, 1));
-                    }
-                }
+                self.mapping.map_later(page)?;
             }
             Effect::Map(page, rights) => {
                 trace::event(Event::Install, page.0, rights as u64);
-                let address = self.memory.guest_address(page);
-                let len = PAGE_SIZE as u64;
-                let shared = rights == Rights::Shared;
-                let mut mapped = self.uffd.map(address, len, shared);
-                if self.home.contains(&page.0) && mapped.as_ref().is_err_and(is_absent) {
-                    // Its frame was given up after the event.
-                    self.memory.ensure_frame(page);
-                    mapped = self.uffd.map(address, len, shared);
-                }
-                if mapped.map_err(failed("mapping", page))? == 0 {
-                    // Mapped already: set its rights and wake who waited.
-                    self.uffd.protect(address, len, shared).map_err(failed("protecting", page))?;
-                    self.uffd.wake(address, len).map_err(failed("waking the waiters", page))?;
-                }
+                self.mapping.map(page, rights == Rights::Shared)?;
                 self.finish_miss(page);
             }
             Effect::MapZeroes(first, count) => {
                 trace::event(Event::Install, first.0, u64::from(count) << 8 | Rights::Exclusive as u64);
                 for page in (first.0..first.0 + u64::from(count)).map(Page) {
                     // SAFETY: pages that were not here until now, so that they are not mapped.
-                    unsafe { self.memory.fill(page, None) };
+                    unsafe { self.mapping.memory().fill(page, None) };
                     self.finish_miss(page);
                 }
-                let len = u64::from(count) * PAGE_SIZE as u64;
-                self.uffd
-                    .map(self.memory.guest_address(first), len, false)
-                    .map_err(failed("mapping a run", first))?;
+                self.mapping.map_run(first, count)?;
                 ShardStats::add(&self.stats.run_pages, u64::from(count));
             }
             Effect::Unprotect(page) => {
                 trace::event(Event::Install, page.0, Rights::Exclusive as u64);
-                let address = self.memory.guest_address(page);
-                self.uffd.protect(address, PAGE_SIZE as u64, false).map_err(failed("unprotecting", page))?;
+                self.mapping.unprotect(page)?;
                 self.finish_miss(page);
             }
             Effect::Protect(page) => {
                 trace::event(Event::Downgrade, page.0, 0);
                 ShardStats::count(&self.stats.downgrades);
-                self.pin_down(page);
-                let address = self.memory.guest_address(page);
-                self.uffd.protect(address, PAGE_SIZE as u64, true).map_err(failed("protecting", page))?;
+                self.mapping.protect(page)?;
             }
             Effect::Unmap(page, rights) => {
                 trace::event(Event::Unmap, page.0, 0);
@@ -116,41 +102,37 @@ impl Core {
                     Rights::Exclusive => &self.stats.handovers,
                     _ => &self.stats.invalidations,
                 });
-                if let Some(first) = self.untouched.remove(page) {
-                    self.recall.strike(first, page);
-                }
-                self.pin_down(page);
-                self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
+                self.prefetch.left(page);
+                self.mapping.unmap(page)?;
             }
             Effect::Probe(page) => {
                 ShardStats::count(&self.stats.probes);
-                self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
+                self.mapping.probe(page)?;
             }
             Effect::Free(page) => {
-                self.garbage.push(page);
-                if self.garbage.len() >= self.most_garbage {
+                if self.mapping.add_garbage(page) {
                     self.collect_garbage()?;
                 }
             }
             Effect::Clear(page) => {
                 // SAFETY: the protocol clears only pages that are not mapped, and only this shard writes its pages.
-                unsafe { self.memory.fill(page, None) };
+                unsafe { self.mapping.memory().fill(page, None) };
             }
             Effect::Punch(first, count) => {
                 trace::event(Event::Unmap, first.0, u64::from(count));
                 for page in (first.0..first.0 + u64::from(count)).map(Page) {
-                    self.untouched.remove(page);
+                    self.prefetch.forget(page);
                 }
-                self.memory.free(first, count.into()).map_err(failed("giving up the frame", first))?;
+                self.mapping.punch(first, count)?;
                 ShardStats::add(&self.stats.discarded, count.into());
             }
-            Effect::Discarded(first, count) => self.discards.done(first, count),
+            Effect::Discarded(first, count) => self.devices.discards.done(first, count),
             Effect::Overwrite(page) => {
                 let bytes = match body {
                     Body::Bytes(bytes) => bytes,
                     Body::Zero | Body::Absent => &[0; PAGE_SIZE],
                 };
-                self.memory.overwrite(page, bytes);
+                self.mapping.memory().overwrite(page, bytes);
             }
             Effect::Written(page) => trace::event(Event::Install, page.0, 0),
             Effect::Loaded(page, done) => {
@@ -158,18 +140,15 @@ impl Core {
                 if done && matches!(body, Body::Bytes(_)) {
                     ShardStats::count(&self.stats.copied);
                 }
-                self.jobs.answer(page, done.then_some(body));
+                self.devices.jobs.answer(page, done.then_some(body));
             }
             Effect::Stored(page, done) => {
                 ShardStats::count(if done { &self.stats.stores } else { &self.stats.not_direct });
-                self.jobs.answer(page, done.then_some(Body::Absent));
+                self.devices.jobs.answer(page, done.then_some(Body::Absent));
             }
             Effect::Hold(page) => {
                 // The page was mapped just before for who waited, unless it came ahead of its need.
-                let mapped = self.untouched.get(page).is_none();
-                let chain =
-                    if mapped { std::mem::replace(&mut self.winner, Chain::NONE) } else { Chain::NONE };
-                self.hold(page, chain);
+                self.holds.hold(page, self.prefetch.is_untouched(page), self.holds.now());
             }
             // Nothing is shipped yet: no fault says that it may be, and no home has a class.
             Effect::Ship(_) | Effect::Operate { .. } | Effect::Operated { .. } => {}
@@ -181,14 +160,6 @@ impl Core {
         Ok(())
     }
 
-    /// Before a home page loses rights its frame must be in the file: else the next touch would be filled by
-    /// the kernel on its own, without an event.
-    fn pin_down(&self, page: Page) {
-        if self.home.contains(&page.0) {
-            self.memory.ensure_frame(page);
-        }
-    }
-
     fn send(&mut self, to: NodeId, message: Message, body: Body<'_>) -> Result<(), EngineError> {
         ShardStats::count(&self.stats.messages_sent);
         trace::event(Event::Send, message.page.0, u64::from(message.kind.code()) << 16 | u64::from(to.0));
@@ -196,10 +167,10 @@ impl Core {
             // What does not lie still in a frame until it is sent.
             (Kind::Loaded { body: true }, _) => {
                 ShardStats::count(&self.stats.copied);
-                (self.outbox.copy(message.page, &self.memory), false)
+                (self.outbox.copy(message.page, self.mapping.memory()), false)
             }
             (Kind::Store, Body::Bytes(_)) => {
-                let bytes = self.jobs.to_store(message.page).expect("what is stored is a device's");
+                let bytes = self.devices.jobs.to_store(message.page).expect("what is stored is a device's");
                 (Source::Lent(bytes.clone()), false)
             }
             (Kind::Store, Body::Zero | Body::Absent) => (Source::Frame, true),
@@ -208,45 +179,19 @@ impl Core {
         let mut outgoing = Outgoing { to, message, source, zero };
         // SAFETY: the protocol sends frames only of pages that it has unmapped or protected here, or that only this
         // shard's engine view holds.
-        outgoing.zero |= unsafe { outgoing.body(&self.memory) }.is_some_and(is_zero);
+        outgoing.zero |= unsafe { outgoing.body(self.mapping.memory()) }.is_some_and(is_zero);
         if message.kind.has_body() {
             let sent = if outgoing.zero { &self.stats.zero_pages_sent } else { &self.stats.pages_sent };
             ShardStats::count(sent);
         }
         // SAFETY: as above, and what could change a page's bytes flushes before.
-        Ok(unsafe { self.outbox.send(outgoing, &self.memory, &*self.transport, self.lane) }?)
+        Ok(unsafe { self.outbox.send(outgoing, self.mapping.memory()) }?)
     }
 
     /// Maps and sends what waits for more to follow.
     pub(super) fn settle(&mut self) -> Result<(), EngineError> {
-        self.map_gathered()?;
+        self.mapping.map_gathered()?;
         self.flush()
-    }
-
-    /// Whether the page begins a range of its own for userfaultfd, which maps no two ranges at once: another
-    /// home's pages, or another region's.
-    fn begins_range(&self, page: Page) -> bool {
-        page.0.is_multiple_of(BLOCK) || self.homes.range(self.homes.home(page)).start == page.0
-    }
-
-    /// Maps the pages that were to be mapped together: a reader of one of them then finds the others.
-    fn map_gathered(&mut self) -> Result<(), EngineError> {
-        let Some((mut page, mut count)) = self.to_map.take() else { return Ok(()) };
-        let failed = |page: Page| move |source| EngineError::Page { what: "mapping", page: page.0, source };
-        const LEN: u64 = PAGE_SIZE as u64;
-        while count > 0 {
-            let address = self.memory.guest_address(page);
-            let mapped = self.uffd.map(address, count * LEN, true).map_err(failed(page))? / LEN;
-            if mapped < count {
-                // The next was mapped already: only who waited is to be woken.
-                let address = address + mapped * LEN;
-                self.uffd.protect(address, LEN, true).map_err(failed(page))?;
-                self.uffd.wake(address, LEN).map_err(failed(page))?;
-            }
-            let done = (mapped + 1).min(count);
-            (page, count) = (Page(page.0 + done), count - done);
-        }
-        Ok(())
     }
 
     /// Sends what waits for more to follow.
@@ -255,37 +200,13 @@ impl Core {
             return Ok(());
         }
         // SAFETY: as in `send`.
-        Ok(unsafe { self.outbox.flush(&self.memory, &*self.transport, self.lane) }?)
-    }
-
-    fn finish_miss(&mut self, page: Page) {
-        self.winner = self.answer_waiters(page, self.chains.now());
-        if let Some(i) = self.misses.iter().position(|m| m.page == page) {
-            let miss = self.misses.swap_remove(i);
-            let took = miss.since.elapsed();
-            self.chains.took(took);
-            self.stats.record(took);
-        }
+        Ok(unsafe { self.outbox.flush(self.mapping.memory()) }?)
     }
 
     /// Gives back the frames of pages that went away and did not come back.
     pub(super) fn collect_garbage(&mut self) -> Result<(), EngineError> {
-        while let Some(page) = self.garbage.pop() {
-            if self.protocol.is_garbage(page) {
-                self.memory.free(page, 1).map_err(|source| EngineError::Page {
-                    what: "freeing the frame",
-                    page: page.0,
-                    source,
-                })?;
-            }
-        }
-        Ok(())
+        self.mapping.collect_garbage(&self.protocol)
     }
-}
-
-/// Whether a page could not be mapped because it has no frame.
-fn is_absent(error: &std::io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EFAULT)
 }
 
 /// A page's bytes as a body.
