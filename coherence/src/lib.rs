@@ -10,6 +10,7 @@
 //! - [`uffd`]: the kernel's userfaultfd.
 //! - [`engine`]: the threads that connect these with the fabric.
 //! - [`stats`]: what is counted.
+//! - `testing`: engines of several nodes in one process, for tests and benches (feature `testing`).
 //!
 //! # The way of one read miss
 //! ```text
@@ -35,5 +36,7 @@ pub mod page;
 pub mod protocol;
 pub mod simulator;
 pub mod stats;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod trace;
 pub mod uffd;

@@ -1,82 +1,33 @@
 //! Engines of several nodes in one process, each with memory and userfaultfds of its own, over the
 //! in-process transport and over TCP: threads that touch the guest views stand for vCPUs.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use coherence::engine::{Engine, EngineConfig, Load, Store, budget_for};
+use coherence::engine::{Load, Store, budget_for};
 use coherence::memory::DualMemory;
 use coherence::page::{Homes, PAGE_SIZE, Page};
-use coherence::uffd::Uffd;
+use coherence::testing::{Builder, Cluster, can_run};
 use fabric::{NodeId, Transport};
 
-/// A machine of engines. A failure of one ends the process: threads that wait for its pages do so for ever.
-struct Machine {
-    memories: Vec<Arc<DualMemory>>,
-    engines: Vec<Engine>,
-    ends: Arc<AtomicBool>,
+/// A machine whose lane 0 is somebody else's.
+fn builder(pages: &[u64], shards: u16) -> Builder {
+    let builder = Builder::new(Homes::new(pages.iter().copied())).fatal();
+    let hold = Duration::from_micros(50);
+    builder.with(|config| (config.shards, config.first_lane, config.hold) = (shards, 1, hold))
 }
 
-fn can_run() -> bool {
-    match Uffd::open() {
-        Ok(_) => true,
-        Err(why) => {
-            println!("skipped: {why}");
-            false
-        }
-    }
+fn machine(pages: &[u64], shards: u16) -> Cluster {
+    builder(pages, shards).start().unwrap()
 }
 
-impl Machine {
-    fn new(pages: &[u64], shards: u16) -> Machine {
-        Machine::with_budgets(pages, shards, |_| None)
-    }
-
-    /// Node 0 to last may hold so many bytes.
-    fn with_budgets(pages: &[u64], shards: u16, budget: impl Fn(usize) -> Option<u64>) -> Machine {
-        let homes = Homes::new(pages.iter().copied());
-        let ends = Arc::new(AtomicBool::new(false));
-        let (mut memories, mut engines) = (Vec::new(), Vec::new());
-        for transport in fabric::sim::cluster(pages.len(), shards + 1).unwrap() {
-            let memory = Arc::new(DualMemory::new(homes.pages()).unwrap());
-            let budget = budget(transport.node().index());
-            let config = EngineConfig {
-                node: transport.node(),
-                homes: homes.clone(),
-                shards,
-                first_lane: 1,
-                hold: Duration::from_micros(50),
-                spin: Duration::ZERO,
-                stuck: Duration::from_secs(20),
-                budget,
-            };
-            let ends = ends.clone();
-            let on_failure = Arc::new(move |e: coherence::engine::EngineError| {
-                if !ends.load(SeqCst) {
-                    eprintln!("engine failed: {e}");
-                    std::process::abort();
-                }
-            });
-            engines.push(Engine::start(config, memory.clone(), Arc::new(transport), on_failure).unwrap());
-            memories.push(memory);
-        }
-        Machine { memories, engines, ends }
-    }
-
-    /// A word of guest memory as a node's CPUs see it.
-    fn word(&self, node: usize, page: u64, index: usize) -> &AtomicU64 {
-        let view = self.memories[node].guest_view();
-        let offset = page as usize * PAGE_SIZE + index * 8;
-        assert!(offset < self.memories[node].len());
-        // SAFETY: aligned and inside the guest view, which lives as long as the machine; atomics may alias.
-        unsafe { &*view.add(offset).cast::<AtomicU64>() }
-    }
-
-    fn end(self) {
-        // From now on nodes lose each other.
-        self.ends.store(true, SeqCst);
-    }
+/// Node 0 of two with a page range each, and the other's end of the transport.
+fn one_of_two(pages: u64) -> (Cluster, impl Transport) {
+    let mut transports = fabric::sim::cluster(2, 2).unwrap();
+    let other = transports.pop().unwrap();
+    let builder = Builder::new(Homes::new([pages, pages])).with(|config| config.first_lane = 1);
+    (builder.start_over([Arc::new(transports.pop().unwrap()) as _]).unwrap(), other)
 }
 
 #[test]
@@ -84,21 +35,20 @@ fn increments_of_one_word_from_every_node_all_count() {
     if !can_run() {
         return;
     }
-    let machine = Machine::new(&[8, 8, 8], 2);
+    let machine = machine(&[8, 8, 8], 2);
     const EACH: u64 = 3000;
     std::thread::scope(|scope| {
         for node in 0..3 {
             for _ in 0..2 {
-                let word = machine.word(node, 9, 3);
+                let word = machine.word_of(node, 9, 3);
                 scope.spawn(move || (0..EACH).for_each(|_| _ = word.fetch_add(1, SeqCst)));
             }
         }
     });
     for node in 0..3 {
-        assert_eq!(machine.word(node, 9, 3).load(SeqCst), 6 * EACH);
+        assert_eq!(machine.word_of(node, 9, 3).load(SeqCst), 6 * EACH);
     }
-    assert!(machine.engines.iter().map(|e| e.totals().remote_write_faults).sum::<u64>() > 0);
-    machine.end();
+    assert!(machine.totals().iter().map(|t| t.remote_write_faults).sum::<u64>() > 0);
 }
 
 #[test]
@@ -106,19 +56,18 @@ fn what_one_node_writes_every_other_reads() {
     if !can_run() {
         return;
     }
-    let machine = Machine::new(&[600, 600, 600], 2);
+    let machine = machine(&[600, 600, 600], 2);
     let value = |writer: u64, page: u64| writer << 32 | page << 8 | 1;
     for writer in 0..3 {
         for page in 0..1800 {
-            machine.word(writer, page, 100).store(value(writer as u64, page), SeqCst);
+            machine.word_of(writer, page, 100).store(value(writer as u64, page), SeqCst);
         }
         for reader in 0..3 {
             for page in 0..1800 {
-                assert_eq!(machine.word(reader, page, 100).load(SeqCst), value(writer as u64, page));
+                assert_eq!(machine.word_of(reader, page, 100).load(SeqCst), value(writer as u64, page));
             }
         }
     }
-    machine.end();
 }
 
 #[test]
@@ -126,15 +75,14 @@ fn an_engine_that_ends_gives_devices_their_bytes_back() {
     if !can_run() {
         return;
     }
-    let mut machine = Machine::new(&[8, 8], 1);
-    machine.ends.store(true, SeqCst);
+    let mut machine = machine(&[8, 8], 1);
     // Node 1 is lost, and with it who would answer.
-    drop(machine.engines.pop());
+    machine.lose_last();
     let (mut to, from) = ([1; PAGE_SIZE], [2; PAGE_SIZE]);
     for _ in 0..3 {
         let load = Load { page: Page(9), offset: 0, to: &mut to };
-        assert_eq!(machine.engines[0].load(vec![load]), [false]);
-        assert_eq!(machine.engines[0].store(&[Store { page: Page(10), from: &from }]), [false]);
+        assert_eq!(machine.engine(0).load(vec![load]), [false]);
+        assert_eq!(machine.engine(0).store(&[Store { page: Page(10), from: &from }]), [false]);
     }
     assert_eq!(to, [1; PAGE_SIZE]);
 }
@@ -144,13 +92,12 @@ fn home_memory_that_is_never_shared_raises_no_event() {
     if !can_run() {
         return;
     }
-    let machine = Machine::new(&[2048, 2048], 2);
+    let machine = machine(&[2048, 2048], 2);
     for page in 0..2048 {
-        machine.word(0, page, 0).store(page, SeqCst);
+        machine.word_of(0, page, 0).store(page, SeqCst);
     }
-    assert_eq!(machine.engines[0].totals().events, 0);
-    assert_eq!(machine.word(1, 77, 0).load(SeqCst), 77);
-    machine.end();
+    assert_eq!(machine.engine(0).totals().events, 0);
+    assert_eq!(machine.word_of(1, 77, 0).load(SeqCst), 77);
 }
 
 #[test]
@@ -158,19 +105,18 @@ fn pages_never_touched_are_read_as_zero_without_their_bytes() {
     if !can_run() {
         return;
     }
-    let machine = Machine::new(&[64, 64], 1);
+    let machine = machine(&[64, 64], 1);
     for page in 0..64 {
-        assert_eq!(machine.word(1, page, 5).load(SeqCst), 0);
+        assert_eq!(machine.word_of(1, page, 5).load(SeqCst), 0);
     }
-    let totals = machine.engines[0].totals();
+    let totals = machine.engine(0).totals();
     assert_eq!(totals.pages_sent, 0);
     // Runs of 1 + 7, 1 + 15 and 1 + 31 pages, then the rest.
     assert_eq!(totals.zero_pages_sent, 4);
-    assert_eq!(machine.engines[1].totals().run_pages, 60);
+    assert_eq!(machine.engine(1).totals().run_pages, 60);
     // The home notices what others hold: its next write must invalidate them.
-    machine.word(0, 10, 5).store(1, SeqCst);
-    assert_eq!(machine.word(1, 10, 5).load(SeqCst), 1);
-    machine.end();
+    machine.word_of(0, 10, 5).store(1, SeqCst);
+    assert_eq!(machine.word_of(1, 10, 5).load(SeqCst), 1);
 }
 
 #[test]
@@ -178,10 +124,10 @@ fn two_words_written_in_order_are_seen_in_order_across_pages() {
     if !can_run() {
         return;
     }
-    let machine = Machine::new(&[8, 8, 8], 2);
+    let machine = machine(&[8, 8, 8], 2);
     const ROUNDS: u64 = 2000;
     std::thread::scope(|scope| {
-        let (data, flag) = (machine.word(1, 3, 0), machine.word(1, 20, 0));
+        let (data, flag) = (machine.word_of(1, 3, 0), machine.word_of(1, 20, 0));
         scope.spawn(move || {
             for i in 1..=ROUNDS {
                 data.store(i, SeqCst);
@@ -189,7 +135,7 @@ fn two_words_written_in_order_are_seen_in_order_across_pages() {
             }
         });
         for node in [0, 2] {
-            let (data, flag) = (machine.word(node, 3, 0), machine.word(node, 20, 0));
+            let (data, flag) = (machine.word_of(node, 3, 0), machine.word_of(node, 20, 0));
             scope.spawn(move || {
                 loop {
                     let seen = flag.load(SeqCst);
@@ -202,7 +148,6 @@ fn two_words_written_in_order_are_seen_in_order_across_pages() {
             });
         }
     });
-    machine.end();
 }
 
 #[test]
@@ -210,7 +155,7 @@ fn random_accesses_of_many_threads_keep_every_counter_exact() {
     if !can_run() {
         return;
     }
-    let machine = Machine::new(&[5, 3, 9, 1], 2);
+    let machine = machine(&[5, 3, 9, 1], 2);
     let mut expected = [0u64; 18];
     let plan = |seed: u64| {
         let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1;
@@ -230,7 +175,7 @@ fn random_accesses_of_many_threads_keep_every_counter_exact() {
             scope.spawn(move || {
                 let mut last = [0; 18];
                 for (page, write) in plan(seed) {
-                    let word = machine.word(seed as usize % 4, page, page as usize * 7);
+                    let word = machine.word_of(seed as usize % 4, page, page as usize * 7);
                     let seen = if write { word.fetch_add(1, SeqCst) + 1 } else { word.load(SeqCst) };
                     assert!(seen >= last[page as usize], "a counter went back");
                     last[page as usize] = seen;
@@ -240,15 +185,14 @@ fn random_accesses_of_many_threads_keep_every_counter_exact() {
     });
     for page in 0..18u64 {
         for node in 0..4 {
-            assert_eq!(machine.word(node, page, page as usize * 7).load(SeqCst), expected[page as usize]);
+            assert_eq!(machine.word_of(node, page, page as usize * 7).load(SeqCst), expected[page as usize]);
         }
     }
-    machine.end();
 }
 
 /// One thread of the storm: its own word of each page, which it alone writes, and what it last saw of the others'.
 struct Sailor<'a> {
-    machine: &'a Machine,
+    machine: &'a Cluster,
     id: usize,
     node: usize,
     random: u64,
@@ -265,13 +209,13 @@ impl Sailor<'_> {
     }
 
     fn write(&mut self, page: u64) {
-        let before = self.machine.word(self.node, page, self.id * 60).fetch_add(1, SeqCst);
+        let before = self.machine.word_of(self.node, page, self.id * 60).fetch_add(1, SeqCst);
         assert_eq!(before, self.mine[page as usize], "thread {} lost a write to page {page}", self.id);
         self.mine[page as usize] += 1;
     }
 
     fn read(&mut self, page: u64, other: usize) {
-        let count = self.machine.word(self.node, page, other * 60).load(SeqCst);
+        let count = self.machine.word_of(self.node, page, other * 60).load(SeqCst);
         let last = &mut self.seen[page as usize * STORM_THREADS + other];
         assert!(count >= *last, "thread {} saw {other}'s count on page {page} go back to {count}", self.id);
         *last = count;
@@ -301,21 +245,19 @@ const STORM_THREADS: usize = 8;
 /// Threads on every node that want the same pages in bursts, so that everything the engine does ahead of a need
 /// is done: no write may be lost and no reader may see an older one than before.
 fn storm(homes: &[u64], shards: u16, bursts: u32, seed: u64) {
-    let machine = Machine::new(homes, shards);
+    let machine = machine(homes, shards);
     blow(&machine, homes, bursts, seed);
     let totals = machine
-        .engines
+        .totals()
         .iter()
-        .map(Engine::totals)
         .fold((0, 0, 0), |sum, t| (sum.0 + t.prefetches, sum.1 + t.run_pages, sum.2 + t.invalidations));
     assert!(
         totals.0 > 0 && totals.1 > 0 && totals.2 > 0,
         "prefetches, pages in runs, invalidations: {totals:?}"
     );
-    machine.end();
 }
 
-fn blow(machine: &Machine, homes: &[u64], bursts: u32, seed: u64) {
+fn blow(machine: &Cluster, homes: &[u64], bursts: u32, seed: u64) {
     let pages = homes.iter().sum::<u64>();
     let counts: Vec<Vec<u64>> = std::thread::scope(|scope| {
         let sailors: Vec<_> = (0..STORM_THREADS)
@@ -337,7 +279,7 @@ fn blow(machine: &Machine, homes: &[u64], bursts: u32, seed: u64) {
         for node in 0..homes.len() {
             for (id, counts) in counts.iter().enumerate() {
                 assert_eq!(
-                    machine.word(node, page, id * 60).load(SeqCst),
+                    machine.word_of(node, page, id * 60).load(SeqCst),
                     counts[page as usize],
                     "page {page}"
                 );
@@ -356,15 +298,15 @@ fn nodes_stay_within_their_budgets_in_a_storm() {
     const HOMES: [u64; 3] = [500, 700, 400];
     const COPIES: u64 = 150;
     let homes = Homes::new(HOMES);
-    let budget = |node: usize| budget_for(COPIES, &homes, NodeId(node as u16));
-    let machine = Machine::with_budgets(&HOMES, 2, |node| Some(budget(node)));
+    let budget = move |node| Some(budget_for(COPIES, &homes, node));
+    let machine = builder(&HOMES, 2).budget(budget).start().unwrap();
     let most: Vec<AtomicU64> = HOMES.iter().map(|_| AtomicU64::new(0)).collect();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(SeqCst) {
-                for (memory, most) in machine.memories.iter().zip(&most) {
-                    most.fetch_max(memory.resident_bytes().unwrap(), SeqCst);
+                for (node, most) in most.iter().enumerate() {
+                    most.fetch_max(machine.memory(node).resident_bytes().unwrap(), SeqCst);
                 }
             }
         });
@@ -375,10 +317,9 @@ fn nodes_stay_within_their_budgets_in_a_storm() {
         let (most, limit) = (most.into_inner(), (HOMES[node] + COPIES) * 4096);
         assert!(most <= limit, "node {node} held {most} bytes, of {limit}");
         assert!(most > (HOMES[node] + COPIES / 2) * 4096, "node {node} held {most} bytes only: no storm");
-        let totals = machine.engines[node].totals();
+        let totals = machine.engine(node).totals();
         assert!(totals.evictions > 0 && totals.probes > 0, "{totals:?}");
     }
-    machine.end();
 }
 
 #[test]
@@ -401,9 +342,8 @@ fn long_storms_lose_no_write() {
             storm(&[300, 200, 400, 100], 1, 300, seed);
             storm(&[40, 40, 40], 1, 300, seed);
             let homes = [900, 500, 700];
-            let machine = Machine::with_budgets(&homes, 2, |_| Some(5 << 20));
+            let machine = builder(&homes, 2).budget(|_| Some(5 << 20)).start().unwrap();
             blow(&machine, &homes, 300, seed);
-            machine.end();
         }
     }
 }
@@ -439,21 +379,8 @@ fn a_thread_that_is_called_out_of_its_wait_again_and_again_waits_once() {
         assert_eq!(libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()), 0);
     }
     // Nobody is at node 1: the page does not come.
-    let mut cluster = fabric::sim::cluster(2, 2).unwrap();
-    let _silent = cluster.pop().unwrap();
-    let memory = Arc::new(DualMemory::new(8).unwrap());
-    let config = EngineConfig {
-        node: NodeId(0),
-        homes: Homes::new([4, 4]),
-        shards: 1,
-        first_lane: 1,
-        hold: Duration::ZERO,
-        spin: Duration::ZERO,
-        stuck: Duration::from_secs(20),
-        budget: None,
-    };
-    let on_failure = Arc::new(|e: coherence::engine::EngineError| eprintln!("engine failed: {e}"));
-    let engine = Engine::start(config, memory.clone(), Arc::new(cluster.pop().unwrap()), on_failure).unwrap();
+    let (node, _silent) = one_of_two(4);
+    let (engine, memory) = (node.engine(0), node.memory(0).clone());
     let waiter = std::thread::spawn(move || {
         // SAFETY: inside the guest view, which the thread keeps; an aligned read.
         unsafe { memory.guest_view().add(5 * PAGE_SIZE).read_volatile() }
@@ -477,7 +404,7 @@ fn a_thread_that_is_called_out_of_its_wait_again_and_again_waits_once() {
     assert_eq!((totals.events, totals.resumed_waits), (1 + TIMES, TIMES));
     assert_eq!((totals.remote_read_faults, totals.local_faults, totals.messages_sent), (1, 0, 1));
     // Nobody watches the page any more: the thread goes on.
-    drop(engine);
+    drop(node);
     waiter.join().unwrap();
 }
 
@@ -486,32 +413,12 @@ fn a_stranger_on_the_lane_ends_the_engine_with_a_sentence() {
     if !can_run() {
         return;
     }
-    let mut cluster = fabric::sim::cluster(2, 2).unwrap();
-    let stranger = cluster.pop().unwrap();
-    let homes = Homes::new([4, 4]);
-    let memory = Arc::new(DualMemory::new(homes.pages()).unwrap());
-    let (tell, told) = std::sync::mpsc::channel();
-    let tell = Mutex::new(tell);
-    let config = EngineConfig {
-        node: NodeId(0),
-        homes,
-        shards: 1,
-        first_lane: 1,
-        hold: Duration::ZERO,
-        spin: Duration::ZERO,
-        stuck: Duration::from_secs(20),
-        budget: None,
-    };
-    let on_failure = Arc::new(move |e: coherence::engine::EngineError| {
-        tell.lock().unwrap().send(e.to_string()).unwrap();
-    });
-    let _engine =
-        Engine::start(config, memory.clone(), Arc::new(cluster.pop().unwrap()), on_failure).unwrap();
-    let watched = watched_pages(&memory);
+    let (node, stranger) = one_of_two(4);
+    let watched = watched_pages(node.memory(0));
     assert_eq!(watched, 8);
     stranger.send(NodeId(0), 1, &[&[200; 24]]).unwrap();
-    let why = told.recv_timeout(Duration::from_secs(10)).unwrap();
+    let why = node.failure(Duration::from_secs(10)).unwrap();
     assert!(why.starts_with("node 1 was lost: it sent a coherence frame"), "{why}");
     // Else the kernel would let the guest go on, with zeroes in place of what is elsewhere.
-    assert_eq!(watched_pages(&memory), watched, "pages of the guest view that userfaultfd watches");
+    assert_eq!(watched_pages(node.memory(0)), watched, "pages of the guest view that userfaultfd watches");
 }

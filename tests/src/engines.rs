@@ -1,27 +1,27 @@
 //! Nodes without guests: memory and an engine each, over the in-process transport.
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::ops::{Deref, Range};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use coherence::engine::{Engine, EngineConfig, EngineError, Load, Store};
-use coherence::memory::DualMemory;
+use coherence::engine::{Load, Store};
 use coherence::page::{Homes, PAGE_SIZE, Page};
 use coherence::stats::Totals;
-use fabric::Transport;
+use coherence::testing::{Builder, Cluster};
 
 /// A fault that is not answered for this long has failed.
 const STUCK: Duration = Duration::from_secs(30);
 
-/// The nodes of one machine.
-pub struct Engines {
-    memories: Vec<Arc<DualMemory>>,
-    engines: Vec<Engine>,
-    failures: Arc<Mutex<Vec<String>>>,
-    /// Set when the machine ends: each engine's end is then a loss to the others.
-    ending: Arc<AtomicBool>,
+/// The nodes of one machine, and what tests do with them.
+pub struct Engines(Cluster);
+
+impl Deref for Engines {
+    type Target = Cluster;
+
+    fn deref(&self) -> &Cluster {
+        &self.0
+    }
 }
 
 impl Engines {
@@ -30,56 +30,15 @@ impl Engines {
     /// # Errors
     /// This host's userfaultfd cannot serve.
     pub fn start(pages: &[u64], shards: u16, hold: Duration) -> Result<Engines> {
-        let homes = Homes::new(pages.iter().copied());
-        let failures = Arc::new(Mutex::new(Vec::new()));
-        let ending = Arc::new(AtomicBool::new(false));
-        let (mut memories, mut engines) = (Vec::new(), Vec::new());
-        for transport in fabric::sim::cluster(pages.len(), shards)? {
-            let memory = Arc::new(DualMemory::new(homes.pages())?);
-            let config = EngineConfig {
-                node: transport.node(),
-                homes: homes.clone(),
-                shards,
-                first_lane: 0,
-                hold,
-                spin: Duration::ZERO,
-                stuck: STUCK,
-                budget: None,
-            };
-            let (failures, ending) = (failures.clone(), ending.clone());
-            let on_failure = Arc::new(move |error: EngineError| {
-                if ending.load(Ordering::SeqCst) {
-                    return;
-                }
-                eprintln!("an engine failed: {error}");
-                base::lock(&failures).push(error.to_string());
-            });
-            engines.push(Engine::start(config, memory.clone(), Arc::new(transport), on_failure)?);
-            memories.push(memory);
-        }
-        Ok(Engines { memories, engines, failures, ending })
-    }
-
-    /// A node's memory.
-    pub fn memory(&self, node: usize) -> &Arc<DualMemory> {
-        &self.memories[node]
-    }
-
-    /// A node's engine.
-    pub fn engine(&self, node: usize) -> &Engine {
-        &self.engines[node]
-    }
-
-    /// A word of guest memory, at a byte offset that is a multiple of 8, as a node's CPUs see it.
-    pub fn word(&self, node: usize, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8) && offset < self.memories[node].len(), "no word at {offset:#x}");
-        // SAFETY: aligned and inside the guest view, which lives as long as `self`; atomics may alias.
-        unsafe { &*self.memories[node].guest_view().add(offset).cast::<AtomicU64>() }
+        let builder = Builder::new(Homes::new(pages.iter().copied()));
+        let builder =
+            builder.with(|config| (config.shards, config.hold, config.stuck) = (shards, hold, STUCK));
+        Ok(Engines(builder.start()?))
     }
 
     /// The first word of a page.
     pub fn page(&self, node: usize, page: u64) -> &AtomicU64 {
-        self.word(node, page as usize * PAGE_SIZE)
+        self.word_of(node, page, 0)
     }
 
     /// Writes `pages` of node 0 there (page + 1); node 1 then takes a third of them over (page + 2), node 2 reads another
@@ -103,8 +62,7 @@ impl Engines {
         let deadline = Instant::now() + STUCK;
         loop {
             // Each shard answers between two rounds of work, so that what it had received is counted.
-            let under_way: Vec<String> = self.engines.iter().flat_map(|e| e.describe(STUCK)).collect();
-            let totals: Vec<Totals> = self.engines.iter().map(Engine::totals).collect();
+            let (under_way, totals) = (self.0.describe(STUCK), self.totals());
             let sum = |count: fn(&Totals) -> u64| totals.iter().map(count).sum::<u64>();
             let quiet = sum(|t| t.messages_sent) == sum(|t| t.messages_received);
             self.check()?;
@@ -123,7 +81,7 @@ impl Engines {
     /// # Errors
     /// It is not done in time.
     pub fn discard(&self, node: usize, pages: Range<u64>) -> Result<()> {
-        Ok(self.engines[node].discard(&[pages], STUCK)?)
+        Ok(self.engine(node).discard(&[pages], STUCK)?)
     }
 
     /// A device of a node reads pages; what it found, `None` of those that it must touch as a CPU does.
@@ -131,7 +89,7 @@ impl Engines {
         let mut bytes = vec![0; pages.len() * PAGE_SIZE];
         let load = |(&page, to)| Load { page: Page(page), offset: 0, to };
         let read =
-            self.engines[node].load(pages.iter().zip(bytes.chunks_exact_mut(PAGE_SIZE)).map(load).collect());
+            self.engine(node).load(pages.iter().zip(bytes.chunks_exact_mut(PAGE_SIZE)).map(load).collect());
         let words = |page: &[u8]| -> Vec<u64> {
             page.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes)).collect()
         };
@@ -144,7 +102,7 @@ impl Engines {
         let fill = |(_, word): &(u64, u64)| std::array::from_fn(|at| word.to_le_bytes()[at % 8]);
         let bytes: Vec<[u8; PAGE_SIZE]> = pages.iter().map(fill).collect();
         let store = |(&(page, _), from)| Store { page: Page(page), from };
-        self.engines[node].store(&pages.iter().zip(&bytes).map(store).collect::<Vec<_>>())
+        self.engine(node).store(&pages.iter().zip(&bytes).map(store).collect::<Vec<_>>())
     }
 
     /// Bytes of frames that a node has. Without what could be given back at once, after [`Engines::at_rest`].
@@ -152,28 +110,12 @@ impl Engines {
     /// # Errors
     /// What the system says.
     pub fn resident_bytes(&self, node: usize) -> Result<u64> {
-        Ok(self.memories[node].resident_bytes()?)
+        Ok(self.memory(node).resident_bytes()?)
     }
 
-    /// What is under way, for the message of a failure.
+    /// What has failed and what is under way, for the message of a failure.
     pub fn describe(&self) -> String {
-        let lines: Vec<String> =
-            self.engines.iter().flat_map(|engine| engine.describe(Duration::from_secs(1))).collect();
-        lines.join("\n")
-    }
-
-    /// Whether all engines still run.
-    ///
-    /// # Errors
-    /// Why one does not.
-    pub fn check(&self) -> Result<()> {
-        let failures = base::lock(&self.failures);
-        if failures.is_empty() { Ok(()) } else { bail!("{}", failures.join("; ")) }
-    }
-}
-
-impl Drop for Engines {
-    fn drop(&mut self) {
-        self.ending.store(true, Ordering::SeqCst);
+        let failed = self.check().err().map(|failed| failed.to_string());
+        failed.into_iter().chain(self.0.describe(Duration::from_secs(1))).collect::<Vec<_>>().join("\n")
     }
 }

@@ -4,14 +4,11 @@
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use coherence::engine::{Engine, EngineConfig};
-use coherence::memory::DualMemory;
 use coherence::page::{Homes, PAGE_SIZE};
-use fabric::Transport;
+use coherence::testing::Builder;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
@@ -84,27 +81,9 @@ pub fn measure(rounds: usize) -> Result<(Vec<Row>, String)> {
 
 /// The home's memory with an engine that watches it, and another node that could ask for it.
 fn guest_memory() -> Result<Times> {
-    let homes = Homes::new([PAGES, 512]);
-    let mut nodes = Vec::new();
-    for transport in fabric::sim::cluster(2, 1)? {
-        let memory = Arc::new(DualMemory::new(homes.pages())?);
-        let config = EngineConfig {
-            node: transport.node(),
-            homes: homes.clone(),
-            shards: 1,
-            first_lane: 0,
-            hold: Duration::from_micros(100),
-            spin: Duration::ZERO,
-            stuck: Duration::from_secs(10),
-            budget: None,
-        };
-        // The other engine's end is no failure here.
-        let engine = Engine::start(config, memory.clone(), Arc::new(transport), Arc::new(|_| ()))?;
-        nodes.push((engine, memory));
-    }
-    let (engine, memory) = &nodes[0];
-    let times = work(memory.guest_view());
-    let events = engine.totals().events;
+    let nodes = Builder::new(Homes::new([PAGES, 512])).start()?;
+    let times = work(nodes.memory(0).guest_view());
+    let events = nodes.engine(0).totals().events;
     ensure!(events == 0, "memory at home that nobody asked for raised {events} events");
     Ok(times)
 }

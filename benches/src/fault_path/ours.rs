@@ -1,22 +1,22 @@
 //! The node as it is in production: the coherence engine over the fabric.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
-use coherence::engine::{Engine, EngineConfig, EngineError, budget_for};
+use anyhow::Result;
+use coherence::engine::budget_for;
 use coherence::memory::DualMemory;
 use coherence::page::Homes;
+use coherence::testing::{Builder, Cluster};
 use fabric::Transport;
 
 use super::command::{Polling, Setup};
 
 /// A node with an engine.
 pub struct Ours {
-    memory: Arc<DualMemory>,
-    engine: Engine,
+    /// This node alone: others are elsewhere.
+    node: Cluster,
     transport: Arc<dyn Transport>,
-    failure: Arc<Mutex<Option<String>>>,
 }
 
 impl Ours {
@@ -24,33 +24,23 @@ impl Ours {
     ///
     /// # Errors
     /// This host's userfaultfd cannot serve.
-    pub fn start(setup: &Setup, memory: Arc<DualMemory>, transport: Arc<dyn Transport>) -> Result<Ours> {
+    pub fn start(setup: &Setup, transport: Arc<dyn Transport>) -> Result<Ours> {
         let homes = Homes::new(setup.pages.iter().copied());
-        let config = EngineConfig {
-            node: transport.node(),
-            shards: 1,
-            first_lane: 0,
-            hold: Duration::from_micros(setup.hold_us),
-            spin: match setup.polling {
+        let (copies, shares) = (setup.copies, homes.clone());
+        let builder = Builder::new(homes).with(|config| {
+            config.hold = Duration::from_micros(setup.hold_us);
+            config.spin = match setup.polling {
                 Polling::Busy => Duration::MAX,
                 Polling::Blocking => Duration::ZERO,
-            },
-            stuck: Duration::from_secs(10),
-            budget: setup.copies.map(|copies| budget_for(copies, &homes, transport.node())),
-            homes,
-        };
-        let failure = Arc::new(Mutex::new(None));
-        let tell = failure.clone();
-        let on_failure = Arc::new(move |error: EngineError| {
-            *base::lock(&tell) = Some(error.to_string());
+            };
         });
-        let engine = Engine::start(config, memory.clone(), transport.clone(), on_failure)?;
-        Ok(Ours { memory, engine, transport, failure })
+        let builder = builder.budget(move |node| copies.map(|copies| budget_for(copies, &shares, node)));
+        Ok(Ours { node: builder.start_over([transport.clone()])?, transport })
     }
 
     /// The node's memory.
     pub fn memory(&self) -> &Arc<DualMemory> {
-        &self.memory
+        self.node.memory(0)
     }
 
     /// What the engine's messages travel over.
@@ -60,12 +50,12 @@ impl Ours {
 
     /// The calling thread's vCPU has nothing to do.
     pub fn idle(&self) {
-        self.engine.idle(nix::unistd::gettid().as_raw() as u32);
+        self.node.engine(0).idle(nix::unistd::gettid().as_raw() as u32);
     }
 
     /// The engine's counters.
     pub fn counters(&self) -> Vec<(String, u64)> {
-        self.engine.totals().list().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
+        self.node.engine(0).totals().list().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
     }
 
     /// Whether the engine still runs.
@@ -73,9 +63,6 @@ impl Ours {
     /// # Errors
     /// Why it does not.
     pub fn check(&self) -> Result<()> {
-        match &*base::lock(&self.failure) {
-            Some(why) => bail!("the engine failed: {why}"),
-            None => Ok(()),
-        }
+        Ok(self.node.check()?)
     }
 }

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use base::trace;
 use coherence::memory::DualMemory;
 use coherence::page::PAGE_SIZE;
+use coherence::testing;
 use fabric::secure::PrivateKey;
 use fabric::sim::SimTransport;
 use fabric::tcp::{Listener, MeshConfig, MeshKeys};
@@ -110,13 +111,9 @@ impl Worker {
             }
             Command::Code(program) => {
                 let memory = self.memory()?;
-                let write = |at: usize, word| address(memory, at).store(word, Ordering::SeqCst);
-                ::tests::cpl3::tables().for_each(|(at, word)| write(at, word));
-                for (i, bytes) in program.code().chunks(8).enumerate() {
-                    let mut word = [0; 8];
-                    word[..bytes.len()].copy_from_slice(bytes);
-                    write(guest::CODE as usize + i * 8, u64::from_le_bytes(word));
-                }
+                let write = |(at, word)| testing::word(memory, at).store(word, Ordering::SeqCst);
+                ::tests::cpl3::tables().for_each(write);
+                testing::write(memory, guest::CODE as usize, &program.code());
             }
             Command::Run(job) => return self.run(&job),
             Command::Quit => {
@@ -134,9 +131,8 @@ impl Worker {
         place::pin(&setup.cpus);
         self.polling = setup.polling;
         place::realtime((setup.polling == Polling::Busy).then_some(2));
-        let memory = Arc::new(DualMemory::new(setup.pages.iter().sum())?);
         self.part = Some(match (setup.side, self.door.take(), self.transport.take()) {
-            (Side::Ours, _, Some(transport)) => Part::Ours(Ours::start(setup, memory, Arc::new(transport))?),
+            (Side::Ours, _, Some(transport)) => Part::Ours(Ours::start(setup, Arc::new(transport))?),
             (Side::Ours, Some(Door::Fabric(listener)), None) => {
                 let transport: Arc<dyn Transport> = Arc::new(listener.mesh(MeshConfig {
                     node: NodeId(setup.node),
@@ -148,13 +144,14 @@ impl Worker {
                     plaintext: setup.plaintext,
                     timeout: Duration::from_secs(10),
                 })?);
-                Part::Ours(Ours::start(setup, memory, transport)?)
+                Part::Ours(Ours::start(setup, transport)?)
             }
             (Side::Floor, door, transport) => {
                 let listener = match &door {
                     Some(Door::Plain(listener)) => Some(listener),
                     _ => None,
                 };
+                let memory = Arc::new(DualMemory::new(setup.pages.iter().sum())?);
                 Part::Bare(Bare::start(setup, memory, listener, transport)?)
             }
             _ => bail!("a node must listen before it starts"),
@@ -171,7 +168,7 @@ impl Worker {
         let guest = self.guest.as_mut().context("there is no guest")?;
         guest.run(job, || ours.idle())?;
         ours.check()?;
-        Ok(Reply::Count(address(ours.memory(), job.count as usize).load(Ordering::SeqCst)))
+        Ok(Reply::Count(testing::word(ours.memory(), job.count as usize).load(Ordering::SeqCst)))
     }
 
     fn part(&mut self) -> Result<&mut Part> {
@@ -216,14 +213,7 @@ fn per_operation(elapsed: Duration, count: u64) -> Times {
 
 /// A word of the page, not its first, as this node's CPUs see it.
 fn word(memory: &DualMemory, page: u64) -> &AtomicU64 {
-    address(memory, page as usize * PAGE_SIZE + 64)
-}
-
-/// The word at that offset, which is a multiple of 8, as this node's CPUs see it.
-fn address(memory: &DualMemory, offset: usize) -> &AtomicU64 {
-    assert!(offset.is_multiple_of(8) && offset < memory.len(), "there is no word at {offset:#x}");
-    // SAFETY: aligned and inside the guest view, which lives as long as the memory; atomics may alias.
-    unsafe { &*memory.guest_view().add(offset).cast::<AtomicU64>() }
+    testing::word(memory, page as usize * PAGE_SIZE + 64)
 }
 
 /// The pages' numbers in an order in which none follows its neighbour, the same in every run.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use coherence::page::PAGE_SIZE;
+use coherence::testing;
 use kvm_bindings::kvm_regs;
 use vmm::kvm::{HostCpu, Vm, caps};
 use vmm::vcpu::signal;
@@ -131,11 +132,7 @@ impl Machine {
     /// Writes each thread's code.
     pub fn load(&self, threads: &[Vec<u8>]) {
         for (thread, code) in threads.iter().enumerate() {
-            for (i, bytes) in code.chunks(8).enumerate() {
-                let mut word = [0; 8];
-                word[..bytes.len()].copy_from_slice(bytes);
-                self.store(CODE as usize + thread * CODE_SIZE + i * 8, u64::from_le_bytes(word));
-            }
+            testing::write(self.engines.memory(0), CODE as usize + thread * CODE_SIZE, code);
         }
     }
 

@@ -1,13 +1,10 @@
 //! A disk on one node and its driver on another: both reach the same memory through the engines of their nodes.
 
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use coherence::engine::{Engine, EngineConfig, EngineError};
-use coherence::memory::DualMemory;
 use coherence::page::{Homes, PAGE_SIZE};
-use coherence::uffd::Uffd;
+use coherence::testing::{Builder, Cluster, can_run};
 use fabric::sim::SimTransport;
 use fabric::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
 use firmware::{Layout, MachineSpec, NodeSpec};
@@ -58,8 +55,7 @@ impl Transport for Watched {
 /// Two nodes' views of one memory, with the engines that keep them the same.
 struct Nodes {
     views: Vec<GuestRam>,
-    ending: Arc<AtomicBool>,
-    engines: Vec<Arc<Engine>>,
+    cluster: Cluster,
     /// Where the pages were that each has sent.
     sent: Vec<Arc<Mutex<Vec<usize>>>>,
 }
@@ -70,43 +66,12 @@ impl Nodes {
         let spec = MachineSpec { nodes: vec![node("n0"), node("n1")], distances: vec![], pci: true };
         let layout = Layout::new(&spec, firmware::acpi::size_bound(&spec)).unwrap();
         let homes = Homes::new(layout.home_ranges().iter().map(|range| range.end - range.start));
-        let ending = Arc::new(AtomicBool::new(false));
-        let (mut views, mut engines, mut sent) = (Vec::new(), Vec::new(), Vec::new());
-        for inner in fabric::sim::cluster(2, 1).unwrap() {
-            let pages = Arc::new(Mutex::new(Vec::new()));
-            let transport = Watched { inner, pages: pages.clone() };
-            sent.push(pages);
-            let memory = Arc::new(DualMemory::new(homes.pages()).unwrap());
-            let config = EngineConfig {
-                node: transport.node(),
-                homes: homes.clone(),
-                shards: 1,
-                first_lane: 0,
-                hold: Duration::from_micros(100),
-                spin: Duration::ZERO,
-                stuck: Duration::from_secs(20),
-                budget: None,
-            };
-            let ended = ending.clone();
-            let on_failure = move |error: EngineError| {
-                if !ended.load(SeqCst) {
-                    eprintln!("an engine failed: {error}");
-                    // Threads that wait for its pages would wait forever.
-                    std::process::abort();
-                }
-            };
-            let engine = Engine::start(config, memory.clone(), Arc::new(transport), Arc::new(on_failure));
-            let engine = Arc::new(engine.unwrap());
-            views.push(GuestRam::new(&memory, &engine, &layout).unwrap());
-            engines.push(engine);
-        }
-        Nodes { views, ending, engines, sent }
-    }
-}
-
-impl Drop for Nodes {
-    fn drop(&mut self) {
-        self.ending.store(true, SeqCst);
+        let sent: Vec<Arc<Mutex<Vec<usize>>>> = vec![Arc::default(), Arc::default()];
+        let watched = fabric::sim::cluster(2, 1).unwrap().into_iter().zip(&sent);
+        let watched = watched.map(|(inner, pages)| Arc::new(Watched { inner, pages: pages.clone() }) as _);
+        let cluster = Builder::new(homes).fatal().start_over(watched).unwrap();
+        let view = |node| GuestRam::new(cluster.memory(node), cluster.engine(node), &layout).unwrap();
+        Nodes { views: vec![view(0), view(1)], cluster, sent }
     }
 }
 
@@ -124,8 +89,7 @@ fn content(round: u64) -> Vec<u8> {
 
 #[test]
 fn what_a_device_stores_is_never_copied_and_what_it_loads_once_at_each_end() {
-    if let Err(why) = Uffd::open() {
-        println!("skipped: {why}");
+    if !can_run() {
         return;
     }
     const PAGES: usize = LEN as usize / PAGE_SIZE;
@@ -139,7 +103,7 @@ fn what_a_device_stores_is_never_copied_and_what_it_loads_once_at_each_end() {
     let sent = std::mem::take(&mut *base::lock(&nodes.sent[0]));
     let copied = sent.iter().filter(|&&page| !own.contains(&page)).count();
     assert_eq!((sent.len(), copied), (PAGES, 0), "pages that were sent, and of these copies");
-    let totals = || [0, 1].map(|node: usize| nodes.engines[node].totals());
+    let totals = || [0, 1].map(|node| nodes.cluster.engine(node).totals());
     let [device, home] = totals();
     assert_eq!((device.stores, device.copied, home.copied), (PAGES as u64, 0, 0));
 
@@ -153,13 +117,12 @@ fn what_a_device_stores_is_never_copied_and_what_it_loads_once_at_each_end() {
     assert_eq!(nodes.views[0].read(&Buffers::one(guest), &mut read), bytes.len());
     let (stored, untouched) = read.split_at(bytes.len() - 512);
     assert!(stored == &bytes[512..] && untouched == [0; 512], "other bytes than were stored, or none");
-    assert_eq!(nodes.engines[0].totals().loads, 2 * PAGES as u64 + 1);
+    assert_eq!(nodes.cluster.engine(0).totals().loads, 2 * PAGES as u64 + 1);
 }
 
 #[test]
 fn what_a_cpu_writes_to_another_nodes_disk_it_reads_back() {
-    if let Err(why) = Uffd::open() {
-        println!("skipped: {why}");
+    if !can_run() {
         return;
     }
     for (device, direct) in [(0, false), (0, true), (1, false), (1, true)] {
@@ -199,7 +162,7 @@ fn what_a_cpu_writes_to_another_nodes_disk_it_reads_back() {
                 driver.put(buffer, &content(!round));
             }
         }
-        let totals = nodes.engines[device].totals();
+        let totals = nodes.cluster.engine(device).totals();
         let (loads, stores) = (totals.loads, totals.stores);
         println!(
             "device on node {device}, direct access {direct}: {round} rounds, {:?} a request, {loads} loads, {stores} stores",
