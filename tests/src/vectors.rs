@@ -13,8 +13,7 @@
 //! [`AWAY_EVERY`]th turn leaves the guest.
 
 use vmm::kvm::HostCpu;
-
-use crate::code64;
+use vmm::testing::code64;
 
 /// The code's [`AWAY`](crate::litmus::code::AWAY) comes every so many turns.
 pub const AWAY_EVERY: u64 = 16;

@@ -111,8 +111,7 @@ impl Worker {
             }
             Command::Code(program) => {
                 let memory = self.memory()?;
-                let write = |(at, word)| testing::word(memory, at).store(word, Ordering::SeqCst);
-                ::tests::cpl3::tables().for_each(write);
+                ::tests::cpl3::write_tables(memory);
                 testing::write(memory, guest::CODE as usize, &program.code());
             }
             Command::Run(job) => return self.run(&job),

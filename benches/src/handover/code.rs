@@ -13,8 +13,8 @@
 //!
 //! Who waits for its turn finds a negative one when the time of another is over.
 
-use ::tests::code64;
 use serde::{Deserialize, Serialize};
+use vmm::testing::code64;
 
 /// The port to which a CPU writes when its time is over.
 pub const DONE: u16 = 0x80;

@@ -10,8 +10,9 @@
 //! | r15 | random state |
 //! | cl | 64 minus the bits of a random delay, in ticks |
 
+use vmm::testing::code64;
+
 use super::catalogue::{Access, Var, Variant};
-use crate::code64;
 
 /// The port to which a thread writes when it has done its iterations.
 pub const DONE: u16 = 0x80;

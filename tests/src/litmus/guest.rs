@@ -110,7 +110,7 @@ impl Machine {
             tasks.push(Task { cpu, thread: Some(thread), id });
         }
         let machine = Machine { tasks, done, nodes: nodes.to_vec(), _vms: vms, engines };
-        cpl3::tables().for_each(|(at, word)| machine.store(at, word));
+        cpl3::write_tables(machine.engines.memory(0));
         Ok(machine)
     }
 
@@ -158,10 +158,6 @@ impl Machine {
         }
         self.engines.check()?;
         Ok(all)
-    }
-
-    fn store(&self, offset: usize, value: u64) {
-        self.engines.word(0, offset).store(value, std::sync::atomic::Ordering::Relaxed);
     }
 }
 

@@ -16,6 +16,7 @@
 //! | [`router`], [`node_msg`] | interrupts and device accesses between nodes |
 //! | [`disk_search`] | what a disk boots, found by a child process that can do nothing else |
 //! | [`clock`] | one time stamp counter for all nodes |
+//! | `testing` | what micro guests of tests and benches share (feature `testing`) |
 //!
 //! What a machine is comes from the crate `machine`, its devices from `devices`, its memory from `coherence`.
 //! `docs/architecture.md` follows one interrupt and one port access through these modules.
@@ -27,5 +28,7 @@ pub mod kvm;
 pub mod node;
 pub mod node_msg;
 pub mod router;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod trace;
 pub mod vcpu;

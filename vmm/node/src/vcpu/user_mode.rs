@@ -3,6 +3,8 @@
 
 use firmware::boot::{BspRegisters, DescriptorTable, Segment};
 
+/// Flags to begin with: the reserved bit, and IOPL 3 so that the code may use ports.
+pub const RFLAGS: u64 = 0x3002;
 /// Bytes of [`page_tables`].
 pub const TABLES_SIZE: usize = 3 * 4096;
 /// Present, writable, user, accessed, dirty: no CPU ever has to write such an entry.
@@ -25,8 +27,8 @@ pub fn page_tables(at: u64) -> Vec<u8> {
     tables
 }
 
-/// Registers to begin with at `rip`, interrupts off, with IOPL 3 so that the code may use ports, and without descriptor
-/// tables: any exception ends the guest.
+/// Registers to begin with at `rip`, interrupts off, with [`RFLAGS`] and without descriptor tables: any exception ends
+/// the guest.
 pub fn registers(tables: u64, rip: u64) -> BspRegisters {
     let data = Segment {
         base: 0,
@@ -45,7 +47,7 @@ pub fn registers(tables: u64, rip: u64) -> BspRegisters {
         rip,
         rsp: 0,
         rsi: 0,
-        rflags: 0x3002,
+        rflags: RFLAGS,
         // Protection, numeric errors, write protection, paging; PAE and SSE; long mode, active.
         cr0: 0x8001_0033,
         cr3: tables,

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use vmm::clock::{GuestClock, Scale};
+use vmm::testing::code16;
 
-use super::asm::code16;
 use super::harness::{CODE, Parts, host};
 use super::startup::{AP_PAGE, start_ap};
 

@@ -15,6 +15,7 @@ use vmm::kvm::{HostCpu, Vm, caps};
 use vmm::node_msg::Signal;
 use vmm::router::peers::Peers;
 use vmm::router::{LinkFailure, Router};
+use vmm::testing;
 use vmm::vcpu::table::State;
 use vmm::vcpu::{Devices, Environment, Shipper, Space, Start, Table, VcpuConfig, VcpuFailure, Vcpus};
 
@@ -37,11 +38,7 @@ pub const DEVICE_MEMORY: u64 = 0xd_0000;
 /// What this host can do; `None` (and a line that says so) where there is no KVM.
 pub fn host() -> Option<&'static HostCpu> {
     static HOST: OnceLock<Result<HostCpu, String>> = OnceLock::new();
-    let host = HOST.get_or_init(|| {
-        let kvm = caps::open().map_err(|error| error.to_string())?;
-        caps::check(&kvm).map_err(|error| error.to_string())?;
-        HostCpu::probe(&kvm).map_err(|error| error.to_string())
-    });
+    let host = HOST.get_or_init(testing::host);
     host.as_ref().inspect_err(|why| eprintln!("skipped: {why}")).ok()
 }
 

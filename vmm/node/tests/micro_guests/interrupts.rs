@@ -1,9 +1,9 @@
 //! Interrupts into the guest: posted, its own, timed, masked.
 
 use vmm::node_msg::Signal;
+use vmm::testing::{code16, patch};
 use vmm::vcpu::table::State;
 
-use super::asm::code16;
 use super::harness::{CODE, Guest, PATIENCE, Parts, host};
 use super::vcpu::report;
 
@@ -36,8 +36,7 @@ pub(crate) use eoi;
 /// A handler that reports `0x100 + vector` and finishes the interrupt.
 fn reporting(vector: u8) -> Vec<u8> {
     let mut code = code16!("mov eax, 0x12345678", "out 0x80, eax", eoi!(), "iret").to_vec();
-    let at = code.windows(4).position(|bytes| bytes == 0x1234_5678u32.to_le_bytes()).unwrap();
-    code[at..at + 4].copy_from_slice(&(0x100 + u32::from(vector)).to_le_bytes());
+    patch(&mut code, 0x100 + u32::from(vector));
     code
 }
 

@@ -4,7 +4,6 @@
 //! for pages run at CPL 3 in 64-bit mode, where every KVM runs code natively. On a host without KVM every test says
 //! that it is skipped.
 
-mod asm;
 mod clock;
 mod harness;
 mod interrupts;

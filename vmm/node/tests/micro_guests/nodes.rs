@@ -14,9 +14,9 @@ use vmm::clock::thread::Aligner;
 use vmm::router::LinkFailure;
 use vmm::router::lane::{ControlLane, DeviceSide, LaneConfig};
 use vmm::router::remote::{AllDevices, DeviceServer};
+use vmm::testing::code16;
 use vmm::vcpu::table::State;
 
-use super::asm::code16;
 use super::harness::{CODE, Guest, PATIENCE, Parts, host, node, places};
 use super::interrupts::{enable_apic, eoi};
 use super::startup::{AP_PAGE, ap_code, ap_handler, icr, start_ap};

@@ -7,10 +7,10 @@ use std::time::Duration;
 use coherence::page::Page;
 use kvm_bindings::kvm_regs;
 use vmm::kvm::HostCpu;
+use vmm::testing::{code64, patch};
 use vmm::vcpu::Shipper;
 use vmm::vcpu::ship::{Shipment, Shipped, Stopped};
 
-use super::asm::code64;
 use super::harness::{CODE, Guest, PATIENCE, Parts, Withheld};
 use super::user::{self, PAGE, Setup};
 use super::waiting::able;
@@ -24,8 +24,7 @@ fn xadd() -> &'static [u8] {
 fn adder(times: u32) -> (Vec<u8>, u64) {
     let begin = [code64!("xor ebx, ebx", "mov r12d, 0x12345678"), code64!("mov eax, 5")];
     let mut code = begin.concat();
-    let at = code.windows(4).position(|bytes| bytes == 0x1234_5678u32.to_le_bytes()).unwrap();
-    code[at..at + 4].copy_from_slice(&times.to_le_bytes());
+    patch(&mut code, times);
     let rip = u64::from(CODE) + code.len() as u64;
     code.extend_from_slice(xadd());
     code.extend_from_slice(code64!("add rbx, rax", "dec r12d"));

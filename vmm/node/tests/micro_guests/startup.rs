@@ -1,9 +1,9 @@
 //! INIT, SIPI and interrupts between vCPUs of one node.
 
 use vmm::node_msg::Signal;
+use vmm::testing::code16;
 use vmm::vcpu::table::State;
 
-use super::asm::code16;
 use super::harness::{CODE, Guest, Parts, host};
 use super::interrupts::{enable_apic, eoi};
 use super::vcpu::report;

@@ -9,9 +9,9 @@
 //! | [`TABLES`] | page tables |
 
 use firmware::boot::{DescriptorTable, Segment};
+use vmm::testing::{code64, patch};
 use vmm::vcpu::user_mode;
 
-use super::asm::code64;
 use super::harness::{CODE, Parts};
 use super::interrupts::{enable_apic, eoi};
 
@@ -77,12 +77,6 @@ fn reporting(vector: u8) -> Vec<u8> {
     let mut code = [begin, finish, end].concat();
     patch(&mut code, 0x100 + u32::from(vector));
     code
-}
-
-/// Puts `value` in the place of 0x12345678.
-fn patch(code: &mut [u8], value: u32) {
-    let at = code.windows(4).position(|bytes| bytes == 0x1234_5678u32.to_le_bytes()).unwrap();
-    code[at..at + 4].copy_from_slice(&value.to_le_bytes());
 }
 
 /// Makes `vector` run `code` at `at`.

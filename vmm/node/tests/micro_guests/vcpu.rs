@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use vmm::testing::code16;
 use vmm::vcpu::Space;
 use vmm::vcpu::table::State;
 
-use super::asm::code16;
 use super::harness::{ASK, CODE, DEVICE_MEMORY, Guest, PATIENCE, Parts, REPORT, Write, host};
 
 /// Reports EAX.

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use coherence::uffd::Uffd;
 use vmm::kvm::HostCpu;
 use vmm::node_msg::Signal;
+use vmm::testing::{code16, code64};
 use vmm::vcpu::table::State;
 
-use super::asm::{code16, code64};
 use super::harness::{CODE, Guest, PATIENCE, Parts, Withheld, host};
 use super::interrupts::{enable_apic, eoi};
 use super::startup::{AP_PAGE, icr, start_ap};
