@@ -10,18 +10,16 @@
 //!
 //! | who drives it | where | how |
 //! |---|---|---|
-//! | model checker | `model.rs`, tests only | every step that can happen, in every state of small clusters |
-//! | seeded faults | `mistakes.rs`, tests only | the same with a mistake built in, which must be found |
-//! | property tests | `protocol/tests.rs` | random schedules |
+//! | model checker | `tests/model.rs` | every step that can happen, in every state of small clusters |
+//! | seeded faults | `tests/mistakes.rs` | the same with a mistake built in, which must be found |
+//! | property tests | `protocol/tests` | random schedules |
 //! | simulator | [`crate::simulator`] | hundreds of nodes in virtual time, by seed |
 
 mod checks;
-#[cfg(test)]
-mod mistakes;
-#[cfg(test)]
-mod model;
 mod operations;
 mod step;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

@@ -94,11 +94,7 @@ mod copies;
 mod direct;
 mod discard;
 mod home;
-#[cfg(test)]
-mod hostile;
 mod message;
-#[cfg(test)]
-mod metadata;
 mod mistake;
 mod operation;
 mod push;

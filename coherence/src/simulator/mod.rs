@@ -133,5 +133,3 @@ pub(crate) fn run_with(config: &Config, mistake: crate::protocol::Mistake) -> Re
 
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod traces;

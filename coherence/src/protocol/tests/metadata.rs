@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use fabric::NodeId;
 
-use super::*;
+use super::super::*;
 use crate::page::PAGE_SIZE;
 
 /// One page in nine is a copy of another somewhere.

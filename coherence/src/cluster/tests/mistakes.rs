@@ -4,7 +4,7 @@
 use stateright::{Checker, HasDiscoveries, Model};
 
 use super::model::{RUNS, Small, one_home, property};
-use super::{Cluster, Step};
+use crate::cluster::{Cluster, Step};
 use crate::page::Page;
 use crate::protocol::{Class, Eviction, Mistake, RunPolicy, Shipping};
 use crate::simulator::{self, Config};

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use fabric::NodeId;
 use proptest::prelude::*;
 
-use super::classes::tests::classes;
-use super::message::tests::kinds;
-use super::operation::tests::operations;
-use super::*;
+use super::super::classes::tests::classes;
+use super::super::message::tests::kinds;
+use super::super::operation::tests::operations;
+use super::super::*;
 
 /// Pages of each node; the node under test is the second of three.
 const PAGES: u64 = 4;

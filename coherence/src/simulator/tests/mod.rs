@@ -1,5 +1,7 @@
 //! Short runs, and that what breaks is found and breaks again.
 
+mod traces;
+
 use super::*;
 
 #[test]

@@ -46,7 +46,7 @@
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
 
-use super::{Broken, Cluster, Step};
+use crate::cluster::{Broken, Cluster, Step};
 use crate::page::{Homes, Page};
 use crate::protocol::{Class, Eviction, RunPolicy, Shipping};
 

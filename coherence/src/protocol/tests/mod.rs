@@ -1,4 +1,8 @@
-//! The protocol in a cluster under random schedules, and the messages of each operation counted.
+//! The protocol in a cluster under random schedules, and the messages of each operation counted. Beside that [`hostile`]
+//! peers, and what the protocol's [`metadata`] costs.
+
+mod hostile;
+mod metadata;
 
 use std::sync::Arc;
 
