@@ -76,13 +76,38 @@ struct Msg {
 }
 const _: () = assert!(size_of::<Msg>() == 32);
 
-const UFFDIO_API: u64 = iowr(0x3f, size_of::<ApiArg>());
-const UFFDIO_REGISTER: u64 = iowr(0x00, size_of::<RegisterArg>());
-const UFFDIO_WAKE: u64 = 2 << 30 | (size_of::<WakeArg>() as u64) << 16 | 0xaa << 8 | 0x02;
-const UFFDIO_WRITEPROTECT: u64 = iowr(0x06, size_of::<WriteProtectArg>());
-const UFFDIO_CONTINUE: u64 = iowr(0x07, size_of::<ContinueArg>());
-const _: () =
-    assert!(UFFDIO_API == 0xc018_aa3f && UFFDIO_REGISTER == 0xc020_aa00 && UFFDIO_WAKE == 0x8010_aa02);
+/// The argument of a request to a userfaultfd.
+///
+/// # Safety
+/// For `REQUEST` the kernel reads and writes this structure and no other memory of this process; addresses inside it are
+/// of what the request is about, and the kernel checks them.
+unsafe trait Argument {
+    const REQUEST: u64;
+}
+
+// SAFETY: `struct uffdio_api`.
+unsafe impl Argument for ApiArg {
+    const REQUEST: u64 = iowr(0x3f, size_of::<ApiArg>());
+}
+// SAFETY: `struct uffdio_register`.
+unsafe impl Argument for RegisterArg {
+    const REQUEST: u64 = iowr(0x00, size_of::<RegisterArg>());
+}
+// SAFETY: `struct uffdio_range`, for UFFDIO_WAKE.
+unsafe impl Argument for WakeArg {
+    const REQUEST: u64 = 2 << 30 | (size_of::<WakeArg>() as u64) << 16 | 0xaa << 8 | 0x02;
+}
+// SAFETY: `struct uffdio_writeprotect`.
+unsafe impl Argument for WriteProtectArg {
+    const REQUEST: u64 = iowr(0x06, size_of::<WriteProtectArg>());
+}
+// SAFETY: `struct uffdio_continue`.
+unsafe impl Argument for ContinueArg {
+    const REQUEST: u64 = iowr(0x07, size_of::<ContinueArg>());
+}
+const _: () = assert!(
+    ApiArg::REQUEST == 0xc018_aa3f && RegisterArg::REQUEST == 0xc020_aa00 && WakeArg::REQUEST == 0x8010_aa02
+);
 
 /// `USERFAULTFD_IOC_NEW` on `/dev/userfaultfd`.
 const IOC_NEW: u64 = 0xaa00;
@@ -145,7 +170,7 @@ impl Uffd {
         })?;
         let uffd = Uffd(fd);
         let mut arg = ApiArg { api: API, features: FEATURES, ioctls: 0 };
-        uffd.ioctl(UFFDIO_API, &mut arg).map_err(|_| {
+        uffd.ioctl(&mut arg).map_err(|_| {
             "this kernel's userfaultfd lacks minor faults or write protection on shared memory: Linux 6.4 or \
              newer is needed"
                 .to_string()
@@ -153,10 +178,9 @@ impl Uffd {
         Ok(uffd)
     }
 
-    fn ioctl<T>(&self, request: u64, arg: &mut T) -> io::Result<()> {
-        // SAFETY: every caller passes the structure that belongs to the request, alive for the call; the
-        // addresses inside it are only handed to the kernel, which checks them.
-        let rc = unsafe { libc::ioctl(self.0.as_raw_fd(), request, std::ptr::from_mut(arg)) };
+    fn ioctl<T: Argument>(&self, arg: &mut T) -> io::Result<()> {
+        // SAFETY: the structure belongs to the request, as its type promises, and is alive for the call.
+        let rc = unsafe { libc::ioctl(self.0.as_raw_fd(), T::REQUEST, std::ptr::from_mut(arg)) };
         if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
@@ -169,7 +193,7 @@ impl Uffd {
             Mode::Home => 2 | 4,
             Mode::Remote => 1 | 2 | 4,
         };
-        self.ioctl(UFFDIO_REGISTER, &mut RegisterArg { start, len, mode, ioctls: 0 })
+        self.ioctl(&mut RegisterArg { start, len, mode, ioctls: 0 })
     }
 
     /// Maps pages that are in the file, and wakes who waits for them. Returns the bytes mapped: fewer than
@@ -181,7 +205,7 @@ impl Uffd {
         let mut arg = ContinueArg { start, len, mode: if write_protect { 2 } else { 0 }, mapped: 0 };
         loop {
             arg.mapped = 0;
-            match self.ioctl(UFFDIO_CONTINUE, &mut arg) {
+            match self.ioctl(&mut arg) {
                 Ok(()) => return Ok(len),
                 Err(e) if arg.mapped > 0 && e.raw_os_error() == Some(libc::EAGAIN) => {
                     // Interrupted half-way: the rest is still to do.
@@ -202,7 +226,7 @@ impl Uffd {
     /// What the kernel says.
     pub fn protect(&self, start: u64, len: u64, on: bool) -> io::Result<()> {
         loop {
-            match self.ioctl(UFFDIO_WRITEPROTECT, &mut WriteProtectArg { start, len, mode: u64::from(on) }) {
+            match self.ioctl(&mut WriteProtectArg { start, len, mode: u64::from(on) }) {
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => continue,
                 other => return other,
             }
@@ -214,7 +238,7 @@ impl Uffd {
     /// # Errors
     /// What the kernel says.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
-        self.ioctl(UFFDIO_WAKE, &mut WakeArg { start, len })
+        self.ioctl(&mut WakeArg { start, len })
     }
 
     /// Hands the waiting faults to `sink`; how many there were. Does not block.
