@@ -66,19 +66,17 @@ impl Engine {
     /// Has every shard do its part; which of the pages were read or written. What was lent is back when this returns.
     fn direct(&self, lender: Lender, wanted: Vec<(Page, Bytes)>) -> Vec<bool> {
         let done: Arc<[AtomicBool]> = wanted.iter().map(|_| AtomicBool::new(false)).collect();
-        let mut parts: Vec<Vec<Wanted>> = self.doors.iter().map(|_| Vec::new()).collect();
+        let mut parts: Vec<Vec<Wanted>> = self.handles.iter().map(|_| Vec::new()).collect();
         for (place, (page, bytes)) in wanted.into_iter().enumerate() {
             if page.0 < self.homes.pages() {
                 parts[usize::from(self.shards.shard(page))].push(Wanted { page, bytes, place });
             }
         }
-        for (door, pages) in self.doors.iter().zip(parts).filter(|(_, pages)| !pages.is_empty()) {
+        for (shard, pages) in self.handles.iter().zip(parts).filter(|(_, pages)| !pages.is_empty()) {
             let (left, done) = (pages.len(), done.clone());
             let job = Job { pages, done, left, since: Instant::now() };
-            if door.requests.send(Request::Direct(Box::new(job))).is_ok() {
-                // A full eventfd wakes as well.
-                let _ = door.bell.write(1);
-            }
+            // A shard that has ended drops its job, and so says that nothing was done.
+            shard.ask(Request::Direct(Box::new(job)));
         }
         // What this thread has won meanwhile is of no use to it before the answers are in.
         self.idle(base::thread::id() as u32);

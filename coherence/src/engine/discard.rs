@@ -33,12 +33,10 @@ impl Engine {
             while !rest.is_empty() {
                 let end = self.homes.range(self.homes.home(Page(rest.start))).end;
                 let end = rest.end.min(end).min((rest.start / BLOCK + 1) * BLOCK);
-                let door = &self.doors[usize::from(self.shards.shard(Page(rest.start)))];
-                door.requests
-                    .send(Request::Discard(rest.start..end, done.clone()))
-                    .map_err(|_| DiscardError)?;
-                // A full eventfd wakes as well.
-                let _ = door.bell.write(1);
+                let shard = &self.handles[usize::from(self.shards.shard(Page(rest.start)))];
+                if !shard.ask(Request::Discard(rest.start..end, done.clone())) {
+                    return Err(DiscardError);
+                }
                 (parts, asked, rest.start) = (parts + 1, end, end);
             }
         }

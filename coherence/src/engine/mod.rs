@@ -112,7 +112,7 @@ pub type OnFailure = Arc<dyn Fn(EngineError) + Send + Sync>;
 /// left the guest, or the process must be about to end.
 pub struct Engine {
     stats: Vec<Arc<ShardStats>>,
-    doors: Vec<Door>,
+    handles: Vec<ShardHandle>,
     homes: Homes,
     shards: Shards,
     /// Whoever discards pages has this: so nobody asks for a page to be discarded while it is.
@@ -124,10 +124,27 @@ pub struct Engine {
     uffds: Vec<Arc<Uffd>>,
 }
 
-/// The way into a shard's thread.
-struct Door {
+/// A shard's thread, as others reach it.
+struct ShardHandle {
     requests: Sender<Request>,
     bell: Arc<EventFd>,
+}
+
+impl ShardHandle {
+    /// Asks something of the shard; whether its thread is still there.
+    fn ask(&self, request: Request) -> bool {
+        let sent = self.requests.send(request).is_ok();
+        if sent {
+            self.wake();
+        }
+        sent
+    }
+
+    /// Has the shard look for news.
+    fn wake(&self) {
+        // A full eventfd wakes as well.
+        let _ = self.bell.write(1);
+    }
 }
 
 impl Engine {
@@ -145,7 +162,7 @@ impl Engine {
         let stop = Arc::new(AtomicBool::new(false));
         let mut engine = Engine {
             stats: Vec::new(),
-            doors: Vec::new(),
+            handles: Vec::new(),
             homes: config.homes.clone(),
             shards,
             discarding: Mutex::new(()),
@@ -182,7 +199,7 @@ impl Engine {
                 .map_err(|e| EngineError::Setup(format!("cannot start a shard's thread: {e}")))?;
             engine.uffds.push(uffd);
             engine.stats.push(stats);
-            engine.doors.push(Door { requests, bell });
+            engine.handles.push(ShardHandle { requests, bell });
             engine.threads.push(thread);
         }
         Ok(engine)
@@ -191,10 +208,7 @@ impl Engine {
     /// The calling thread's vCPU has nothing to do until somebody wakes it: what was kept for it may go.
     pub fn idle(&self, thread: u32) {
         if self.chains.idle(thread) {
-            for door in &self.doors {
-                // A full eventfd wakes as well.
-                let _ = door.bell.write(1);
-            }
+            self.handles.iter().for_each(ShardHandle::wake);
         }
     }
 
@@ -208,9 +222,9 @@ impl Engine {
     pub fn describe(&self, limit: Duration) -> Vec<String> {
         let deadline = Instant::now() + limit;
         let mut lines = Vec::new();
-        for (id, door) in self.doors.iter().enumerate() {
+        for (id, handle) in self.handles.iter().enumerate() {
             let (reply, answer) = bounded(1);
-            let asked = door.requests.send(Request::Describe(reply)).is_ok() && door.bell.write(1).is_ok();
+            let asked = handle.ask(Request::Describe(reply));
             match asked.then(|| answer.recv_deadline(deadline)) {
                 Some(Ok(shard)) => lines.extend(shard.into_iter().map(|line| format!("shard {id}: {line}"))),
                 _ => lines.push(format!("shard {id}: its thread does not answer")),
@@ -223,9 +237,7 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.stop.store(true, std::sync::atomic::Ordering::Release);
-        for door in &self.doors {
-            let _ = door.bell.write(1);
-        }
+        self.handles.iter().for_each(ShardHandle::wake);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
