@@ -1,4 +1,4 @@
-//! What it costs that several nodes write one word: see `benches::handover`.
+//! The cost of a word that several nodes write: see `benches::handover`.
 //!
 //! `cargo bench -p benches --bench handover -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process] [--busy] [--blocking]`
 //!

@@ -1,4 +1,4 @@
-//! What a bench is asked to measure: over which transports, waiting in which ways, and how often.
+//! The choice of measurements: over which transports, waiting in which ways, and how often.
 
 use anyhow::{Result, bail};
 

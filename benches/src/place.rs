@@ -1,4 +1,4 @@
-//! Which CPU and which priority a thread has while it is measured.
+//! The CPU and the priority of a thread that is measured.
 
 use nix::libc;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};

@@ -1,4 +1,4 @@
-//! What a node counts about its memory, and how long its faults take.
+//! The counters of a node's memory, and how long its faults take.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

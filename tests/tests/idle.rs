@@ -1,4 +1,4 @@
-//! What nodes cost when nothing happens.
+//! The cost of nodes while nothing happens.
 
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};

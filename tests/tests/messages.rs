@@ -1,4 +1,4 @@
-//! How many messages an operation costs, counted at the engines.
+//! The messages of each operation, counted at the engines.
 
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What a device on one node and a driver on another hand each other: buffers of many pages, copied by ordinary
+//! Transfers between a device on one node and its driver on another: buffers of many pages, copied by ordinary
 //! instructions and announced by a word of shared memory, while the next buffers are already being filled.
 
 use std::sync::atomic::Ordering::SeqCst;

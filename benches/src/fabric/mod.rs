@@ -1,4 +1,4 @@
-//! What the fabric costs beside the least that can move the same bytes, in the same run.
+//! The cost of the fabric beside the least that can move the same bytes, in the same run.
 //!
 //! ```text
 //!   near thread (one CPU)                          far thread (another CPU)

@@ -1,4 +1,4 @@
-//! Which operations are measured over which transports, and what is hoped for.
+//! The plan: the operations that are measured over each transport, and what is hoped for.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! What the bench tells a node, and what it answers: JSON, a line each, over a process's standard streams.
+//! The commands that the bench gives a node, and its answers: JSON, a line each, over a process's standard streams.
 
 use std::net::SocketAddr;
 

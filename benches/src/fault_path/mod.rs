@@ -1,4 +1,4 @@
-//! What a page fault costs that another node must answer, beside the floor: a bare fault handler and a bare
+//! The cost of a page fault that another node must answer, beside the floor: a bare fault handler and a bare
 //! round trip of the same bytes over the same transport, waiting in the same way.
 //!
 //! ```text

@@ -1,4 +1,4 @@
-//! Where the time of a miss goes, from the traces that the engines write anyhow. All processes run on one host
+//! The phases of a miss and the time of each, from the traces that the engines write anyhow. All processes run on one host
 //! and read one time stamp counter.
 
 use std::collections::HashMap;

@@ -1,4 +1,4 @@
-//! Which operations are measured, and how.
+//! The plan: the operations that are measured, and how.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! What the vCPUs run: 64-bit code at CPL 3.
+//! The programs of the vCPUs: 64-bit code at CPL 3.
 //!
 //! | register | holds |
 //! |---|---|

@@ -1,5 +1,5 @@
-//! What it costs that several nodes write one word: micro guests on KVM, a vCPU on each node, beside a bare round trip of
-//! 64 bytes over the same transport.
+//! The cost of a word that several nodes write: micro guests on KVM, a vCPU on each node, beside a bare round trip of 64
+//! bytes over the same transport.
 //!
 //! ```text
 //!   node 0: vCPU ── fault ──> engine ──┐          node 1: vCPU ── fault ──> engine

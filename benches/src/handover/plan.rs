@@ -1,4 +1,4 @@
-//! Which rows there are, and how they are measured.
+//! The plan: the rows, and how they are measured.
 
 use anyhow::{Result, bail};
 use serde::Serialize;

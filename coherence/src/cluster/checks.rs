@@ -1,4 +1,4 @@
-//! What must hold: at every step, and when nothing is under way.
+//! The invariants: those of every step, and those of a cluster in which nothing is under way.
 
 use fabric::NodeId;
 

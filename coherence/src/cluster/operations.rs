@@ -19,7 +19,7 @@ use super::{Again, Broken, Cluster, Seen, Step, need};
 use crate::page::Page;
 use crate::protocol::{Action, Bits, Effect, Operation, Width};
 
-/// How many values the byte of a page takes before it begins anew: enough to see one operation too many or too few,
+/// How many values the byte of a page takes before it begins again: enough to see one operation too many or too few,
 /// and few enough states.
 pub const VALUES: u8 = 4;
 

@@ -1,4 +1,4 @@
-//! What a node may hold for the guest, in bytes, and how many copies of other nodes' pages that leaves room for.
+//! The memory budget of a node, in bytes, and how many copies of other nodes' pages it leaves room for.
 //!
 //! ```text
 //!  budget │ this node's own memory, whole: what comes home always finds its frame

@@ -1,9 +1,9 @@
-//! How long a page that was won is kept.
+//! Chains of faults, and for how long the pages that a chain won are kept.
 //!
 //! One instruction may need many pages at once: its code, its data, and the page tables that lead there (on
 //! AMD CPUs, and on Intel's with EPT accessed/dirty bits, a page-table walk needs its pages *writable*). If a
-//! node gave up the first of them before the last had come, two nodes could steal from each other for ever
-//! and neither would retire an instruction. So the faults of one thread that follow each other closely form a
+//! node gave up the first of them before the last had come, two nodes could steal from each other without
+//! end, and neither would retire an instruction. So the faults of one thread that follow each other closely form a
 //! *chain*, and what a chain won is kept together:
 //!
 //! ```text
@@ -14,9 +14,9 @@
 //! Keeping for as long as the gathering takes when nobody is in its way makes a node run about half of its
 //! time, whatever a fault costs on its hardware. (Not for as long as it *took*: that holds the time for which
 //! the other node kept the pages, and the two would drive each other up.) A vCPU that halts keeps nothing. When
-//! one page of a chain goes, the others may go as well: the thread has to begin anew, and keeping them would
+//! one page of a chain goes, the others may go as well: the thread has to begin again, and keeping them would
 //! only keep the other node from getting on. Two chains may wait for each other: so a thread that has waited for
-//! one page for some round trips keeps nothing for it. For how many is drawn anew for each chain, from
+//! one page for some round trips keeps nothing for it. For how many is drawn for each chain, from
 //! [`PATIENCE`]: one of the two gives up long before the other, and not always the same.
 
 use std::hash::{BuildHasher, RandomState};
@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 const PATIENCE: [u64; 8] = [2, 4, 4, 8, 8, 16, 32, 64];
 /// The longest that anything is kept after the last page of its chain came, and that a chain is patient.
 const LONGEST: Duration = Duration::from_millis(200);
-/// No instruction needs more pages than this: after so many faults a chain has made progress, and begins anew.
+/// No instruction needs more pages than this: after so many faults a chain has made progress, and another begins.
 const MOST: u32 = 24;
 /// Threads that are told apart; what further ones win is kept for the shortest time.
 const SLOTS: usize = 4096;
@@ -129,7 +129,7 @@ impl Chains {
         Chain { slot: index as u32, number: slot.number.load(Relaxed) }
     }
 
-    /// A thread that was called out of a wait is back at it: the chain that it belongs to now. Nothing begins anew, its
+    /// A thread that was called out of a wait is back at it: the chain that it belongs to now. Nothing begins again, its
     /// patience least of all: else two threads that are called out again and again would wait for each other without end.
     pub fn resumed(&self, chain: Chain) -> Chain {
         let slot = self.slots.get(chain.slot as usize);
@@ -165,7 +165,7 @@ impl Chains {
     }
 
     /// A page of the chain was given up: what else it won is of no use without it, and the thread will begin
-    /// anew with that page.
+    /// again with that page.
     pub fn broken(&self, chain: Chain) {
         if let Some(slot) = self.slots.get(chain.slot as usize) {
             let next = chain.number.wrapping_add(1);

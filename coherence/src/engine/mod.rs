@@ -74,7 +74,7 @@ pub enum EngineError {
     /// A peer broke the protocol.
     #[error(transparent)]
     Violation(#[from] Violation),
-    /// A system call failed that cannot fail in a sound state.
+    /// A system call failed that cannot fail unless this program is wrong.
     #[error("{what} of page {page:#x} failed: {source}")]
     Page {
         /// What was being done.

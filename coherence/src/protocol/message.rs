@@ -1,4 +1,4 @@
-//! What nodes say to each other about a page.
+//! The messages between nodes about a page.
 
 use fabric::NodeId;
 

@@ -2,8 +2,8 @@
 //!
 //! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`], [`Protocol::discard`],
 //! [`Protocol::load`], [`Protocol::store`], [`Protocol::operate`] and [`Protocol::release`]; every input appends
-//! [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no clock and no randomness here. The engine, the model checker, the property tests and the simulator all
-//! drive this code.
+//! [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no clock and no randomness here. The
+//! engine, the model checker, the property tests and the simulator all drive this code.
 //!
 //! Each node plays two parts: *cache* ([`cache`]) for the pages that its guest view maps, and *home*
 //! ([`home`]) for the pages whose directory it keeps. When both parts of one node talk to each other the

@@ -34,7 +34,7 @@
 //! # Why exactly once
 //! Lanes neither lose nor double messages (a rail that breaks is the fabric's to mend, or the machine ends). Each
 //! question is passed on at most once and answered by whoever did not pass it on. Nothing is ever asked again:
-//! a CPU whose operation was refused begins anew.
+//! a CPU whose operation was refused begins again.
 
 use fabric::NodeId;
 

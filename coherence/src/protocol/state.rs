@@ -1,4 +1,4 @@
-//! Where the protocol keeps what it knows of pages: tables that grow where pages are used, and small
+//! The containers of what the protocol knows of pages: tables that grow where pages are used, and small
 //! ordered maps for the few pages on which something is under way.
 
 use std::collections::BTreeMap;

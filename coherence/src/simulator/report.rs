@@ -1,4 +1,4 @@
-//! What a simulation says when it ends, well or badly.
+//! The report of a simulation, whether it ended well or badly.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! What the simulated CPUs do: mostly what is popular or near, now and then something in sequence, and at
+//! The accesses of simulated CPUs: mostly to what is popular or near, now and then something in sequence, and at
 //! times all of them the same.
 
 use super::Config;

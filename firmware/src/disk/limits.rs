@@ -1,4 +1,4 @@
-//! What a search may take: everything on a disk is the guest's word, and must not cost the host more than this.
+//! The limits of a search: everything on a disk is the guest's word, and must not cost the host more than this.
 
 use std::io;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What nodes and the coordinator say to each other, before and after it is known who speaks.
+//! The messages between nodes and the coordinator, before and after it is known who speaks.
 #![no_main]
 use std::fmt::Debug;
 

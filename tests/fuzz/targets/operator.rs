@@ -1,4 +1,4 @@
-//! What operators say to a running machine, and what becomes of it: a request has one meaning, and whatever it asks for
+//! Operators' requests to a running machine: a request has one meaning, and whatever it asks for
 //! is done or refused with one line.
 #![no_main]
 use std::time::Instant;

@@ -104,7 +104,7 @@ pub fn thread(accesses: &[Access], variant: Variant, pauses: bool) -> Vec<u8> {
     let back = -(code.len() as i32 + 6);
     code.extend_from_slice(&[0x0f, 0x85]);
     code.extend_from_slice(&back.to_le_bytes());
-    // Done. The host sets the registers anew before the vCPU goes on.
+    // Done. The host sets the registers again before the vCPU goes on.
     code.extend_from_slice(code64!("20:", "out 0x80, al", "jmp 20b"));
     code
 }

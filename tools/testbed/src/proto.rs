@@ -1,4 +1,4 @@
-//! What the testbed and the agent on a host say to each other, over one byte stream.
+//! The protocol of the testbed and the agent on a host, over one byte stream.
 //!
 //! A frame is a header of 9 bytes, then the payload:
 //!

@@ -1,4 +1,4 @@
-//! What a guest says on its console, as data.
+//! A guest's reports on its console, as data.
 //!
 //! The guest's `/init` prints `GESTALT-MARK <event>`, `GESTALT-REPORT <key>=<value>` and `GESTALT-ASK` lines between
 //! whatever else appears there.

@@ -1,4 +1,4 @@
-//! What a run needs, put together: the stage with programs and guests, and hosts that see it.
+//! The rig of a run: the stage with programs and guests, and hosts that see it.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! What the tasks that boot machines have in common.
+//! Options that the tasks which boot machines have in common.
 
 use anyhow::{Result, bail};
 use clap::Args;

@@ -1,4 +1,4 @@
-//! What `cargo xtask test` has found so far: counts, failures, and where the time went.
+//! The tally of `cargo xtask test`: counts, failures, and where the time went.
 
 use std::time::{Duration, Instant};
 

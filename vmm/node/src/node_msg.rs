@@ -1,4 +1,4 @@
-//! What nodes say to each other on lane 0, and its form on the wire.
+//! The messages between nodes on lane 0, and their form on the wire.
 //!
 //! Every message is one frame of fixed length by kind, little-endian, encoded into a buffer on the stack. A
 //! frame of any other length or with a field out of range is malformed: its sender is not a sound node.

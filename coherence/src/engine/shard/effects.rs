@@ -1,5 +1,5 @@
-//! What the protocol asks for, carried out: the page tables of the guest view, the frames, and what leaves for
-//! other nodes.
+//! The protocol's effects, carried out: on the page tables of the guest view, on the frames, and as messages to other
+//! nodes.
 
 use crate::trace::{self, Event};
 use fabric::NodeId;

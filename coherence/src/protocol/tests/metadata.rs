@@ -1,4 +1,4 @@
-//! What the protocol itself costs: at most 0.4 % of guest RAM, over the whole cluster.
+//! The protocol's metadata: at most 0.4 % of guest RAM, over the whole cluster.
 //!
 //! Guest RAM is at least 90 % of what the nodes may use, so all copies together are at most a ninth of it.
 //! The tests spread them as unluckily as they can.

@@ -1,4 +1,4 @@
-//! What boot loaders leave behind: which kernels there are, which one starts when nobody chooses, and its command line.
+//! The configurations of boot loaders: which kernels there are, which one starts when nobody chooses, and its command line.
 //!
 //! | file | whose |
 //! |---|---|

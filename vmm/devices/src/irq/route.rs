@@ -1,4 +1,4 @@
-//! Which CPUs a destination means.
+//! The route of an interrupt: the CPUs that a destination means.
 
 use super::{Destination, Mode};
 

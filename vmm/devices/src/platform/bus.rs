@@ -1,4 +1,4 @@
-//! Which device answers at which port or guest physical address.
+//! The bus: the devices by port or guest physical address.
 
 use super::BusDevice;
 use std::collections::BTreeMap;

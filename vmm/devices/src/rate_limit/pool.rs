@@ -1,4 +1,4 @@
-//! What the disks of a node, or its network cards in one direction, may do all together.
+//! The pool of a rate that the disks of a node share, or its network cards in one direction.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};

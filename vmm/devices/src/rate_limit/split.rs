@@ -1,4 +1,4 @@
-//! How devices split a rate that they have in common, without a clock.
+//! The split of a rate that devices have in common, without a clock.
 //!
 //! It is a hierarchical token bucket (Devera's HTB, of Linux's traffic control) of two levels. Each device has a bucket
 //! that fills at its part of the rate, and all of them together have one that fills at the whole rate:

@@ -1,4 +1,4 @@
-//! What the fuzz targets in `tests/fuzz` and the property tests call: each kind of device, and a driver that may do
+//! The bodies of the fuzz targets in `tests/fuzz`, and of the property tests: each kind of device, and a driver that may do
 //! anything to it ([`super::testing::hostile`]). Only memory, sockets and a file in memory are behind the devices. Built for
 //! tests only.
 

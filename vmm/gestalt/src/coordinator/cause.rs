@@ -1,4 +1,4 @@
-//! Which of several signs of a failure is its cause.
+//! The cause of a failure, among several signs of it.
 //!
 //! A node that dies takes its control connection with it, and its peers notice through the fabric. All
 //! this arrives in any order. What is certain outranks what is hearsay, and the earlier outranks the later.

@@ -1,4 +1,4 @@
-//! What the session is told, and what it answers.
+//! The events that the session is told, and its answers.
 
 use std::net::SocketAddr;
 

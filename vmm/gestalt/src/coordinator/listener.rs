@@ -1,4 +1,4 @@
-//! Where nodes knock: accepting connections and hearing their introductions, strangers included.
+//! The listener for nodes: it accepts connections and hears their introductions, strangers included.
 //!
 //! Every connection shakes hands in a thread of its own with a deadline, and their number is limited:
 //! a stranger that says nothing, or garbage, costs a thread for seconds and disturbs nobody.

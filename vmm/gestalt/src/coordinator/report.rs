@@ -1,4 +1,4 @@
-//! What a run came to: the nodes' counters, added up, for `gestalt run --report`.
+//! The report of a run: the nodes' counters, added up, for `gestalt run --report`.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

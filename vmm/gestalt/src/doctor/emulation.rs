@@ -1,4 +1,4 @@
-//! Whether a host's CPUs are an emulator's, so that times measured on it say nothing about real servers.
+//! Signs that a host's CPUs are an emulator's, so that times measured on it say nothing about real servers.
 //!
 //! That a host is virtual does not count: its instructions run on a real CPU.
 

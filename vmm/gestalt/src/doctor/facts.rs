@@ -1,4 +1,4 @@
-//! What there is to know about a host, without a judgement.
+//! The facts about a host, without a judgement.
 
 use std::time::Duration;
 

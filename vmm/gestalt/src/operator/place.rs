@@ -1,4 +1,4 @@
-//! Where the sockets of this user's machines are: one in a folder that only the user can enter, named after the machine.
+//! The places of the sockets of this user's machines: in a folder that only the user can enter, named after the machine.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;

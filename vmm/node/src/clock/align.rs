@@ -1,4 +1,4 @@
-//! What a node does about its distance to node 0's clock. Pure.
+//! The alignment of a node's clock with node 0's: what to do about their distance. Pure.
 
 use super::estimator::Bounds;
 

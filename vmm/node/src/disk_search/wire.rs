@@ -1,4 +1,4 @@
-//! What the child of a disk search says.
+//! The words of a disk search's child, and their form.
 
 use serde::{Deserialize, Serialize};
 

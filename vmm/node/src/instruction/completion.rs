@@ -1,4 +1,4 @@
-//! What an instruction does to the CPU once its operand's old value is known.
+//! The completion of an instruction: what it does to the CPU once its operand's old value is known.
 
 use coherence::protocol::Width;
 

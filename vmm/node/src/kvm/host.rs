@@ -1,4 +1,4 @@
-//! What this host's CPUs and KVM offer, found by asking and by trying.
+//! The abilities of this host's CPUs and KVM, found by asking and by trying.
 
 use firmware::cpuid::CpuidEntry;
 use kvm_bindings::{Msrs, kvm_msr_entry};
@@ -26,7 +26,7 @@ pub struct HostCpu {
     /// Whether a guest's write to IA32_TSC_DEADLINE reaches us.
     ///
     /// KVM has a fast path for that write which looks neither at the MSR filter nor at whether there is an
-    /// in-kernel local APIC: it drops the write, and the guest would wait for ever for its timer. Linux has
+    /// in-kernel local APIC: it drops the write, and the guest would wait for its timer. Linux has
     /// it on Intel CPUs with a preemption timer since 5.8, and on every CPU since 6.18. Such hosts must not
     /// offer the mode; the guest then uses the one-shot mode, whose register always exits.
     pub deadline_exits: bool,

@@ -290,7 +290,7 @@ impl Vcpu {
     /// What KVM answers.
     pub fn interrupt(&mut self, vector: u8) -> Result<(), KvmError> {
         ioctls::interrupt(&self.fd, vector)?;
-        // One at a time: KVM says anew at the next exit whether it takes another.
+        // One at a time: KVM says at the next exit whether it takes another.
         self.fd.get_kvm_run().ready_for_interrupt_injection = 0;
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What a node reports at the end of a run.
+//! The counters that a node reports at the end of a run.
 
 use coherence::stats::Totals;
 use fabric::TransportStats;

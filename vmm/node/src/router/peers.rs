@@ -1,4 +1,4 @@
-//! Who is there: when each peer was heard last, heartbeats, and losses.
+//! The peers: when each was heard last, heartbeats, and losses.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! Which node has the device at an address: the same answer at every node, without asking anybody.
+//! The places of devices: the node that has the device at an address, the same answer at every node, without asking anybody.
 
 use fabric::NodeId;
 use firmware::pci::bus_of;

@@ -1,4 +1,4 @@
-//! What is done about each reason to leave the guest.
+//! The exits: what is done about each reason to leave the guest.
 
 use super::Space;
 use super::msr::{self, Answer};

@@ -1,4 +1,4 @@
-//! What others leave for a vCPU, and the kick that makes it look.
+//! The mailbox of a vCPU: what others leave there, and the kick that makes it look.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 

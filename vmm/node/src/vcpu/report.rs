@@ -1,4 +1,4 @@
-//! What is said of a vCPU that cannot go on, or that somebody asks about.
+//! The report on a vCPU that cannot go on, or that somebody asks about.
 
 use std::fmt::Write;
 

@@ -1,4 +1,4 @@
-//! Whether a vCPU that waits for a page can be called out of its wait, tried on a guest of two instructions.
+//! The trial whether a vCPU that waits for a page can be called out of its wait, on a guest of two instructions.
 //!
 //! A guest's access to a page that is not here waits inside KVM_RUN until userfaultfd's handler brings the page. Since
 //! Linux 6.2 a signal ends that wait: KVM_RUN returns EINTR, and the instruction has not happened. So interrupts, a stop,

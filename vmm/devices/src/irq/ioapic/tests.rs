@@ -1,4 +1,4 @@
-//! What the I/O APIC does, told as Linux drives it, and checked against a naive model of each pin.
+//! The I/O APIC, told as Linux drives it, and checked against a naive model of each pin.
 
 use super::*;
 use crate::irq::Destination;

@@ -1,4 +1,4 @@
-//! What a local APIC does, told as Linux drives it, and checked against a naive oracle.
+//! The local APIC, told as Linux drives it, and checked against a naive oracle.
 
 use super::*;
 use proptest::prelude::*;

@@ -1,4 +1,4 @@
-//! What is behind a block device.
+//! The disk behind a block device.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};

@@ -1,4 +1,4 @@
-//! What driver and device tell each other of a named port (5.3.6.2).
+//! The control messages of driver and device about a named port (5.3.6.2).
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

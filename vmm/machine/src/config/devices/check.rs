@@ -1,4 +1,4 @@
-//! Whether a device can be, as far as that can be said without its host.
+//! The checks of a device, as far as they can be made without its host.
 
 use super::{MAX_CHANNEL_NAME, MAX_DISK_QUEUES, MAX_QUEUE_PAIRS, MAX_TAP_NAME, PlacedKind, SERIAL_LEN};
 use crate::config::limits::{self, Limits};

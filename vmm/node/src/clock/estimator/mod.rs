@@ -1,8 +1,8 @@
-//! How far another host's clock is from ours: hard bounds from ping rounds.
+//! The estimate of another host's clock: hard bounds of its distance to ours, from ping rounds.
 //!
 //! Nothing is assumed of the delays but that a message arrives after it was sent. Of the drift it is assumed
 //! that it stays within [`MAX_DRIFT_PPM`] and that it changes slowly ([`WANDER_PPB_PER_S`]); a round that
-//! contradicts what was known (a host that was suspended) starts the estimate anew.
+//! contradicts what was known (a host that was suspended) starts the estimate again.
 
 /// Largest difference of two servers' TSC rates, in parts per million: crystals are within 100 of nominal,
 /// and stated frequencies within 250 of each other.

@@ -1,4 +1,4 @@
-//! Whether a qcow2 image holds together: QEMU's `docs/interop/qcow2.rst`.
+//! The check of a qcow2 image's consistency, after QEMU's `docs/interop/qcow2.rst`.
 //!
 //! ```text
 //! header ─┬─ refcount table ── refcount blocks: how often each cluster of the file is used
