@@ -150,6 +150,30 @@ impl DualMemory {
         entries.chunks_exact(size_of::<u64>()).map(rights).collect()
     }
 
+    /// Whether the guest view maps the page: a hint, as [`DualMemory::mapped`]'s.
+    pub fn is_mapped(&self, page: Page) -> bool {
+        self.mapped(page, 1).first().is_some_and(|rights| *rights != Rights::None)
+    }
+
+    /// Copies bytes of the page as they are now, whoever may be writing them; 8 aligned bytes are read at once. `false` if
+    /// they go beyond the page.
+    pub fn read_at(&self, page: Page, offset: usize, bytes: &mut [u8]) -> bool {
+        if offset + bytes.len() > PAGE_SIZE {
+            return false;
+        }
+        // SAFETY: inside the page, as just checked.
+        let from = unsafe { self.frame_ptr(page).cast::<u8>().add(offset) };
+        match <&mut [u8; 8]>::try_from(&mut *bytes) {
+            Ok(word) if offset.is_multiple_of(8) => {
+                // SAFETY: aligned and inside the page; others write it as a guest's CPUs do, through no Rust reference.
+                *word = unsafe { from.cast::<u64>().read_volatile() }.to_le_bytes();
+            }
+            // SAFETY: inside the page; a raw copy, which tears where the guest writes at the same time, as a CPU's would.
+            _ => unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) },
+        }
+        true
+    }
+
     /// A copy of the page's bytes as they are now, whoever may be writing them.
     pub fn read(&self, page: Page) -> [u8; PAGE_SIZE] {
         let mut bytes = [0; PAGE_SIZE];

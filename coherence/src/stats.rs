@@ -1,7 +1,10 @@
 //! The counters of a node's memory, and how long its faults take.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
@@ -12,6 +15,7 @@ macro_rules! counters {
         #[derive(Debug)]
         pub struct ShardStats {
             $($(#[$doc])* pub $name: AtomicU64,)+
+            withdrawals: AtomicU64,
             latency: Mutex<Histogram<u64>>,
         }
 
@@ -25,7 +29,7 @@ macro_rules! counters {
 
         impl Default for ShardStats {
             fn default() -> Self {
-                ShardStats { $($name: AtomicU64::new(0),)+ latency: Mutex::new(histogram()) }
+                ShardStats { $($name: AtomicU64::new(0),)+ withdrawals: AtomicU64::new(0), latency: Mutex::new(histogram()) }
             }
         }
 
@@ -97,6 +101,14 @@ counters! {
     copied,
     /// Pages that devices had to touch because something was under way on them.
     not_direct,
+    /// Operations that vCPUs of this node had carried out where the page is.
+    operations,
+    /// Of these, which were done.
+    operations_done,
+    /// Of these, which were not.
+    operations_refused,
+    /// Operations carried out here for vCPUs of other nodes.
+    operated,
     /// Coherence messages sent.
     messages_sent,
     /// Coherence messages received.
@@ -116,6 +128,17 @@ impl ShardStats {
     /// Adds to a counter that only this thread writes.
     pub fn add(counter: &AtomicU64, n: u64) {
         counter.store(counter.load(Relaxed) + n, Relaxed);
+    }
+
+    /// Pages are about to go from the guest view. Only the shard's thread calls this.
+    pub fn count_withdrawal(&self) {
+        // Order: whoever sees a page go has seen this.
+        self.withdrawals.fetch_add(1, SeqCst);
+    }
+
+    /// How often pages went from the guest view.
+    pub fn withdrawals(&self) -> u64 {
+        self.withdrawals.load(SeqCst)
     }
 
     /// Notes how long a fault took.

@@ -5,7 +5,8 @@
 //! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
 //! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
 //! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back; [`Engine::discard`]
-//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices, whose buffers are `lent`.
+//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices, whose buffers are `lent`;
+//! [`ship`] is for instructions whose page stays where it is.
 
 mod ahead;
 mod budget;
@@ -17,6 +18,7 @@ mod outbox;
 mod recall;
 mod request;
 mod shard;
+pub mod ship;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;

@@ -8,7 +8,9 @@ use std::time::Instant;
 use crossbeam::channel::Sender;
 
 use super::lent::{Lent, LentMut};
+use super::ship::Vcpus;
 use crate::page::Page;
+use crate::protocol::{Class, Operation, Shipping};
 
 /// What other threads may ask of a shard.
 pub enum Request {
@@ -18,6 +20,12 @@ pub enum Request {
     Discard(Range<u64>, Sender<()>),
     /// A device reads or overwrites pages of this shard.
     Direct(Box<Job>),
+    /// Faults of these vCPUs may be answered by shipping.
+    Ship(Arc<dyn Vcpus>, Shipping),
+    /// A vCPU does this with a page.
+    Operate { page: Page, token: u32, operation: Operation },
+    /// A page of this home is of this class.
+    SetClass(Page, Class),
 }
 
 /// A device's bytes for a page.

@@ -122,7 +122,7 @@ pub fn run(options: &Options) -> Result<()> {
         debian::copy(&image, &copy)?;
         copy.display().to_string()
     });
-    machine.flags = login::prepare(host, rig.stage(), machine.cards.len())?;
+    machine.flags.extend(login::prepare(host, rig.stage(), machine.cards.len())?);
     println!("booting Debian over {} nodes; this takes minutes on emulated hosts", machine.nodes.len());
     let boot = Boot::start(&rig, &machine, None)?;
     let mut course = Course { rig: &rig, machine: &machine, boot, step: String::new() };

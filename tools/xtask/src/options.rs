@@ -41,6 +41,9 @@ pub struct Options {
     /// What the nodes talk over; emulated hosts get soft-RoCE
     #[arg(long, value_enum, default_value_t)]
     pub fabric: Fabric,
+    /// Whether instructions go to pages that stay at another node, as `gestalt run --ship` takes it
+    #[arg(long, value_parser = ["off", "auto", "always"])]
+    pub ship: Option<String>,
     /// CPUs of each emulated host; 2 if not given, and 1 in Bochs, which emulates CPUs one after the other
     #[arg(long)]
     pub host_cpus: Option<u32>,
@@ -64,6 +67,7 @@ impl Options {
             hosts: 1,
             kernel: Kernel::TrixieCloud,
             fabric: Fabric::Tcp,
+            ship: None,
             host_cpus: None,
             emulate: emulate.then_some(Emulate::Amd),
             eptad: false,
@@ -98,6 +102,7 @@ impl Options {
         machine.hosts = self.hosts;
         machine.kernel = self.kernel;
         machine.rdma = self.fabric == Fabric::Rdma;
+        machine.flags.extend(self.ship.iter().flat_map(|mode| ["--ship".to_owned(), mode.clone()]));
         Ok(machine)
     }
 

@@ -150,8 +150,13 @@ impl Core {
                 // The page was mapped just before for who waited, unless it came ahead of its need.
                 self.holds.hold(page, self.prefetch.is_untouched(page), self.holds.now());
             }
-            // Nothing is shipped yet: no fault says that it may be, and no home has a class.
-            Effect::Ship(_) | Effect::Operate { .. } | Effect::Operated { .. } => {}
+            Effect::Ship(page) => self.ship(page),
+            Effect::Operate { to, page, token, operation } => {
+                ShardStats::count(&self.stats.operated);
+                let old = Some(self.mapping.memory().operate(page, &operation).into());
+                self.send(to, Message { page, kind: Kind::Operated { token, old } }, Body::Absent)?;
+            }
+            Effect::Operated { page, token, old } => self.operated(page, token, old.map(u128::from)),
             Effect::Deferred(page) => {
                 trace::event(Event::Defer, page.0, 0);
                 ShardStats::count(&self.stats.deferred);

@@ -85,7 +85,12 @@ impl Core {
         let window = if fault.write { None } else { self.prefetch.touched(page) };
         let upgrade = fault.write && self.protocol.rights(page) == Rights::Shared;
         let was_missing = self.protocol.is_missing(page);
-        self.protocol.fault(page, fault.write, &mut self.effects);
+        if self.shipping.may_ship(fault.thread, page) {
+            self.set_time();
+            self.protocol.fault_may_ship(page, fault.write, &mut self.effects);
+        } else {
+            self.protocol.fault(page, fault.write, &mut self.effects);
+        }
         self.apply(Body::Absent)?;
         match (was_missing, self.protocol.is_missing(page)) {
             (false, false) => ShardStats::count(&self.stats.local_faults),

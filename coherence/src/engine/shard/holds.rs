@@ -89,6 +89,21 @@ impl Holds {
         }
     }
 
+    /// The page does not come: who waited for it waits no more, and keeps nothing. Their threads.
+    pub fn give_up(&mut self, page: Page, now: u64) -> Vec<u32> {
+        let Holds { chains, waiters, .. } = self;
+        let mut threads = Vec::new();
+        waiters.retain(|waiter| {
+            if waiter.page == page {
+                chains.answered(waiter.chain, now);
+                chains.idle(waiter.thread);
+                threads.push(waiter.thread);
+            }
+            waiter.page != page
+        });
+        threads
+    }
+
     /// A miss was answered after so long.
     pub fn took(&self, miss: Duration) {
         self.chains.took(miss);
@@ -186,6 +201,20 @@ mod tests {
         assert_eq!(holds.waits_again(Page(1), 7), Some(chain));
         assert_eq!((holds.waits_again(Page(2), 7), holds.waits_again(Page(1), 8)), (None, None));
         assert_eq!(holds.waiters.len(), 1);
+    }
+
+    #[test]
+    fn a_page_that_does_not_come_is_awaited_no_more_and_nothing_is_kept_for_its_threads() {
+        let mut holds = holds();
+        let chain = holds.waits(Page(1), 7, 0);
+        holds.mapped(Page(1), 10);
+        holds.hold_for(Page(1), chain, 10);
+        holds.waits(Page(2), 7, 20);
+        holds.waits(Page(2), 8, 30);
+        holds.waits(Page(3), 9, 40);
+        assert_eq!(holds.give_up(Page(2), 50), [7, 8]);
+        assert!(!holds.is_awaited(Page(2)) && holds.is_awaited(Page(3)));
+        assert_eq!(holds.chains.release_at(chain, 10, HOLD + 10), HOLD + 10);
     }
 
     #[test]

@@ -11,12 +11,15 @@ use super::effects::is_zero;
 use crate::memory::DualMemory;
 use crate::page::{BLOCK, Homes, PAGE_SIZE, Page, Shards};
 use crate::protocol::Protocol;
+use crate::stats::ShardStats;
 use crate::uffd::{Mode, Uffd};
 
 const LEN: u64 = PAGE_SIZE as u64;
 
 /// The memory, and what watches the shard's part of it.
 pub struct Mapping {
+    /// Told before pages go from the guest view.
+    stats: Arc<ShardStats>,
     memory: Arc<DualMemory>,
     uffd: Arc<Uffd>,
     homes: Homes,
@@ -65,6 +68,7 @@ impl Mapping {
         id: u16,
         memory: Arc<DualMemory>,
         most_garbage: usize,
+        stats: Arc<ShardStats>,
     ) -> Result<Mapping, EngineError> {
         let uffd = Arc::new(Uffd::open().map_err(EngineError::Setup)?);
         for node in 0..config.homes.nodes() {
@@ -78,6 +82,7 @@ impl Mapping {
             }
         }
         Ok(Mapping {
+            stats,
             memory,
             uffd,
             homes: config.homes.clone(),
@@ -187,6 +192,7 @@ impl Mapping {
 
     /// Unmaps another home's page, whose next touch shows that it is used.
     pub fn probe(&self, page: Page) -> Result<(), EngineError> {
+        self.stats.count_withdrawal();
         self.memory.unmap(page, 1).map_err(failed("unmapping", page))
     }
 
@@ -208,6 +214,7 @@ impl Mapping {
         }
         let pages = || (first.0..first.0 + absent).map(Page);
         pages().for_each(|page| self.memory.ensure_frame(page));
+        self.stats.count_withdrawal();
         self.memory.unmap(first, absent).map_err(failed("unmapping", first))?;
         // SAFETY: just unmapped, and only this shard maps its pages again or writes them.
         let zeroes = pages().take_while(|&page| is_zero(unsafe { self.memory.frame(page) })).count();
@@ -216,6 +223,7 @@ impl Mapping {
 
     /// Gives up the frames of pages of this home, mapped or not.
     pub fn punch(&self, first: Page, count: u16) -> Result<(), EngineError> {
+        self.stats.count_withdrawal();
         self.memory.free(first, count.into()).map_err(failed("giving up the frame", first))
     }
 

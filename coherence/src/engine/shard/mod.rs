@@ -5,6 +5,7 @@
 //! - `prefetch`: what is asked for ahead of its need.
 //! - `holds`: who waits for which page, and pages that are kept after they were won.
 //! - `devices`: what devices and the balloon wait for.
+//! - `shipping`: vCPUs that were called out because their page stays where it is.
 //! - `mapping`: the guest view's page tables and the frames behind them.
 //! - `effects`: what the protocol asks for, carried out with these.
 
@@ -14,6 +15,7 @@ mod faults;
 mod holds;
 mod mapping;
 mod prefetch;
+mod shipping;
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -31,6 +33,7 @@ use self::faults::Misses;
 use self::holds::Holds;
 use self::mapping::Mapping;
 use self::prefetch::Prefetch;
+use self::shipping::{PATIENCE, Shipping};
 use super::budget::copies_of_shard;
 use super::chains::Chains;
 use super::outbox::Outbox;
@@ -70,6 +73,7 @@ struct Core {
     prefetch: Prefetch,
     holds: Holds,
     devices: Devices,
+    shipping: Shipping,
 }
 
 impl Shard {
@@ -94,7 +98,7 @@ impl Shard {
             most_garbage = (copies / 16).min(GARBAGE);
             protocol.set_budget(copies - most_garbage, Eviction::Clock);
         }
-        let mapping = Mapping::new(config, shards, id, memory, most_garbage)?;
+        let mapping = Mapping::new(config, shards, id, memory, most_garbage, stats.clone())?;
         let lane = config.first_lane + id;
         let receiver = transport
             .take_receiver(lane)
@@ -109,6 +113,7 @@ impl Shard {
             prefetch: Prefetch::new(config.homes.clone()),
             holds: Holds::new(chains),
             devices: Devices::default(),
+            shipping: Shipping::default(),
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
     }
@@ -172,6 +177,7 @@ impl Shard {
             result.map(|()| frames)
         })??;
         let faults = core.take_faults()?;
+        core.fetch_unshippable()?;
         Ok(frames + faults + released > 0)
     }
 
@@ -180,7 +186,8 @@ impl Shard {
         // A hold that ends matters only to who waits for it; the others end when something happens.
         let now = self.core.holds.now();
         let next = self.core.holds.next_look().map(|look_at| look_at.saturating_sub(now));
-        let timeout = next.map_or(TICK, Duration::from_nanos).min(TICK);
+        let tick = if self.core.shipping.is_at_rest() { TICK } else { PATIENCE };
+        let timeout = next.map_or(tick, Duration::from_nanos).min(tick);
         let mut fds = [self.receiver.fd(), self.core.mapping.uffd().as_fd(), bell.as_fd()]
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match ppoll(&mut fds, Some(TimeSpec::from_duration(timeout)), None) {
@@ -203,6 +210,15 @@ impl Core {
             }
             Request::Discard(pages, done) => self.discard(pages, done),
             Request::Direct(job) => self.direct(job),
+            Request::Ship(vcpus, shipping) => {
+                self.ship_for(vcpus, shipping);
+                Ok(())
+            }
+            Request::Operate { page, token, operation } => self.operate(page, token, operation),
+            Request::SetClass(page, class) => {
+                self.protocol.set_class(page, class);
+                Ok(())
+            }
         }
     }
 
@@ -217,6 +233,7 @@ impl Core {
             u64::from(message.kind.code()) << 16 | u64::from(from.0),
         );
         let zeroes = self.mapping.surrender(message.page, self.protocol.untouched(&message))?;
+        self.set_time();
         self.protocol.message(from, message, zeroes, &mut self.effects)?;
         self.apply(body)?;
         if let Kind::Data { .. } = message.kind {
@@ -225,6 +242,11 @@ impl Core {
         }
         self.miss_again(message.page);
         Ok(())
+    }
+
+    /// Tells the protocol the time, by which pages have their classes.
+    fn set_time(&mut self) {
+        self.protocol.set_time(self.holds.now() / 1000);
     }
 
     /// Releases pages that were kept long enough.
@@ -249,6 +271,9 @@ impl Core {
         let is_late = |since: Instant| now.saturating_duration_since(since) > limit;
         if self.devices.jobs.oldest().is_some_and(is_late) {
             return stuck("a device waits for its pages".to_owned());
+        }
+        if let Some(Page(page)) = self.shipping.find(is_late) {
+            return stuck(format!("a vCPU waits for what it does with page {page:#x} elsewhere"));
         }
         match self.misses.find(is_late) {
             Some(Page(page)) => {

@@ -26,7 +26,7 @@ use machine::config::devices::{
 use machine::config::file::{self, parse_fabric};
 use machine::config::rdma::FabricKind;
 use machine::config::units::{parse_duration, parse_size};
-use machine::config::{CheckedMachine, ConfigError, MachineConfig, NodeConfig, NodeHost};
+use machine::config::{CheckedMachine, ConfigError, MachineConfig, NodeConfig, NodeHost, ShipMode};
 use machine::keys::{KeyFile, MachineKey};
 
 /// CPUs per node if nothing is said.
@@ -52,6 +52,27 @@ impl From<FabricArg> for FabricKind {
         match fabric {
             FabricArg::Tcp => FabricKind::Tcp,
             FabricArg::Rdma => FabricKind::Rdma,
+        }
+    }
+}
+
+/// Whether instructions are shipped, as the command line knows it.
+#[derive(Copy, Clone, Debug, clap::ValueEnum)]
+enum ShipArg {
+    /// Never.
+    Off,
+    /// Where it saves time.
+    Auto,
+    /// Wherever it is possible.
+    Always,
+}
+
+impl From<ShipArg> for ShipMode {
+    fn from(ship: ShipArg) -> ShipMode {
+        match ship {
+            ShipArg::Off => ShipMode::Off,
+            ShipArg::Auto => ShipMode::Auto,
+            ShipArg::Always => ShipMode::Always,
         }
     }
 }
@@ -137,6 +158,9 @@ pub struct RunArgs {
     /// How long a node keeps a page that it just won
     #[arg(long, value_parser = parse_duration)]
     hold: Option<Duration>,
+    /// Whether instructions on a page that stays at another node are carried out there; "always" is for tests
+    #[arg(long, value_enum)]
+    ship: Option<ShipArg>,
     /// What carries pages and messages between nodes
     #[arg(long, value_enum)]
     fabric: Option<FabricArg>,
@@ -293,6 +317,7 @@ impl RunArgs {
         set(&mut config.name, &self.name);
         set(&mut config.silence, &self.silence);
         set(&mut config.hold, &self.hold);
+        set(&mut config.ship, &self.ship.map(ShipMode::from));
         set(&mut config.fabric, &self.fabric.map(FabricKind::from));
         config.devices.extend(self.disk.iter().chain(&self.net).cloned());
         let seed = Seed {

@@ -74,6 +74,7 @@ impl CheckedMachine {
             devices,
             hold: self.hold,
             timer_rest: self.timer_rest,
+            ship: self.ship,
             silence: self.silence,
             rdma: (self.fabric == FabricKind::Rdma).then(|| self.rdma.clone()),
             plaintext_fabric: self.plaintext_fabric,

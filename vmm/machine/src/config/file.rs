@@ -10,6 +10,7 @@
 //! silence = "3s"                      # a node that says nothing for so long is lost
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
+//! ship = "off"                        # or "auto", "always": instructions go to pages, not pages to instructions
 //! timer_rest = 8                      # emulated hosts only: after a timer interrupt its CPU is left alone for so
 //!                                     # many times as long as it took, 4 s at most; default: 0, each comes at its time
 //! join_timeout = "10min"
@@ -81,7 +82,7 @@ use crate::config::devices::{DeviceRequest, RequestedKind, parse_mac};
 use crate::config::limits::{Capacity, Limits};
 use crate::config::rdma::{FabricKind, RdmaForm};
 use crate::config::units::{parse_duration, parse_size};
-use crate::config::{ConfigError, MachineConfig, NodeConfig, NodeHost};
+use crate::config::{ConfigError, MachineConfig, NodeConfig, NodeHost, ShipMode};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -95,6 +96,8 @@ struct FileForm {
     shards: Option<u16>,
     hold: Option<String>,
     timer_rest: Option<u32>,
+    #[serde(default)]
+    ship: ShipMode,
     join_timeout: Option<String>,
     key: Option<PathBuf>,
     #[serde(default)]
@@ -290,6 +293,7 @@ pub fn parse(text: &str) -> Result<MachineConfig, ConfigError> {
         plaintext_fabric: form.plaintext_fabric,
         hold: duration("hold", form.hold, default.hold)?,
         timer_rest: form.timer_rest.unwrap_or(default.timer_rest),
+        ship: form.ship,
         join_timeout: match form.join_timeout {
             None => None,
             given => Some(duration("join_timeout", given, Duration::ZERO)?),

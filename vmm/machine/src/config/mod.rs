@@ -29,6 +29,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use firmware::{MachineSpec, NodeSpec};
+use serde::{Deserialize, Serialize};
 
 pub use self::check::CheckedMachine;
 use self::devices::{DeviceRequest, RequestedKind};
@@ -63,6 +64,19 @@ pub const DEFAULT_CMDLINE: &str = "console=ttyS0";
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
+
+/// Whether an instruction on a page that stays at another node is carried out there.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShipMode {
+    /// Never: all pages move to who uses them.
+    #[default]
+    Off,
+    /// Where the page's home sees that it saves time.
+    Auto,
+    /// Wherever it is possible: for tests.
+    Always,
+}
 
 /// The host of a node, which says who starts its process.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Default)]
@@ -133,6 +147,8 @@ pub struct MachineConfig {
     /// After a timer interrupt its CPU is left alone for so many times as long as it took. For emulated hosts, where one
     /// may take longer than a tick; 0 on real servers: each interrupt comes at its time.
     pub timer_rest: u32,
+    /// Whether instructions may be carried out where their operand is, instead of moving its page.
+    pub ship: ShipMode,
     /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can give to
     /// nodes on its own host only.
     pub key: Option<PathBuf>,
@@ -162,6 +178,7 @@ impl Default for MachineConfig {
             shards: None,
             hold: DEFAULT_HOLD,
             timer_rest: 0,
+            ship: ShipMode::default(),
             join_timeout: None,
             fabric: FabricKind::default(),
             rdma: RdmaConfig::default(),

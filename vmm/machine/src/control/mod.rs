@@ -38,6 +38,7 @@ use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
+use crate::config::ShipMode;
 use crate::config::devices::PlacedDevice;
 use crate::config::limits::{Capacity, Limits};
 use crate::config::rdma::RdmaConfig;
@@ -69,6 +70,8 @@ pub struct Machine {
     pub hold: Duration,
     /// After a timer interrupt its CPU is left alone for so many times as long as it took; 0: not at all.
     pub timer_rest: u32,
+    /// Whether instructions may be carried out where their operand is.
+    pub ship: ShipMode,
     /// How long a peer may say nothing before it counts as lost.
     pub silence: Duration,
     /// Which RDMA ports carry the fabric's frames; `None` if TCP does.

@@ -11,6 +11,7 @@
 //! | [`platform`] | node 0's devices |
 //! | [`boot_disk`] | the kernel, named or out of a disk |
 //! | [`pci_devices`] | this node's disks and network cards |
+//! | [`shipping`] | instructions that are carried out where their operand is |
 //! | [`orders`] | devices that come, go or change while the machine runs |
 //! | [`console`] | COM1 and the coordinator's terminal |
 //! | [`counters`] | the report |
@@ -22,6 +23,7 @@ pub mod orders;
 pub mod parts;
 pub mod pci_devices;
 pub mod platform;
+pub mod shipping;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use base::lock;
+use coherence::engine::ship::Vcpus as ShippingVcpus;
 use coherence::engine::{Engine, EngineConfig, OnFailure};
 use coherence::memory::DualMemory;
 use coherence::page::Homes;
+use coherence::protocol;
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use fabric::rdma::RdmaTransport;
 use fabric::secure::PrivateKey;
@@ -21,6 +23,7 @@ use super::boot_disk::BootPaths;
 use super::console::{self, Input};
 use super::pci_devices::PciDevices;
 use super::platform::Platform;
+use super::shipping::{Desk, Shipping};
 use super::{Event, StateText, VCPUS, counters, orders};
 use crate::clock::thread::{Aligner, Pong};
 use crate::clock::{GuestClock, Scale};
@@ -31,10 +34,11 @@ use crate::router::peers::{Peers, spawn_heartbeat};
 use crate::router::remote::{AllDevices, DeviceServer, LocalDevices};
 use crate::router::{CONTROL_LANE, Router};
 use crate::trace;
-use crate::vcpu::{self, Environment, Table, VcpuConfig, Vcpus, waiting};
+use crate::vcpu::{self, Environment, Shipper, Table, VcpuConfig, Vcpus, waiting};
 use devices::platform::bus::Shared;
 use devices::platform::hotplug::HotPlug;
 use devices::virtio::GuestRam;
+use machine::config::ShipMode;
 use machine::control::{Assignment, Control, DeviceOrder, Joined, NodeReport, Start, ToCoordinator};
 
 /// How long the mesh may take once everybody has joined.
@@ -52,6 +56,8 @@ const TRACE: usize = 4000;
 pub struct Host {
     kvm: Kvm,
     cpu: HostCpu,
+    /// Whether a vCPU can be called out of its wait for a page.
+    can_call_out: bool,
     listener: Listener,
     /// Drawn for this run.
     key: PrivateKey,
@@ -65,11 +71,12 @@ impl Host {
     pub fn open(assignment: &Assignment) -> anyhow::Result<Host> {
         let kvm = caps::open()?;
         let cpu = HostCpu::probe(&kvm)?;
-        if let Err(why) = waiting::can_be_called_out(&kvm, &cpu) {
+        let called_out = waiting::can_be_called_out(&kvm, &cpu);
+        if let Err(why) = &called_out {
             tracing::warn!("vCPUs take no interrupts while they wait for a page: {why}");
         }
         let listener = Listener::bind(&assignment.fabric_listen)?;
-        Ok(Host { kvm, cpu, listener, key: PrivateKey::generate()? })
+        Ok(Host { kvm, cpu, can_call_out: called_out.is_ok(), listener, key: PrivateKey::generate()? })
     }
 
     /// What the other nodes must know of it.
@@ -98,6 +105,8 @@ pub struct Node {
     engine: Arc<Engine>,
     transport: Arc<dyn Transport>,
     clock: Arc<GuestClock>,
+    /// If anything is shipped.
+    shipping: Option<Arc<Shipping>>,
     /// Lives as long as the vCPUs.
     _vm: Vm,
     _memory: Arc<DualMemory>,
@@ -120,7 +129,7 @@ impl Node {
         let machine = &assignment.machine;
         let node = NodeId(assignment.node);
         let layout = Layout::new(&machine.spec, acpi::size_bound(&machine.spec))?;
-        let Host { kvm, cpu, listener, key } = host;
+        let Host { kvm, cpu, can_call_out, listener, key } = host;
         let keys = MeshKeys { own: key, nodes: start.fabric_keys() };
         let transport = mesh(listener, assignment, start.addresses(), keys)?;
 
@@ -184,6 +193,7 @@ impl Node {
 
         let vm = Vm::new(&kvm)?;
         map_ram(&vm, &memory, &layout)?;
+        let shipping;
         let vcpus = {
             let base = cpuid::intersect(&start.nodes.iter().map(|n| n.cpuid.clone()).collect::<Vec<_>>())?;
             cpuid::check_memory(&base, &layout)?;
@@ -212,13 +222,14 @@ impl Node {
                 .collect();
             let vcpu_events = events.clone();
             let idle = engine.clone();
+            shipping = ship(machine.ship, can_call_out, &engine, &memory, &layout, &base, &table);
             let env = Environment {
                 devices,
                 interrupts: router.clone(),
                 clock: clock.clone(),
                 on_idle: Arc::new(move |thread| idle.idle(thread)),
                 timer_rest: machine.timer_rest,
-                shipper: None,
+                shipper: shipping.clone().map(|shipping| shipping as Arc<dyn Shipper>),
                 on_failure: Arc::new(move |failure| drop(vcpu_events.send(failure.into()))),
             };
             Vcpus::create(&vm, table, &configs, &env)?
@@ -232,6 +243,7 @@ impl Node {
             engine,
             transport,
             clock,
+            shipping,
             _vm: vm,
             _memory: memory,
             _lane: lane,
@@ -246,6 +258,7 @@ impl Node {
             &self.transport.stats(),
             &self.vcpus.counters(),
             &self.clock.stats(),
+            self.shipping.as_deref(),
         )
     }
 
@@ -314,6 +327,31 @@ fn heartbeat(router: &Arc<Router>) -> anyhow::Result<Sender<()>> {
     let (stop, stopped) = unbounded();
     spawn_heartbeat(router.clone(), stopped)?;
     Ok(stop)
+}
+
+/// What is needed to ship instructions, if they are. A host that cannot call a vCPU out ships none; the others' may still
+/// be carried out there.
+fn ship(
+    mode: ShipMode,
+    can_call_out: bool,
+    engine: &Arc<Engine>,
+    memory: &Arc<DualMemory>,
+    layout: &Layout,
+    cpuid: &[firmware::cpuid::CpuidEntry],
+    table: &Arc<Table>,
+) -> Option<Arc<Shipping>> {
+    let how = match mode {
+        ShipMode::Off => return None,
+        ShipMode::Auto => protocol::Shipping::Auto(protocol::Rules::default()),
+        ShipMode::Always => protocol::Shipping::Always,
+    };
+    let sizes = cpuid.iter().find(|entry| entry.leaf == 0x8000_0008);
+    // What a CPU without the leaf has.
+    let physical_bits = sizes.map_or(36, |entry| entry.eax as u8);
+    let desk = Arc::new(Desk::new(table.clone(), can_call_out));
+    engine.ship(&(desk.clone() as Arc<dyn ShippingVcpus>), how);
+    let shipping = Shipping::new(engine.clone(), memory.clone(), layout.ram_ranges(), physical_bits, desk);
+    Some(Arc::new(shipping))
 }
 
 /// Sets this node's clock to node 0's and keeps it there.

@@ -249,6 +249,11 @@ impl Table {
         true
     }
 
+    /// Whether the vCPU was called out for `page` and has not looked yet.
+    pub fn is_to_ship(&self, thread: u32, page: Page) -> bool {
+        self.slot_of(thread).is_some_and(|slot| slot.ship.load(Ordering::SeqCst) == page.0 + 1)
+    }
+
     fn slot_of(&self, thread: u32) -> Option<&Slot> {
         self.slots.iter().find(|slot| slot.mailbox.is_of(thread))
     }

@@ -96,6 +96,8 @@ pub struct Parts {
     pub shipper: Option<Arc<dyn Shipper>>,
     /// How the boot processor begins: in real mode at [`CODE`], unless a test says otherwise.
     pub start: BspRegisters,
+    /// Whether all processors begin as the boot processor does, each with its number in RSI.
+    pub all_start: bool,
     khz: u32,
     cpuid: Vec<CpuidEntry>,
 }
@@ -114,6 +116,17 @@ pub fn places(nodes: &[u32]) -> Vec<CpuPlace> {
 impl Parts {
     /// This node's parts; `transport` is its place in the machine.
     pub fn new(host: &HostCpu, places: &[CpuPlace], transport: Arc<dyn Transport>) -> Parts {
+        let memory = Arc::new(DualMemory::new((MEMORY / PAGE_SIZE) as u64).unwrap());
+        Parts::with_memory(host, places, transport, memory)
+    }
+
+    /// The same, with this memory.
+    pub fn with_memory(
+        host: &HostCpu,
+        places: &[CpuPlace],
+        transport: Arc<dyn Transport>,
+        memory: Arc<DualMemory>,
+    ) -> Parts {
         let node = transport.node();
         let here: Vec<_> = places.iter().filter(|cpu| cpu.node == node.0).copied().collect();
         let (write, writes) = mpsc::channel();
@@ -137,7 +150,6 @@ impl Parts {
             true => GuestClock::new(host.tsc_khz.into(), Scale::ONE),
             false => GuestClock::fixed(host.tsc_khz.into()),
         });
-        let memory = Arc::new(DualMemory::new((MEMORY / PAGE_SIZE) as u64).unwrap());
         let cpuid = cpuid(host);
         Parts {
             devices,
@@ -152,6 +164,7 @@ impl Parts {
             memory,
             shipper: None,
             start: real_mode(),
+            all_start: false,
             khz: host.tsc_khz,
             cpuid,
         }
@@ -188,7 +201,7 @@ impl Parts {
         let kvm = caps::open().unwrap();
         let vm = Vm::new(&kvm).unwrap();
         // SAFETY: the guest keeps the memory after its VM, and the test touches it by copies only.
-        unsafe { vm.add_memory(0, 0, self.memory.guest_view(), MEMORY as u64).unwrap() };
+        unsafe { vm.add_memory(0, 0, self.memory.guest_view(), self.memory.len() as u64).unwrap() };
         let configs: Vec<_> = self
             .places
             .iter()
@@ -198,7 +211,9 @@ impl Parts {
                 cpuid: self.cpuid.clone(),
                 msrs: Vec::new(),
                 start: match place.vcpu {
-                    0 => Start::Boot(Box::new(self.start)),
+                    vcpu if vcpu == 0 || self.all_start => {
+                        Start::Boot(Box::new(BspRegisters { rsi: vcpu.into(), ..self.start }))
+                    }
                     _ => Start::WaitForSipi,
                 },
             })

@@ -8,6 +8,7 @@ mod clock;
 mod harness;
 mod interrupts;
 mod nodes;
+mod shipped;
 mod shipping;
 mod startup;
 mod user;

@@ -141,7 +141,8 @@ fn interrupts_among_shipped_instructions_lose_and_double_nothing() {
         if faults % 3 == 0 {
             guest.post(0, 0x31);
         }
-        assert!(guest.vcpus.table().ship(fault.thread, Page(PAGE)));
+        // If it is out for the interrupt already it comes again.
+        guest.vcpus.table().ship(fault.thread, Page(PAGE));
         if faults % 3 == 1 {
             guest.post(0, 0x31);
         }

@@ -1,0 +1,59 @@
+//! Shipping: between the threads of vCPUs, which know what an instruction would do with a page, and the shards, which know
+//! that the page stays where it is.
+//!
+//! ```text
+//!  vCPU's thread                          its shard                            the owner's shard
+//!  waits for a page ────────────────────> fault_may_ship ── Get, may ship ...
+//!    Vcpus::call_out <─────────────────── Effect::Ship <─── ...
+//!  Engine::operate ── Request::Operate ─> Protocol::operate ── Operate ───> Effect::Operate: DualMemory::operate
+//!    Vcpus::answered <─────────────────── Effect::Operated <── Operated ─────┘
+//! ```
+//! A vCPU that is called out and does not look, because it waits in a part of the kernel that a signal does not end, gets
+//! its page after some time (`shard/shipping.rs`).
+
+use std::sync::Arc;
+
+use super::Engine;
+use super::request::Request;
+use crate::page::Page;
+use crate::protocol::{Class, Operation, Shipping};
+
+/// The vCPUs of a node, as its engine deals with them. The engine's threads call these, so none may block.
+pub trait Vcpus: Send + Sync {
+    /// Whether a thread that waits for `page` is a vCPU's that can do without it.
+    fn may_ship(&self, thread: u32, page: Page) -> bool;
+    /// The page stays where it is: the vCPU is to be called out, and then to use [`Engine::operate`], or to touch the page
+    /// again. `false` if it cannot be: the page must come.
+    fn call_out(&self, thread: u32, page: Page) -> bool;
+    /// Whether the vCPU was called out for `page` and has not looked yet.
+    fn is_called(&self, thread: u32, page: Page) -> bool;
+    /// What became of a vCPU's operation: the old bytes, or `None` if it was not done and will not be.
+    fn answered(&self, token: u32, old: Option<u128>);
+}
+
+impl Engine {
+    /// From now on faults of `vcpus` may be answered by shipping, and this node's pages have classes. Until then all pages
+    /// move; nodes need not begin at the same moment.
+    pub fn ship(&self, vcpus: &Arc<dyn Vcpus>, shipping: Shipping) {
+        for shard in &self.handles {
+            shard.ask(Request::Ship(vcpus.clone(), shipping));
+        }
+    }
+
+    /// Has an operation carried out where the page is, for a vCPU that was called out. [`Vcpus::answered`] with the token
+    /// follows, once; the token tells a vCPU from others, which has one operation under way at most.
+    pub fn operate(&self, page: Page, token: u32, operation: Operation) {
+        self.handles[usize::from(self.shards.shard(page))].ask(Request::Operate { page, token, operation });
+    }
+
+    /// Gives a page of this node a class, where [`Shipping::Manual`] is asked for: for tests.
+    pub fn set_class(&self, page: Page, class: Class) {
+        self.handles[usize::from(self.shards.shard(page))].ask(Request::SetClass(page, class));
+    }
+
+    /// How many pages the shard of `page` has taken away from this node's guest view so far, counted before each goes: if it
+    /// is the same before a look at a page that is mapped and after it, the page was mapped during all of the look.
+    pub fn withdrawals(&self, page: Page) -> u64 {
+        self.stats[usize::from(self.shards.shard(page))].withdrawals()
+    }
+}
