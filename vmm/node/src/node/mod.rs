@@ -14,12 +14,14 @@
 //! | [`shipping`] | instructions that are carried out where their operand is |
 //! | [`orders`] | devices that come, go or change while the machine runs |
 //! | [`console`] | COM1 and the coordinator's terminal |
+//! | [`panics`] | a panic in any thread |
 //! | [`counters`] | the report |
 
 pub mod boot_disk;
 pub mod console;
 pub mod counters;
 pub mod orders;
+pub mod panics;
 pub mod parts;
 pub mod pci_devices;
 pub mod platform;
@@ -101,6 +103,7 @@ impl From<VcpuFailure> for Event {
 /// A sentence for the operator, when the node cannot start or the coordinator is lost.
 pub fn run(assignment: Assignment, control: Control) -> anyhow::Result<Exit> {
     let (events, happened) = unbounded();
+    panics::end_node(&control, &events, panics::GRACE);
     let mut node = start(&assignment, &control, &events)?;
     let stop = watch(&mut node, &control, &happened);
     // Its threads may be stuck in page faults, which only the end of the process ends.
