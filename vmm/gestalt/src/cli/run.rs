@@ -43,7 +43,7 @@ const TYPED: usize = 4;
 enum FabricArg {
     /// TCP.
     Tcp,
-    /// InfiniBand or RoCE, connected over TCP.
+    /// InfiniBand or RoCE, connected over TCP; neither encrypted nor authenticated.
     Rdma,
 }
 
@@ -193,9 +193,10 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
         // For this run alone; the nodes that it starts get theirs from it.
         None => MachineKey::generate()?,
     };
-    if config.plaintext_fabric {
+    if let Some(how) = unprotected(&config) {
         tracing::warn!(
-            "the fabric is in plaintext: who can reach its network can read and change the guest's memory"
+            "the fabric {how}: who can reach its network can read and change the guest's memory; use a network of the \
+             machine's own"
         );
     }
     let report = args.report.as_deref().map(open_report).transpose()?;
@@ -224,6 +225,15 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
         Outcome::Interrupted(Interrupt::Escape) => Ok(0),
         Outcome::Interrupted(Interrupt::Signal(signal)) => Ok(128 + signal as u8),
         Outcome::Failed(why) => Err(anyhow::anyhow!(why)),
+    }
+}
+
+/// In which way the fabric's frames travel unprotected, if they do.
+fn unprotected(config: &MachineConfig) -> Option<&'static str> {
+    match config.fabric {
+        FabricKind::Rdma => Some("is RDMA, which is neither encrypted nor authenticated"),
+        FabricKind::Tcp if config.plaintext_fabric => Some("is in plaintext"),
+        FabricKind::Tcp => None,
     }
 }
 
@@ -405,6 +415,25 @@ mod tests {
             let name = path.file_name().unwrap().to_str().unwrap();
             assert!(told.contains(&format!("| `{name}` |")), "examples/README.md does not tell of {name}");
         }
+    }
+
+    #[test]
+    fn a_fabric_that_protects_nothing_is_named_for_it() {
+        let tcp = MachineConfig::default();
+        let rdma = MachineConfig { fabric: FabricKind::Rdma, ..tcp.clone() };
+        let plaintext = MachineConfig { plaintext_fabric: true, ..tcp.clone() };
+        assert_eq!(unprotected(&tcp), None);
+        assert_eq!(unprotected(&rdma), Some("is RDMA, which is neither encrypted nor authenticated"));
+        assert_eq!(unprotected(&plaintext), Some("is in plaintext"));
+    }
+
+    #[test]
+    fn the_readme_says_that_rdma_is_not_protected_wherever_it_says_that_pages_travel_sealed() {
+        let readme =
+            std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../README.md")).unwrap();
+        let text = readme.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(text.contains("Over TCP pages and interrupts travel sealed; over RDMA they do not"));
+        assert!(text.contains("**RDMA traffic is neither encrypted nor authenticated**"));
     }
 
     #[test]

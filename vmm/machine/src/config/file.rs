@@ -17,7 +17,8 @@
 //! key = "machine.key"                 # of `gestalt key new`, relative to this file; needed for nodes elsewhere
 //! plaintext_fabric = false            # true: pages and interrupts travel unprotected; for networks of your own
 //! distances = [[10, 20], [20, 10]]    # SLIT
-//! fabric = "rdma"                     # default "tcp"; the table [rdma] is described in `rdma.rs`
+//! fabric = "rdma"                     # default "tcp"; the table [rdma] is described in `rdma.rs`. What travels over
+//!                                     # RDMA is neither encrypted nor authenticated
 //!
 //! [[node]]
 //! name = "n0"
