@@ -72,6 +72,7 @@ pub fn over_tcp(
             },
             plaintext,
             timeout: Duration::from_secs(10),
+            silence: Duration::from_secs(10),
         })?)
     };
     let [near, far] = listeners;

@@ -142,6 +142,7 @@ impl Worker {
                     keys: keys(setup.node, setup.addresses.len()),
                     plaintext: setup.plaintext,
                     timeout: Duration::from_secs(10),
+                    silence: Duration::from_secs(10),
                 })?);
                 Part::Ours(Ours::start(setup, transport)?)
             }

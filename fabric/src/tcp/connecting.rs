@@ -27,6 +27,9 @@ const HELLO_TIME: Duration = Duration::from_secs(5);
 /// Connections that have not proven who they are, beyond those that are expected; the oldest has to go first.
 const STRANGERS: usize = 64;
 
+/// What a peer does not acknowledge for so long, it does not get over this rail, where there are several.
+const RAIL_SILENCE: Duration = Duration::from_millis(1000);
+
 /// Pause before a failed connection is tried again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
@@ -100,6 +103,8 @@ pub(super) struct Connecting {
     /// Whether a peer that is connected may take its time with the handshake: it may not have come to its mesh yet,
     /// while its listening socket takes the connection already.
     pub(super) patient: bool,
+    /// How long a connection may get no acknowledgement.
+    silence: Duration,
     inbound: Vec<Inbound>,
     outbound: Vec<Outbound>,
 }
@@ -109,9 +114,12 @@ impl Connecting {
         listeners: Vec<TcpListener>,
         own: Credentials,
         addresses: Vec<Vec<SocketAddr>>,
+        silence: Duration,
     ) -> Connecting {
+        // With several rails a dead one must show before the peer is taken for lost.
+        let silence = if listeners.len() > 1 { silence.min(RAIL_SILENCE) } else { silence };
         let (inbound, outbound) = (Vec::new(), Vec::new());
-        Connecting { listeners, own, addresses, expected: 0, patient: true, inbound, outbound }
+        Connecting { listeners, own, addresses, expected: 0, patient: true, silence, inbound, outbound }
     }
 
     /// How many rails there are.
@@ -212,8 +220,8 @@ impl Connecting {
         loop {
             match self.listeners[rail].accept() {
                 Ok((socket, address)) => {
-                    let several = self.rails() > 1;
-                    if let Err(error) = socket.set_nonblocking(true).and_then(|()| tune(&socket, several)) {
+                    let silence = self.silence;
+                    if let Err(error) = socket.set_nonblocking(true).and_then(|()| tune(&socket, silence)) {
                         tracing::warn!(%address, %error, "connection closed: it cannot be set up");
                         continue;
                     }
@@ -274,7 +282,7 @@ impl Connecting {
         for mut outbound in std::mem::take(&mut self.outbound) {
             let late = outbound.until.is_some_and(|until| Instant::now() >= until);
             let mut refused = false;
-            match outbound.step(&self.own, self.patient, self.listeners.len() > 1, &mut refused, lanes) {
+            match outbound.step(&self.own, self.patient, self.silence, &mut refused, lanes) {
                 Ok(Some((met, socket))) => lanes.up(Connection { met, socket, rail: outbound.rail }),
                 Ok(None) if late => self.failed(outbound, "it does not answer", false, lanes),
                 Ok(None) => self.outbound.push(outbound),
@@ -307,7 +315,7 @@ impl Outbound {
         &mut self,
         own: &Credentials,
         patient: bool,
-        several: bool,
+        silence: Duration,
         refused: &mut bool,
         lanes: &mut dyn Lanes,
     ) -> Result<Option<(Met, TcpStream)>, Rejection> {
@@ -323,7 +331,7 @@ impl Outbound {
                     *refused = error.kind() == ErrorKind::ConnectionRefused;
                     return Err(stranger(format!("cannot connect: {error}")));
                 }
-                tune(&socket, several)
+                tune(&socket, silence)
                     .map_err(|error| stranger(format!("its connection failed ({error})")))?;
                 let initiator = Initiator::new(&socket, own, self.peer, self.lane)?;
                 self.state = State::Greeted(socket, initiator);

@@ -39,6 +39,8 @@ pub struct MeshConfig {
     pub plaintext: bool,
     /// How long the whole mesh may take.
     pub timeout: Duration,
+    /// With one rail: how long a peer may leave what was sent to it unacknowledged before it is lost.
+    pub silence: Duration,
 }
 
 /// The keys of one run of one machine.
@@ -152,7 +154,7 @@ impl Listener {
             plaintext: config.plaintext,
         };
         let own = Credentials { identity, own: config.keys.own, nodes: config.keys.nodes };
-        let mut connecting = Connecting::new(self.sockets, own, config.addresses);
+        let mut connecting = Connecting::new(self.sockets, own, config.addresses, config.silence);
         let connections = mesh::build(&mut connecting, config.timeout)?;
         TcpTransport::new(config.node, config.plaintext, connections, connecting)
     }

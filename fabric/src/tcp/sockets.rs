@@ -2,6 +2,7 @@
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt};
@@ -10,14 +11,11 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, setso
 /// backlog. Without CAP_NET_ADMIN the kernel grants at most `net.core.{w,r}mem_max`.
 const SOCKET_BUFFER: usize = 1 << 20;
 
-/// A silent connection is probed after this many seconds, then every second.
-const PROBE_AFTER: u32 = 2;
+/// A connection on which nothing comes for so many seconds is probed, and from then on every second.
+const PROBE_AFTER: u32 = 1;
 
-/// That many probes without an answer end the connection.
+/// That many probes without an answer would end the connection; its user timeout does so sooner or later.
 const PROBES: u32 = 3;
-
-/// What a peer does not acknowledge for so many milliseconds, it does not get over this rail.
-const RAIL_SILENCE: u32 = 1000;
 
 /// Begins to connect to `address`; the socket becomes writable when it is connected or has failed.
 pub(super) fn begin_connect(address: SocketAddr) -> nix::Result<TcpStream> {
@@ -31,20 +29,19 @@ pub(super) fn begin_connect(address: SocketAddr) -> nix::Result<TcpStream> {
     }
 }
 
-/// Sets a connection up for greetings and frames. Where there are `several` rails a dead one must show sooner than
-/// the users above take the peer for lost.
-pub(super) fn tune(socket: &TcpStream, several: bool) -> std::io::Result<()> {
+/// Sets a connection up for greetings and frames. It ends when the peer acknowledges nothing for `silence`: neither what
+/// was sent nor, if nothing was, a probe. (tcp(7), TCP_USER_TIMEOUT. Heartbeats of the users above travel on one lane and say
+/// nothing of the others, whose packets may take another way or meet another rule.)
+pub(super) fn tune(socket: &TcpStream, silence: Duration) -> std::io::Result<()> {
     // Every frame is wanted at once: never wait for an acknowledgement to fill a segment.
     socket.set_nodelay(true)?;
-    // A host that died sends no FIN. Data in flight is covered by the heartbeats of the users above; an
-    // idle connection is covered here.
     setsockopt(socket, sockopt::KeepAlive, &true)?;
-    setsockopt(socket, sockopt::TcpKeepIdle, if several { &1 } else { &PROBE_AFTER })?;
-    if several {
-        setsockopt(socket, sockopt::TcpUserTimeout, &RAIL_SILENCE)?;
-    }
+    setsockopt(socket, sockopt::TcpKeepIdle, &PROBE_AFTER)?;
     setsockopt(socket, sockopt::TcpKeepInterval, &1)?;
     setsockopt(socket, sockopt::TcpKeepCount, &PROBES)?;
+    // 0 would be no limit.
+    let silence = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX).max(1);
+    setsockopt(socket, sockopt::TcpUserTimeout, &silence)?;
     Ok(())
 }
 

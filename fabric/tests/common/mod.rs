@@ -215,6 +215,7 @@ pub fn config(node: usize, addresses: &[SocketAddr], lanes: u16) -> MeshConfig {
         },
         plaintext: false,
         timeout: PATIENCE,
+        silence: PATIENCE,
     }
 }
 

@@ -301,6 +301,7 @@ fn mesh(
         keys,
         plaintext: assignment.machine.plaintext_fabric,
         timeout: MESH,
+        silence: machine.silence,
     })?);
     let Some(rdma) = &machine.rdma else { return Ok(session) };
     let settings = rdma.settings(&machine.spec.nodes[usize::from(assignment.node)].name);
