@@ -79,9 +79,9 @@ impl Engines {
     /// Nobody needs what is in `pages`, says a node.
     ///
     /// # Errors
-    /// It is not done in time.
+    /// The engine has ended.
     pub fn discard(&self, node: usize, pages: Range<u64>) -> Result<()> {
-        Ok(self.engine(node).discard(&[pages], STUCK)?)
+        Ok(self.engine(node).discard(&[pages])?)
     }
 
     /// A device of a node reads pages; what it found, `None` of those that it must touch as a CPU does.

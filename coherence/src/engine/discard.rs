@@ -1,7 +1,6 @@
 //! Giving up content that nobody needs: [`Engine::discard`], for the balloon.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
 
 use crossbeam::channel::unbounded;
 
@@ -9,9 +8,9 @@ use super::Engine;
 use super::request::Request;
 use crate::page::{BLOCK, Page};
 
-/// Pages were not discarded: the engine has ended or takes too long.
+/// Pages were not discarded: the engine has ended.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("memory that the guest does not need could not be given up: the coherence engine does not answer")]
+#[error("memory that the guest does not need could not be given up: the coherence engine has ended")]
 pub struct DiscardError;
 
 impl Engine {
@@ -19,13 +18,15 @@ impl Engine {
     /// wherever copies are, and returns when that is done, at every node. They are zero then, except those that somebody
     /// used meanwhile.
     ///
-    /// One call works at a time; then it waits `limit` at most. Not for a thread for which the engine may have to wait.
+    /// One call works at a time. It waits until all is done, however long that takes: pages that are given up after somebody
+    /// was told that they are not would lose what is written meanwhile. An engine that gets no answer ends
+    /// ([`EngineConfig::stuck`](super::EngineConfig::stuck)). Not for a thread for which the engine may have to wait.
     ///
     /// # Errors
-    /// [`DiscardError`]; some of the pages may have been given up, or be so later.
-    pub fn discard(&self, pages: &[Range<u64>], limit: Duration) -> Result<(), DiscardError> {
+    /// [`DiscardError`]; some of the pages may have been given up, or be so later, even by other nodes: none of them may be
+    /// used again.
+    pub fn discard(&self, pages: &[Range<u64>]) -> Result<(), DiscardError> {
         let _turn = base::lock(&self.discarding);
-        let deadline = Instant::now() + limit;
         let (done, answers) = unbounded();
         let (mut parts, mut asked) = (0, 0);
         for range in pages {
@@ -41,6 +42,6 @@ impl Engine {
             }
         }
         drop(done);
-        (0..parts).try_for_each(|_| answers.recv_deadline(deadline).map_err(|_| DiscardError))
+        (0..parts).try_for_each(|_| answers.recv().map_err(|_| DiscardError))
     }
 }

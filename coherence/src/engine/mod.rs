@@ -97,9 +97,11 @@ pub enum EngineError {
     /// A shard's thread panicked; standard error says where.
     #[error("a thread of the coherence engine panicked, which is a mistake in this program")]
     Panic,
-    /// A fault got no answer.
-    #[error("a page fault got no answer for {seconds} s: {state}")]
+    /// Something that waits got no answer.
+    #[error("{what} got no answer for {seconds} s: {state}")]
     Stuck {
+        /// What waits.
+        what: &'static str,
         /// How long.
         seconds: u64,
         /// The page's state here.

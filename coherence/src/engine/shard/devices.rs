@@ -109,13 +109,19 @@ pub struct Discards(Vec<Discard>);
 struct Discard {
     pages: Range<u64>,
     left: u64,
+    since: Instant,
     done: Sender<()>,
 }
 
 impl Discards {
     /// Somebody waits until all of `pages` are done.
     pub fn begin(&mut self, pages: Range<u64>, done: Sender<()>) {
-        self.0.push(Discard { left: pages.end - pages.start, pages, done });
+        self.0.push(Discard { left: pages.end - pages.start, since: Instant::now(), pages, done });
+    }
+
+    /// When the oldest that is not done began.
+    pub fn oldest(&self) -> Option<Instant> {
+        self.0.iter().map(|discard| discard.since).min()
     }
 
     /// So many pages are done.

@@ -14,6 +14,7 @@ struct Waiter {
     page: Page,
     thread: u32,
     chain: Chain,
+    since: u64,
 }
 
 /// A page that was won, and for which chain of faults.
@@ -66,13 +67,19 @@ impl Holds {
     /// A thread waits for a page; as part of which chain.
     pub fn waits(&mut self, page: Page, thread: u32, now: u64) -> Chain {
         let chain = self.chains.fault(thread, now);
-        self.waiters.push(Waiter { page, thread, chain });
+        self.waiters.push(Waiter { page, thread, chain, since: now });
         chain
     }
 
     /// Whether a thread waits for the page.
     pub fn is_awaited(&self, page: Page) -> bool {
         self.waiters.iter().any(|waiter| waiter.page == page)
+    }
+
+    /// A page for which a thread has waited for longer than `limit`.
+    pub fn waits_for_longer_than(&self, limit: Duration, now: u64) -> Option<Page> {
+        let waits = |waiter: &&Waiter| u128::from(now.saturating_sub(waiter.since)) > limit.as_nanos();
+        self.waiters.iter().find(waits).map(|waiter| waiter.page)
     }
 
     /// The page is mapped: who waited for it goes on, and one of them is the winner.
@@ -200,6 +207,10 @@ mod tests {
         let chain = holds.waits(Page(1), 7, 0);
         assert_eq!(holds.waits_again(Page(1), 7), Some(chain));
         assert_eq!((holds.waits_again(Page(2), 7), holds.waits_again(Page(1), 8)), (None, None));
+        // And has waited since it came first.
+        let limit = Duration::from_nanos(50);
+        assert_eq!(holds.waits_for_longer_than(limit, 50), None);
+        assert_eq!(holds.waits_for_longer_than(limit, 51), Some(Page(1)));
         assert_eq!(holds.waiters.len(), 1);
     }
 

@@ -40,7 +40,7 @@ use super::outbox::Outbox;
 use super::request::Request;
 use super::{EngineConfig, EngineError};
 use crate::memory::DualMemory;
-use crate::page::{BLOCK, Page, Shards};
+use crate::page::{BLOCK, Shards};
 use crate::protocol::{Body, Effect, Eviction, Kind, Message, Protocol, RunPolicy};
 use crate::stats::ShardStats;
 use crate::trace::{self, Event};
@@ -52,6 +52,9 @@ const GARBAGE: usize = 4096;
 
 /// The longest sleep, so that a stuck fault is noticed.
 const TICK: Duration = Duration::from_secs(1);
+
+/// How often a shard that is never idle looks whether something is stuck, in rounds of work.
+const BUSY_ROUNDS: u32 = 256;
 
 /// A shard, to be run by a thread of its own.
 pub struct Shard {
@@ -136,12 +139,17 @@ impl Shard {
             tracing::debug!("no right to a real-time priority: page faults may wait for a time slice");
         }
         let mut idle_since: Option<Instant> = None;
+        let mut busy = 0u32;
         while !stop.load(Ordering::Acquire) {
             for request in inbox.try_iter() {
                 self.core.request(request)?;
             }
             if self.work()? {
                 idle_since = None;
+                busy = busy.wrapping_add(1);
+                if busy.is_multiple_of(BUSY_ROUNDS) {
+                    self.core.check_stuck(self.stuck)?;
+                }
                 continue;
             }
             let now = Instant::now();
@@ -150,7 +158,7 @@ impl Shard {
                 continue;
             }
             self.core.collect_garbage()?;
-            self.core.check_stuck(now, self.stuck)?;
+            self.core.check_stuck(self.stuck)?;
             if self.receiver.arm()? {
                 continue;
             }
@@ -263,23 +271,23 @@ impl Core {
         Ok(released)
     }
 
-    fn check_stuck(&self, now: Instant, limit: Duration) -> Result<(), EngineError> {
-        let stuck = |what| {
-            let state = format!("{what}; {}", self.protocol.describe().join("; "));
-            Err(EngineError::Stuck { seconds: limit.as_secs(), state })
+    /// Whatever waits is watched: who touched a page, whether its miss began then or when it was asked for ahead of its need;
+    /// devices; who gives pages up; and vCPUs whose instructions were shipped.
+    fn check_stuck(&self, limit: Duration) -> Result<(), EngineError> {
+        let is_late = |since: Instant| since.elapsed() > limit;
+        let (what, page) = if let Some(page) = self.holds.waits_for_longer_than(limit, self.holds.now()) {
+            ("a page fault", Some(page))
+        } else if self.devices.jobs.oldest().is_some_and(is_late) {
+            ("a device's access to memory", None)
+        } else if self.devices.discards.oldest().is_some_and(is_late) {
+            ("the giving up of pages that nobody needs", None)
+        } else if let Some(page) = self.shipping.find(is_late) {
+            ("an instruction that was shipped", Some(page))
+        } else {
+            return Ok(());
         };
-        let is_late = |since: Instant| now.saturating_duration_since(since) > limit;
-        if self.devices.jobs.oldest().is_some_and(is_late) {
-            return stuck("a device waits for its pages".to_owned());
-        }
-        if let Some(Page(page)) = self.shipping.find(is_late) {
-            return stuck(format!("a vCPU waits for what it does with page {page:#x} elsewhere"));
-        }
-        match self.misses.find(is_late) {
-            Some(Page(page)) => {
-                stuck(format!("page {page:#x}, rights {:?}", self.protocol.rights(Page(page))))
-            }
-            None => Ok(()),
-        }
+        let page = page.map(|page| format!("page {:#x}, rights {:?}; ", page.0, self.protocol.rights(page)));
+        let state = page.unwrap_or_default() + &self.protocol.describe().join("; ");
+        Err(EngineError::Stuck { what, seconds: limit.as_secs(), state })
     }
 }

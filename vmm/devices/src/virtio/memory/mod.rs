@@ -10,7 +10,6 @@ mod remote;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use coherence::engine::Engine;
@@ -24,9 +23,6 @@ use vm_memory::{
 };
 
 use super::chain::Buffers;
-
-/// How long the homes of pages that are discarded may take.
-const DISCARD: Duration = Duration::from_secs(60);
 
 /// Guest RAM by guest physical address. Clones are the same memory.
 ///
@@ -100,7 +96,7 @@ impl GuestRam {
     /// frame. What is not memory is left out.
     ///
     /// # Errors
-    /// The home of a page has not answered in time, or the engine has ended.
+    /// The engine has ended. Pages may still be given up later: none of them may be used again.
     pub fn discard(&self, ranges: &[Range<u64>]) -> io::Result<()> {
         let whole = |range: &Range<u64>| (range.start | range.end).is_multiple_of(PAGE_SIZE as u64);
         debug_assert!(ranges.iter().all(whole), "{ranges:x?} are not whole pages");
@@ -124,7 +120,7 @@ impl GuestRam {
             let first = memory.page_at(host)?.0;
             Some(first..first + (part.end - part.start) / PAGE_SIZE as u64)
         });
-        engine.discard(&pages.collect::<Vec<_>>(), DISCARD).map_err(io::Error::other)
+        engine.discard(&pages.collect::<Vec<_>>()).map_err(io::Error::other)
     }
 
     /// Where buffers of it are, by guest physical address.

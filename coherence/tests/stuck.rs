@@ -1,0 +1,206 @@
+//! Nothing waits in silence: whatever gets no answer ends the engine with a sentence, also while it is busy.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver as Told, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use coherence::engine::{Engine, EngineConfig, Load};
+use coherence::memory::DualMemory;
+use coherence::page::{Homes, PAGE_SIZE, Page};
+use coherence::protocol::{Kind, Message};
+use coherence::uffd::Uffd;
+use fabric::sim::SimTransport;
+use fabric::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
+
+const STUCK: Duration = Duration::from_millis(300);
+/// Far more than a test takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+const EACH: u64 = 32;
+
+fn can_run() -> bool {
+    Uffd::open().inspect_err(|why| println!("skipped: {why}")).is_ok()
+}
+
+/// Loses all messages about some pages.
+struct Loses {
+    inner: SimTransport,
+    pages: Range<u64>,
+}
+
+impl Transport for Loses {
+    fn node(&self) -> NodeId {
+        self.inner.node()
+    }
+
+    fn nodes(&self) -> usize {
+        self.inner.nodes()
+    }
+
+    fn lanes(&self) -> usize {
+        self.inner.lanes()
+    }
+
+    fn send(&self, to: NodeId, lane: LaneId, parts: &[&[u8]]) -> Result<(), FabricError> {
+        let frame = parts.concat();
+        let (message, _) = Message::parse(&frame, 2, 2 * EACH).unwrap();
+        if self.pages.contains(&message.page.0) {
+            return Ok(());
+        }
+        self.inner.send(to, lane, parts)
+    }
+
+    fn take_receiver(&self, lane: LaneId) -> Option<Box<dyn Receiver>> {
+        self.inner.take_receiver(lane)
+    }
+
+    fn stats(&self) -> TransportStats {
+        self.inner.stats()
+    }
+}
+
+/// Node 0 of two, whose messages about some pages of node 1 get lost.
+struct Node {
+    engine: Arc<Engine>,
+    memory: Arc<DualMemory>,
+    failed: Told<String>,
+    /// Node 1, if it has an engine.
+    _other: Option<Engine>,
+    /// Node 1's transport otherwise.
+    peer: Option<SimTransport>,
+}
+
+impl Node {
+    fn new(lost: Range<u64>, peer_answers: bool) -> Node {
+        let mut cluster = fabric::sim::cluster(2, 2).unwrap();
+        let peer = cluster.pop().unwrap();
+        let (tell, failed) = channel();
+        let start = |node: u16, transport: Arc<dyn Transport>| {
+            let memory = Arc::new(DualMemory::new(2 * EACH).unwrap());
+            let config = EngineConfig {
+                node: NodeId(node),
+                homes: Homes::new([EACH, EACH]),
+                shards: 1,
+                first_lane: 1,
+                hold: Duration::ZERO,
+                spin: Duration::ZERO,
+                stuck: STUCK,
+                budget: None,
+            };
+            let tell = std::sync::Mutex::new(tell.clone());
+            let on_failure = Arc::new(move |error: coherence::engine::EngineError| {
+                // The test may be over.
+                let _ = tell.lock().unwrap().send(error.to_string());
+            });
+            (Engine::start(config, memory.clone(), transport, on_failure).unwrap(), memory)
+        };
+        let inner = cluster.pop().unwrap();
+        let (engine, memory) = start(0, Arc::new(Loses { inner, pages: lost }));
+        let mut node = Node { engine: Arc::new(engine), memory, failed, _other: None, peer: None };
+        if !peer_answers {
+            node.peer = Some(peer);
+            return node;
+        }
+        let (other, memory) = start(1, Arc::new(peer));
+        for page in EACH..2 * EACH {
+            // Pages of zeroes would come several at a time.
+            // SAFETY: inside the guest view, which lives; an aligned write, and nobody else has the page yet.
+            unsafe { memory.guest_view().add(page as usize * PAGE_SIZE).cast::<u64>().write_volatile(page) };
+        }
+        node._other = Some(other);
+        node
+    }
+
+    /// A thread that reads a page. It ends when nobody watches the memory any more.
+    fn read(&self, page: u64) -> JoinHandle<u64> {
+        let memory = self.memory.clone();
+        std::thread::spawn(move || {
+            // SAFETY: inside the guest view, which the thread keeps; an aligned read.
+            unsafe { memory.guest_view().add(page as usize * PAGE_SIZE).cast::<u64>().read_volatile() }
+        })
+    }
+
+    fn failure(&self) -> String {
+        self.failed.recv_timeout(PATIENCE).expect("the engine goes on as if nothing were wrong")
+    }
+}
+
+#[test]
+fn a_fault_on_a_page_that_was_asked_for_ahead_and_does_not_come_ends_the_engine() {
+    if !can_run() {
+        return;
+    }
+    // Pages come as asked for, and alone, up to the first that is read ahead.
+    let node = Node::new(EACH + 2..2 * EACH, true);
+    for page in EACH..EACH + 2 {
+        assert_eq!(node.read(page).join().unwrap(), page);
+    }
+    let totals = node.engine.totals();
+    let missing = EACH + 3;
+    let reader = node.read(missing);
+    let why = node.failure();
+    assert!(why.starts_with(&format!("a page fault got no answer for 0 s: page {missing:#x}")), "{why}");
+    assert!(totals.prefetches > 0, "nothing was read ahead: {totals:?}");
+    drop(node);
+    reader.join().unwrap();
+}
+
+#[test]
+fn pages_that_nobody_needs_and_that_are_not_given_up_end_the_engine() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(0..0, false);
+    let engine = node.engine.clone();
+    let discard = std::thread::spawn(move || engine.discard(&[EACH..EACH + 4]));
+    let why = node.failure();
+    assert!(why.starts_with("the giving up of pages that nobody needs got no answer for 0 s"), "{why}");
+    assert!(discard.join().unwrap().is_err());
+}
+
+#[test]
+fn a_device_that_waits_for_its_pages_ends_the_engine() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(0..0, false);
+    let engine = node.engine.clone();
+    let load = std::thread::spawn(move || {
+        let mut bytes = [0; 8];
+        engine.load(vec![Load { page: Page(EACH), offset: 0, to: &mut bytes }])
+    });
+    let why = node.failure();
+    assert!(why.starts_with("a device's access to memory got no answer for 0 s"), "{why}");
+    assert_eq!(load.join().unwrap(), [false]);
+}
+
+#[test]
+fn a_shard_that_is_never_idle_notices_as_well() {
+    if !can_run() {
+        return;
+    }
+    let node = Node::new(0..0, false);
+    let peer = node.peer.as_ref().unwrap();
+    let reader = node.read(EACH);
+    // Node 1 always has something to do for node 0, which answers each.
+    let message = Message { page: Page(0), kind: Kind::Discard { run: 7 } };
+    let head = message.head(false);
+    let mut answers = peer.take_receiver(1).unwrap();
+    let mut sent = 0;
+    let why = loop {
+        if let Ok(why) = node.failed.try_recv() {
+            break why;
+        }
+        // Always some that wait. (An engine that has ended takes no more.)
+        let handled = node.engine.totals().messages_received;
+        while sent < handled + 2000 && peer.send(NodeId(0), 1, &[head.as_bytes()]).is_ok() {
+            sent += 1;
+        }
+        let _ = answers.poll(&mut |_, _| {});
+        assert!(sent < 20_000_000, "the shard goes on as if nothing were wrong");
+    };
+    assert!(why.starts_with("a page fault got no answer for 0 s"), "{why}");
+    drop(node);
+    reader.join().unwrap();
+}
