@@ -151,17 +151,16 @@ impl VirtioDevice for Balloon {
     }
 }
 
-/// Gives up what `pages` finds in each request.
+/// Gives up what `pages` finds in each request. One whose pages were not given up is never answered, for it may yet be: the
+/// guest must not use them meanwhile. (The engine has ended then, and ends the node.)
 fn serve(queue: LiveQueue, pages: impl Fn(&Chain, &GuestRam) -> Vec<Range<u64>>) {
-    let ram = queue.memory().clone();
-    let mut failed = false;
-    queue.serve(|chain| {
-        if let Err(error) = ram.discard(&whole_pages(pages(chain, &ram)))
-            && !std::mem::replace(&mut failed, true)
-        {
-            tracing::warn!("balloon: {error}");
+    let (ram, signals) = (queue.memory().clone(), queue.signals().clone());
+    queue.serve_or_keep(|chain| match ram.discard(&whole_pages(pages(chain, &ram))) {
+        Ok(()) => Some(0),
+        Err(error) => {
+            signals.give_up(&error.to_string());
+            None
         }
-        0
     });
 }
 
@@ -274,6 +273,20 @@ mod tests {
         driver.start(0);
         driver.request(2, &[(0x6_0000, 0x4000, true), (0x7_0800, 0x1900, true), (0x9_0001, 0x1000, true)]);
         assert_eq!(take(&driver), [0x6_0000..0x6_4000, 0x7_1000..0x7_2000]);
+    }
+
+    #[test]
+    fn memory_that_could_not_be_given_up_is_never_acknowledged() {
+        for (queue, buffer) in [(0, (DATA, 4, false)), (2, (DATA, 0x1000, true))] {
+            let plain = driver(1 << 20).memory.clone();
+            let broken = plain.clone().that_gives_nothing_up();
+            let mut driver = Driver::with(Box::new(Balloon::new(1 << 20)), broken, plain);
+            driver.start(0);
+            driver.chain(queue, &[buffer]);
+            driver.offer(queue, 0);
+            driver.wait_broken();
+            assert_eq!(driver.given_back(queue), 0, "the guest would use the pages of queue {queue} again");
+        }
     }
 
     #[test]

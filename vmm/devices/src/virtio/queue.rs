@@ -256,19 +256,28 @@ impl LiveQueue {
 
     /// Serves the queue until it is stopped: `handle` does a request and says how many bytes it wrote. A driver that
     /// breaks the rules stops the device.
-    pub fn serve(mut self, mut handle: impl FnMut(&mut Chain) -> u32) {
+    pub fn serve(self, mut handle: impl FnMut(&mut Chain) -> u32) {
+        self.serve_or_keep(|chain| Some(handle(chain)));
+    }
+
+    /// The same for requests that may not be done: where `handle` says `None` the request is not given back, and nothing is
+    /// served any more.
+    pub fn serve_or_keep(mut self, mut handle: impl FnMut(&mut Chain) -> Option<u32>) {
         if let Err(error) = self.serve_until_stopped(&mut handle) {
             self.signals().give_up(&error.to_string());
         }
     }
 
-    fn serve_until_stopped(&mut self, handle: &mut impl FnMut(&mut Chain) -> u32) -> Result<(), QueueError> {
+    fn serve_until_stopped(
+        &mut self,
+        handle: &mut impl FnMut(&mut Chain) -> Option<u32>,
+    ) -> Result<(), QueueError> {
         let memory = self.context.memory.clone();
         // Requests may have come before the first bell.
         loop {
             self.disable_notification()?;
             while let Some(mut chain) = self.pop(&memory)? {
-                let written = handle(&mut chain);
+                let Some(written) = handle(&mut chain) else { return Ok(()) };
                 self.push(chain.head, written)?;
                 if self.stopped() {
                     return Ok(());

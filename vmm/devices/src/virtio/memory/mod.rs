@@ -39,6 +39,9 @@ pub struct GuestRam {
     map: Arc<GuestMemoryMmap>,
     /// `None`: the map's memory is this process's own, in tests.
     coherent: Option<Coherent>,
+    /// Fails as if the engine had ended.
+    #[cfg(test)]
+    gives_nothing_up: bool,
 }
 
 /// What the map points into, and what keeps that coherent.
@@ -70,12 +73,29 @@ impl GuestRam {
         });
         let map = GuestMemoryMmap::from_regions(regions.collect::<anyhow::Result<Vec<_>>>()?)?;
         let (memory, engine, shared) = (memory.clone(), engine.clone(), layout.nodes() > 1);
-        Ok(GuestRam { map: Arc::new(map), coherent: Some(Coherent { memory, engine, shared }) })
+        let coherent = Some(Coherent { memory, engine, shared });
+        Ok(GuestRam {
+            map: Arc::new(map),
+            coherent,
+            #[cfg(test)]
+            gives_nothing_up: false,
+        })
     }
 
     /// Memory that is not coherent with anything, for tests.
     pub fn plain(map: GuestMemoryMmap) -> GuestRam {
-        GuestRam { map: Arc::new(map), coherent: None }
+        GuestRam {
+            map: Arc::new(map),
+            coherent: None,
+            #[cfg(test)]
+            gives_nothing_up: false,
+        }
+    }
+
+    /// The same memory, none of which can be given up.
+    #[cfg(test)]
+    pub fn that_gives_nothing_up(self) -> GuestRam {
+        GuestRam { gives_nothing_up: true, ..self }
     }
 
     /// The same memory, of which all data are brought here by page faults.
@@ -110,6 +130,10 @@ impl GuestRam {
                 (!part.is_empty()).then_some((part, host as u64))
             })
         });
+        #[cfg(test)]
+        if self.gives_nothing_up {
+            return Err(io::Error::other("the engine has ended"));
+        }
         let Some(Coherent { memory, engine, .. }) = &self.coherent else {
             let zero = |(part, _): (Range<u64>, u64)| {
                 self.map.write_slice(&vec![0; (part.end - part.start) as usize], GuestAddress(part.start))

@@ -221,6 +221,12 @@ impl Driver {
         (word(0) as u16, word(4))
     }
 
+    /// How many chains the device has given back since the start.
+    #[cfg(test)]
+    pub fn given_back(&self, queue: u16) -> u16 {
+        u16::from_le_bytes(self.get(rings(queue)[2] + 2, 2).try_into().unwrap())
+    }
+
     /// Waits for the interrupt that says that the device's registers have changed.
     #[cfg(test)]
     pub fn wait_config_interrupt(&self) {
