@@ -10,7 +10,7 @@ use crate::router::Router;
 use devices::pci::RootBus;
 use devices::rate_limit::{Limiter, Pool};
 use devices::virtio::balloon::{Account, Balloon};
-use devices::virtio::block::{self, Block, BlockConfig, MemoryDisk};
+use devices::virtio::block::{self, Block, BlockConfig, Durable, MemoryDisk};
 use devices::virtio::console::{Console, Port};
 use devices::virtio::entropy::Entropy;
 use devices::virtio::net::{Net, Tap};
@@ -177,7 +177,7 @@ fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
                 queues: *queues,
             };
             let title = config.name.clone();
-            let disk = block::open(path, *readonly)?;
+            let disk = Arc::new(Durable::new(block::open(path, *readonly)?));
             let limiter = limiter(&pools.disks);
             let device = Box::new(Block::new(disk, config).limited(limiter.clone()));
             Opened { title, device, handles: Handles::Limits(vec![limiter]) }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | this one | the device: features, registers, the threads of each queue |
 //! | [`disk`] | what is behind it: a file or block device of the host |
+//! | [`durable`] | no success after a flush that failed |
 //! | [`qcow2`] | the same, in QEMU's format |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
@@ -12,6 +13,7 @@
 //! do not wait for each other either: for the storage, or for pages on other nodes.
 
 pub mod disk;
+pub mod durable;
 pub mod qcow2;
 pub mod request;
 
@@ -23,6 +25,7 @@ use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use self::disk::{Disk, MemoryDisk, RawDisk};
+pub use self::durable::Durable;
 pub use self::qcow2::{Qcow2Disk, is_qcow2, open};
 use self::request::Server;
 use super::shared_queue::SharedQueue;

@@ -1,5 +1,6 @@
 mod coherent;
 mod limited;
+mod promises;
 
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
