@@ -16,7 +16,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use virtio_bindings::virtio_net as net;
 
 use super::balloon::Balloon;
-use super::block::{Block, BlockConfig, Disk, MemoryDisk, RawDisk};
+use super::block::{Access, Block, BlockConfig, Disk, MemoryDisk, RawDisk};
 use super::console::{Console, Port as HostPort};
 use super::entropy::Entropy;
 use super::net::{Net, Port};
@@ -38,7 +38,9 @@ pub fn block(data: &[u8]) {
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     let readonly = kind % 3 == 1;
     let disk: Arc<dyn Disk> = match kind % 3 {
-        0 | 1 => Arc::new(RawDisk::open(&path, readonly).expect("it can be opened")),
+        0 | 1 => {
+            Arc::new(RawDisk::open(&path, Access { readonly, unlocked: false }).expect("it can be opened"))
+        }
         _ => Arc::new(MemoryDisk(vec![7; DISK as usize])),
     };
     let config = BlockConfig { name: "disk".into(), serial: "serial".into(), readonly, queues: 2 };

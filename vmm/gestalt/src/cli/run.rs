@@ -116,7 +116,7 @@ pub struct RunArgs {
     /// fabric= once per rail
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
-    /// A disk: PATH[,node=NAME][,name=NAME][,readonly][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
+    /// A disk: PATH[,node=NAME][,name=NAME][,readonly][,unlocked][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
     /// [,share=NUMBER]; give it once per disk
     #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
     disk: Vec<DeviceRequest>,

@@ -41,6 +41,7 @@
 //! path = "root.img"                   # raw image or block device on its node's host; relative to this file
 //! node = "n1"                         # default: the first node
 //! readonly = true                     # default false
+//! unlocked = true                     # use it even where the file system has no locks; default false
 //! name = "root"                       # default disk0 and so on
 //! serial = "root"                     # default: the name
 //! queues = 4                          # default: one for each CPU, 16 at most
@@ -157,6 +158,8 @@ struct DiskForm {
     node: Option<String>,
     #[serde(default)]
     readonly: bool,
+    #[serde(default)]
+    unlocked: bool,
     serial: Option<String>,
     queues: Option<u16>,
     name: Option<String>,
@@ -313,8 +316,8 @@ fn devices(
     let mut devices = Vec::new();
     for form in disks {
         let limits = limits(form.iops, form.bandwidth)?;
-        let DiskForm { path, readonly, serial, queues, node, name, share, .. } = form;
-        let kind = RequestedKind::Disk { path, readonly, serial, queues };
+        let DiskForm { path, readonly, unlocked, serial, queues, node, name, share, .. } = form;
+        let kind = RequestedKind::Disk { path, readonly, unlocked, serial, queues };
         devices.push(DeviceRequest { node, name, limits, share, kind });
     }
     for form in cards {
@@ -422,6 +425,7 @@ mod tests {
         fabric = "192.0.2.2"
         [[disk]]
         path = "root.img"
+        unlocked = true
         node = "n1"
         serial = "root"
         name = "system"
@@ -471,6 +475,7 @@ mod tests {
         let disk = RequestedKind::Disk {
             path: "root.img".into(),
             readonly: false,
+            unlocked: true,
             serial: Some("root".into()),
             queues: None,
         };

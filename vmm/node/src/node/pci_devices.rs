@@ -10,7 +10,7 @@ use crate::router::Router;
 use devices::pci::RootBus;
 use devices::rate_limit::{Limiter, Pool};
 use devices::virtio::balloon::{Account, Balloon};
-use devices::virtio::block::{self, Block, BlockConfig, Durable, MemoryDisk};
+use devices::virtio::block::{self, Access, Block, BlockConfig, Durable, MemoryDisk};
 use devices::virtio::console::{Console, Port};
 use devices::virtio::entropy::Entropy;
 use devices::virtio::net::{Net, Tap};
@@ -169,7 +169,7 @@ fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
         Arc::new(Limiter::new(device.limits, member))
     };
     Ok(match &device.kind {
-        PlacedKind::Disk { path, readonly, serial, queues } => {
+        PlacedKind::Disk { path, readonly, unlocked, serial, queues } => {
             let config = BlockConfig {
                 name: format!("disk {}", path.display()),
                 serial: serial.clone(),
@@ -177,7 +177,8 @@ fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
                 queues: *queues,
             };
             let title = config.name.clone();
-            let disk = Arc::new(Durable::new(block::open(path, *readonly)?));
+            let access = Access { readonly: *readonly, unlocked: *unlocked };
+            let disk = Arc::new(Durable::new(block::open(path, access)?));
             let limiter = limiter(&pools.disks);
             let device = Box::new(Block::new(disk, config).limited(limiter.clone()));
             Opened { title, device, handles: Handles::Limits(vec![limiter]) }

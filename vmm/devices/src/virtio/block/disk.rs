@@ -2,7 +2,8 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -56,6 +57,22 @@ pub trait Disk: Send + Sync {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
 }
 
+/// How a disk's file is opened.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Only to read.
+    pub readonly: bool,
+    /// Even where the file system has no locks, so that nothing keeps another machine or program from writing it as well.
+    pub unlocked: bool,
+}
+
+impl Access {
+    /// To read and write, where others can be kept away.
+    pub const WRITE: Access = Access { readonly: false, unlocked: false };
+    /// Only to read, where others can be kept from writing.
+    pub const READ: Access = Access { readonly: true, unlocked: false };
+}
+
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -75,6 +92,20 @@ pub enum OpenError {
     /// Somebody else has it.
     #[error("the disk {0} is in use by another machine or program: two that write would destroy it")]
     InUse(String),
+    /// The host uses it.
+    #[error("the disk {0} is in use by this host, which may have mounted it: unmount it, or name another")]
+    Mounted(String),
+    /// The file system has no locks.
+    #[error(
+        "the disk {path} cannot be locked ({source}), so that nothing would keep another machine from writing it at the same \
+         time: move it to a file system with locks, or if you see to that yourself say `unlocked`"
+    )]
+    NoLocks {
+        /// The file.
+        path: String,
+        /// What the file system said.
+        source: io::Error,
+    },
     /// It is not what its name says.
     #[error("the disk {path} cannot be used as the qcow2 image that its name says it is: {why}")]
     Qcow2 {
@@ -99,8 +130,8 @@ impl RawDisk {
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open(path: &Path, readonly: bool) -> Result<RawDisk, OpenError> {
-        let (file, len) = open_file(path, readonly)?;
+    pub fn open(path: &Path, access: Access) -> Result<RawDisk, OpenError> {
+        let (file, len) = open_file(path, access)?;
         let len = len - len % super::SECTOR;
         if len == 0 {
             return Err(OpenError::Empty(path.display().to_string()));
@@ -131,25 +162,50 @@ impl RawDisk {
 }
 
 /// Opens a file or block device and keeps others from writing it at the same time; its length too.
-pub(super) fn open_file(path: &Path, readonly: bool) -> Result<(File, u64), OpenError> {
+pub(super) fn open_file(path: &Path, access: Access) -> Result<(File, u64), OpenError> {
+    let Access { readonly, unlocked } = access;
     let shown = path.display().to_string();
     let how = if readonly { "" } else { " for writing" };
     let failed = |source| OpenError::Open { path: shown.clone(), how, source };
-    let mut file = OpenOptions::new().read(true).write(!readonly).open(path).map_err(failed)?;
+    let mut options = OpenOptions::new();
+    options.read(true).write(!readonly);
+    let mut file = options.open(path).map_err(failed)?;
     let kind = file.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(OpenError::Kind(shown));
     }
-    let locked = if readonly { file.try_lock_shared() } else { file.try_lock() };
-    match locked {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(OpenError::InUse(shown)),
-        // Some file systems have no locks.
-        Err(TryLockError::Error(error)) => tracing::debug!("{shown} cannot be locked: {error}"),
+    if kind.is_block_device() && !readonly {
+        // Alone, against who mounts it or uses it in another way (open(2), O_EXCL without O_CREAT). The same device as was
+        // just looked at, whatever its name means by now.
+        let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+        file = options.custom_flags(libc::O_EXCL).open(same).map_err(|error| exclusive(&shown, error))?;
     }
+    let locked = if readonly { file.try_lock_shared() } else { file.try_lock() };
+    judge(locked, unlocked, &shown)?;
     // Works for block devices too, unlike the length in the metadata.
     let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
     Ok((file, len))
+}
+
+/// What it means that a block device could not be opened exclusively.
+fn exclusive(shown: &str, error: io::Error) -> OpenError {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => OpenError::Mounted(shown.into()),
+        _ => OpenError::Open { path: shown.into(), how: " for writing, by nobody else", source: error },
+    }
+}
+
+/// What the outcome of locking a disk's file means.
+fn judge(locked: Result<(), TryLockError>, unlocked: bool, shown: &str) -> Result<(), OpenError> {
+    match locked {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(shown.into())),
+        Err(TryLockError::Error(error)) if unlocked => {
+            tracing::warn!("{shown} cannot be locked ({error}): see to it that nobody else writes it");
+            Ok(())
+        }
+        Err(TryLockError::Error(source)) => Err(OpenError::NoLocks { path: shown.into(), source }),
+    }
 }
 
 /// Whether the host says that it cannot do a thing at all, rather than that it failed.
@@ -223,5 +279,66 @@ impl Disk for MemoryDisk {
 
     fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
         Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_file_system_without_locks_is_refused_unless_told_otherwise() {
+        let none = || Err(TryLockError::Error(io::Error::from_raw_os_error(libc::ENOLCK)));
+        let why = judge(none(), false, "a.img").unwrap_err().to_string();
+        assert!(why.starts_with("the disk a.img cannot be locked") && why.contains("`unlocked`"), "{why}");
+        judge(none(), true, "a.img").unwrap();
+        // That somebody has it locked is another thing.
+        assert!(matches!(judge(Err(TryLockError::WouldBlock), true, "a.img"), Err(OpenError::InUse(_))));
+    }
+
+    /// A loop device of the host's; gone when it is dropped.
+    struct Loop(String, tempfile::NamedTempFile);
+
+    impl Loop {
+        fn new() -> Option<Loop> {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(1 << 20).unwrap();
+            let made = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output().ok()?;
+            let name = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+            made.status.success().then_some(Loop(name, file))
+        }
+    }
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+        }
+    }
+
+    #[test]
+    fn a_block_device_that_the_host_uses_is_refused_and_one_that_a_machine_has_cannot_be_mounted() {
+        let Some(device) = Loop::new() else {
+            return println!("skipped: this user cannot set up a loop device");
+        };
+        let path = Path::new(&device.0);
+        // As the kernel has a device that it has mounted.
+        let alone = || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(path);
+        let mounted = alone().unwrap();
+        assert!(matches!(RawDisk::open(path, Access::WRITE), Err(OpenError::Mounted(_))));
+        drop(RawDisk::open(path, Access::READ).expect("who only looks disturbs nobody"));
+        drop(mounted);
+        let disk = RawDisk::open(path, Access::WRITE).unwrap();
+        assert_eq!(alone().unwrap_err().raw_os_error(), Some(libc::EBUSY));
+        assert_eq!(disk.len(), 1 << 20);
+    }
+
+    #[test]
+    fn a_block_device_that_the_host_uses_is_named_so() {
+        let why = exclusive("/dev/sdb", io::Error::from_raw_os_error(libc::EBUSY)).to_string();
+        assert!(why.contains("/dev/sdb is in use by this host"), "{why}");
+        let why = exclusive("/dev/sdb", io::Error::from_raw_os_error(libc::EACCES)).to_string();
+        assert!(why.contains("/dev/sdb cannot be opened for writing"), "{why}");
     }
 }

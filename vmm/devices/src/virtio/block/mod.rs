@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_bindings::virtio_blk as blk;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-pub use self::disk::{Disk, MemoryDisk, RawDisk};
+pub use self::disk::{Access, Disk, MemoryDisk, RawDisk};
 pub use self::durable::Durable;
 pub use self::qcow2::{Qcow2Disk, is_qcow2, open};
 use self::request::Server;

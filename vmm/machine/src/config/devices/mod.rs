@@ -75,6 +75,8 @@ pub enum RequestedKind {
         path: PathBuf,
         /// The guest may not write to it.
         readonly: bool,
+        /// It is used even where its file system has no locks: nothing keeps others from writing it as well.
+        unlocked: bool,
         /// What the guest reads as its serial number. Default: the device's name.
         serial: Option<String>,
         /// Queues. Default: one for each CPU, 16 at most.
@@ -140,6 +142,8 @@ pub enum PlacedKind {
         path: PathBuf,
         /// The guest may not write to it.
         readonly: bool,
+        /// It is used even where its file system has no locks: nothing keeps others from writing it as well.
+        unlocked: bool,
         /// What the guest reads as its serial number, `1..=SERIAL_LEN` bytes.
         serial: String,
         /// Queues, `1..=MAX_DISK_QUEUES`.

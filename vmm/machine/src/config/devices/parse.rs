@@ -41,7 +41,7 @@ pub fn parse_net(text: &str) -> Result<DeviceRequest, ConfigError> {
     }
 }
 
-/// A disk from `PATH[,readonly][,serial=TEXT][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `share=`,
+/// A disk from `PATH[,readonly][,unlocked][,serial=TEXT][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `share=`,
 /// `iops=`, `bandwidth=`.
 ///
 /// # Errors
@@ -49,11 +49,12 @@ pub fn parse_net(text: &str) -> Result<DeviceRequest, ConfigError> {
 pub fn parse_disk(text: &str) -> Result<DeviceRequest, ConfigError> {
     let mut parts = text.split(',');
     let path = PathBuf::from(parts.next().unwrap_or_default());
-    let (mut readonly, mut serial, mut queues) = (false, None, None);
+    let (mut readonly, mut unlocked, mut serial, mut queues) = (false, false, None, None);
     let mut device = DeviceRequest::new(None, RequestedKind::Entropy);
     for part in parts {
         match part.split_once('=') {
             None if part == "readonly" => readonly = true,
+            None if part == "unlocked" => unlocked = true,
             Some(("serial", text)) => serial = Some(text.to_owned()),
             Some(("queues", count)) => queues = Some(number(count)?),
             Some((key, value)) if set(&mut device, key, value)? => {}
@@ -62,7 +63,7 @@ pub fn parse_disk(text: &str) -> Result<DeviceRequest, ConfigError> {
             }
         }
     }
-    Ok(DeviceRequest { kind: RequestedKind::Disk { path, readonly, serial, queues }, ..device })
+    Ok(DeviceRequest { kind: RequestedKind::Disk { path, readonly, unlocked, serial, queues }, ..device })
 }
 
 /// A console from `SOCKET[,node=NAME]`.

@@ -106,9 +106,10 @@ fn name<'a>(
 /// The device called `name` with all that was left open.
 fn complete(machine: &MachineConfig, name: &str, kind: RequestedKind) -> PlacedKind {
     match kind {
-        RequestedKind::Disk { path, readonly, serial, queues } => PlacedKind::Disk {
+        RequestedKind::Disk { path, readonly, unlocked, serial, queues } => PlacedKind::Disk {
             path,
             readonly,
+            unlocked,
             serial: serial.unwrap_or_else(|| name.to_owned()),
             queues: queues.unwrap_or_else(|| default_queues(machine)),
         },

@@ -14,12 +14,13 @@ fn machine(devices: &[&str]) -> MachineConfig {
 
 #[test]
 fn devices_get_slots_on_their_nodes_in_order() {
-    let placed = place(&machine(&["a", "b,node=n1,readonly", "c,serial=root,queues=3"])).unwrap();
+    let placed = place(&machine(&["a", "b,node=n1,readonly", "c,unlocked,serial=root,queues=3"])).unwrap();
     let slots: Vec<_> = placed.iter().map(|device| (device.node, device.slot)).collect();
     assert_eq!(slots, [(0, 0), (1, 0), (0, 1)]);
     let disk = |path: &str, readonly, serial: &str, queues| PlacedKind::Disk {
         path: path.into(),
         readonly,
+        unlocked: path == "c",
         serial: serial.into(),
         queues,
     };
@@ -168,7 +169,13 @@ fn a_placed_device_has_all_that_its_owner_left_open() {
         [parse_net("tap=t"), parse_console("/run/c"), parse_channel("agent=/run/a"), parse_balloon("")];
     machine.devices.extend(requests.map(Result::unwrap));
     let placed = place(&machine).unwrap();
-    let disk = PlacedKind::Disk { path: "a".into(), readonly: false, serial: "disk0".into(), queues: 4 };
+    let disk = PlacedKind::Disk {
+        path: "a".into(),
+        readonly: false,
+        unlocked: false,
+        serial: "disk0".into(),
+        queues: 4,
+    };
     assert_eq!((&placed[0].kind, placed[0].share), (&disk, limits::DEFAULT_SHARE));
     assert!(matches!(&placed[1].kind, PlacedKind::Net { mac: [2, ..], queues: 1, .. }), "{:?}", placed[1]);
     assert_eq!(placed[2].kind, PlacedKind::Console { socket: "/run/c".into() });

@@ -21,7 +21,7 @@ use imago::qcow2::Qcow2;
 use imago::{FormatAccess, StorageOpenOptions};
 
 use self::check::Header;
-use super::disk::{Disk, OpenError, RawDisk, open_file};
+use super::disk::{Access, Disk, OpenError, RawDisk, open_file};
 
 /// What a qcow2 file begins with.
 const MAGIC: &[u8; 4] = b"QFI\xfb";
@@ -30,11 +30,11 @@ const MAGIC: &[u8; 4] = b"QFI\xfb";
 ///
 /// # Errors
 /// [`OpenError`].
-pub fn open(path: &Path, readonly: bool) -> Result<Arc<dyn Disk>, OpenError> {
+pub fn open(path: &Path, access: Access) -> Result<Arc<dyn Disk>, OpenError> {
     if is_qcow2(path) {
-        return Ok(Arc::new(Qcow2Disk::open(path, readonly)?));
+        return Ok(Arc::new(Qcow2Disk::open(path, access)?));
     }
-    let disk = RawDisk::open(path, readonly)?;
+    let disk = RawDisk::open(path, access)?;
     if disk.begins_with(MAGIC) {
         let path = path.display();
         tracing::warn!(
@@ -73,9 +73,9 @@ impl Qcow2Disk {
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open(path: &Path, readonly: bool) -> Result<Qcow2Disk, OpenError> {
-        let (file, _) = open_file(path, readonly)?;
-        Qcow2Disk::new(file, path, readonly)
+    pub fn open(path: &Path, access: Access) -> Result<Qcow2Disk, OpenError> {
+        let (file, _) = open_file(path, access)?;
+        Qcow2Disk::new(file, path, access.readonly)
     }
 
     /// The image in an open file, only to look into it, whoever else has it; `path` names it in messages.

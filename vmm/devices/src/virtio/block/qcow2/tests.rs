@@ -46,7 +46,7 @@ fn objections(path: &Path) -> Option<String> {
 }
 
 fn refusal(path: &Path, readonly: bool) -> String {
-    match Qcow2Disk::open(path, readonly) {
+    match Qcow2Disk::open(path, Access { readonly, unlocked: false }) {
         Ok(_) => panic!("{} was opened", path.display()),
         Err(error) => error.to_string(),
     }
@@ -86,7 +86,7 @@ proptest! {
     #[test]
     fn it_holds_what_a_plain_disk_would(steps in proptest::collection::vec(step(), 1..25)) {
         let (_dir, path) = image(LEN);
-        let mut disk = Some(Qcow2Disk::open(&path, false).unwrap());
+        let mut disk = Some(Qcow2Disk::open(&path, Access::WRITE).unwrap());
         let mut model = vec![Some(0u8); LEN as usize];
         for step in steps {
             let at = disk.as_ref().unwrap();
@@ -107,12 +107,12 @@ proptest! {
                     // What the file holds now is what is left if the node is killed.
                     let left = path.with_file_name("left.qcow2");
                     std::fs::copy(&path, &left).unwrap();
-                    drop(Qcow2Disk::open(&left, false).unwrap());
+                    drop(Qcow2Disk::open(&left, Access::WRITE).unwrap());
                     at.flush().unwrap();
                 }
                 Step::Reopen => {
                     drop(disk.take());
-                    disk = Some(Qcow2Disk::open(&path, false).unwrap());
+                    disk = Some(Qcow2Disk::open(&path, Access::WRITE).unwrap());
                 }
             }
             let seen = read(disk.as_ref().unwrap(), 0, LEN as usize).unwrap();
@@ -131,7 +131,7 @@ proptest! {
         cut in proptest::option::of(0u64..CLUSTER as u64 * 12),
     ) {
         let (_dir, path) = image(LEN);
-        let disk = Qcow2Disk::open(&path, false).unwrap();
+        let disk = Qcow2Disk::open(&path, Access::WRITE).unwrap();
         for number in 0..32u64 {
             write(&disk, number * 20480, &[number as u8 + 1; 5000]).unwrap();
         }
@@ -148,7 +148,7 @@ proptest! {
             OpenOptions::new().write(true).open(&path).unwrap().set_len(cut).unwrap();
         }
         for readonly in [true, false] {
-            let Ok(disk) = Qcow2Disk::open(&path, readonly) else { continue };
+            let Ok(disk) = Qcow2Disk::open(&path, Access { readonly, unlocked: false }) else { continue };
             let last = Disk::len(&disk) - 512;
             for at in (0..LEN).step_by(20480).chain([last]).filter(|at| *at <= last) {
                 // What comes back is open; that something does is the point.
@@ -167,7 +167,7 @@ proptest! {
 #[test]
 fn several_threads_write_at_once() {
     let (_dir, path) = image(LEN);
-    let disk = Qcow2Disk::open(&path, false).unwrap();
+    let disk = Qcow2Disk::open(&path, Access::WRITE).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
             let disk = &disk;
@@ -226,13 +226,13 @@ fn places(path: &Path) -> [u64; 4] {
 #[test]
 fn clusters_that_a_crash_left_uncounted_are_counted_before_they_could_be_used_again() {
     let (_dir, path) = image(LEN);
-    write(&Qcow2Disk::open(&path, false).unwrap(), 0, &[1; 3 * CLUSTER]).unwrap();
+    write(&Qcow2Disk::open(&path, Access::WRITE).unwrap(), 0, &[1; 3 * CLUSTER]).unwrap();
     patch(&path, places(&path)[1], &[0; 16]);
-    assert!(read(&Qcow2Disk::open(&path, true).unwrap(), 0, 512).is_ok(), "reading needs no counts");
-    let disk = Qcow2Disk::open(&path, false).unwrap();
+    assert!(read(&Qcow2Disk::open(&path, Access::READ).unwrap(), 0, 512).is_ok(), "reading needs no counts");
+    let disk = Qcow2Disk::open(&path, Access::WRITE).unwrap();
     write(&disk, 8 * CLUSTER as u64, &[2; 3 * CLUSTER]).unwrap();
     drop(disk);
-    let disk = Qcow2Disk::open(&path, true).unwrap();
+    let disk = Qcow2Disk::open(&path, Access::READ).unwrap();
     assert_eq!(read(&disk, 0, 3 * CLUSTER).unwrap(), [1; 3 * CLUSTER]);
     assert_eq!(read(&disk, 8 * CLUSTER as u64, 3 * CLUSTER).unwrap(), [2; 3 * CLUSTER]);
     assert_eq!(objections(&path).unwrap_or_default(), "");
@@ -251,7 +251,7 @@ fn damage_is_found_before_anything_is_written() {
         (3, &[0x7f; 8], "outside of the file"),
     ] {
         let (_dir, path) = image(LEN);
-        write(&Qcow2Disk::open(&path, false).unwrap(), 0, &[1; 8192]).unwrap();
+        write(&Qcow2Disk::open(&path, Access::WRITE).unwrap(), 0, &[1; 8192]).unwrap();
         patch(&path, places(&path)[place], bytes);
         for readonly in [false, true] {
             let said = refusal(&path, readonly);
@@ -267,7 +267,7 @@ fn damage_is_found_before_anything_is_written() {
 #[test]
 fn compressed_clusters_that_share_one_which_is_not_counted_for_each_are_refused() {
     let (_dir, path) = image(LEN);
-    write(&Qcow2Disk::open(&path, false).unwrap(), 0, &[1; CLUSTER]).unwrap();
+    write(&Qcow2Disk::open(&path, Access::WRITE).unwrap(), 0, &[1; CLUSTER]).unwrap();
     let [_, counts, _, table] = places(&path);
     let entry = std::fs::read(&path).unwrap()[table as usize..][..8].try_into().unwrap();
     let data = u64::from_be_bytes(entry) & 0x00ff_ffff_ffff_fe00;
@@ -276,7 +276,7 @@ fn compressed_clusters_that_share_one_which_is_not_counted_for_each_are_refused(
     }
     assert!(refusal(&path, false).contains("2 uses and is counted 1 times"));
     patch(&path, counts + data / CLUSTER as u64 * 2, &[0, 2]);
-    drop(Qcow2Disk::open(&path, false).expect("it is counted for both"));
+    drop(Qcow2Disk::open(&path, Access::WRITE).expect("it is counted for both"));
 }
 
 /// Images as others make them: other sizes of clusters and counts, compressed, full, old.
@@ -304,13 +304,14 @@ fn images_of_qemu_img_are_read_and_written() {
             return;
         };
         assert!(made.success(), "{options:?}");
-        let disk = Qcow2Disk::open(&path, false).unwrap_or_else(|error| panic!("{options:?}: {error}"));
+        let disk =
+            Qcow2Disk::open(&path, Access::WRITE).unwrap_or_else(|error| panic!("{options:?}: {error}"));
         assert!(read(&disk, 0, LEN as usize).unwrap() == content, "{options:?}");
         write(&disk, 100 * 512, &[0xaa; 3 * 512]).unwrap();
         disk.flush().unwrap();
         drop(disk);
         assert_eq!(objections(&path).unwrap_or_default(), "", "{options:?}");
-        let disk = Qcow2Disk::open(&path, true).unwrap();
+        let disk = Qcow2Disk::open(&path, Access::READ).unwrap();
         let mut wanted = content.clone();
         wanted[100 * 512..103 * 512].fill(0xaa);
         assert!(read(&disk, 0, LEN as usize).unwrap() == wanted, "{options:?}");
@@ -320,20 +321,20 @@ fn images_of_qemu_img_are_read_and_written() {
 #[test]
 fn it_is_not_opened_twice_unless_to_read() {
     let (_dir, path) = image(LEN);
-    let first = Qcow2Disk::open(&path, false).unwrap();
+    let first = Qcow2Disk::open(&path, Access::WRITE).unwrap();
     assert!(refusal(&path, false).contains("in use") && refusal(&path, true).contains("in use"));
     drop(first);
-    let first = Qcow2Disk::open(&path, true).unwrap();
-    drop(Qcow2Disk::open(&path, true).expect("two readers may share a disk"));
+    let first = Qcow2Disk::open(&path, Access::READ).unwrap();
+    drop(Qcow2Disk::open(&path, Access::READ).expect("two readers may share a disk"));
     assert!(write(&first, 0, &[1; 512]).is_err());
 }
 
 #[test]
 fn the_name_tells_what_it_is_and_the_content_does_not() {
     let (dir, path) = image(LEN);
-    assert_eq!(open(&path, true).unwrap().len(), LEN);
+    assert_eq!(open(&path, Access::READ).unwrap().len(), LEN);
     let raw = dir.path().join("disk.img");
     std::fs::copy(&path, &raw).unwrap();
-    let disk = open(&raw, true).unwrap();
+    let disk = open(&raw, Access::READ).unwrap();
     assert_eq!(read(&*disk, 0, 4).unwrap(), MAGIC);
 }

@@ -11,7 +11,7 @@ use firmware::{Layout, MachineSpec, NodeSpec};
 use virtio_bindings::virtio_blk as blk;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::{Block, BlockConfig, RawDisk};
+use super::{Access, Block, BlockConfig, RawDisk};
 use crate::virtio::GuestRam;
 use crate::virtio::chain::Buffers;
 use crate::virtio::testing::{DATA, Driver};
@@ -131,7 +131,7 @@ fn what_a_cpu_writes_to_another_nodes_disk_it_reads_back() {
         let view = if direct { view } else { view.without_direct_access() };
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(16 << 20).unwrap();
-        let disk = RawDisk::open(file.path(), false).unwrap();
+        let disk = RawDisk::open(file.path(), Access::WRITE).unwrap();
         let config = BlockConfig { name: "disk".into(), serial: "s".into(), readonly: false, queues: 2 };
         let block = Box::new(Block::new(Arc::new(disk), config));
         let mut driver = Driver::with(block, view, nodes.views[1 - device].clone());

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk as blk;
 
-use super::{Block, BlockConfig, RawDisk};
+use super::{Access, Block, BlockConfig, RawDisk};
 use crate::rate_limit::{Limiter, Pool};
 use crate::virtio::testing::{DATA, Driver};
 use machine::config::limits::Limits;
@@ -35,7 +35,7 @@ fn disk(limiter: &Arc<Limiter>) -> Driver {
     file.as_file().set_len(1 << 20).unwrap();
     let config = BlockConfig { name: "the disk".into(), serial: String::new(), readonly: false, queues: 1 };
     // Open for as long as it is used.
-    let disk = Arc::new(RawDisk::open(file.path(), false).unwrap());
+    let disk = Arc::new(RawDisk::open(file.path(), Access::WRITE).unwrap());
     let mut driver = Driver::new(Box::new(Block::new(disk, config).limited(limiter.clone())));
     driver.start(0);
     driver

@@ -27,7 +27,7 @@ fn driver(disk: Arc<dyn Disk>, readonly: bool) -> Driver {
 }
 
 fn open(path: &Path, readonly: bool) -> Arc<dyn Disk> {
-    Arc::new(RawDisk::open(path, readonly).unwrap())
+    Arc::new(RawDisk::open(path, Access { readonly, unlocked: false }).unwrap())
 }
 
 /// One request; its outcome.
@@ -69,7 +69,7 @@ fn sectors_are_read_into_scattered_buffers_and_written_from_them() {
 #[test]
 fn more_than_one_buffer_of_our_own_is_read_and_written() {
     let file = image(255);
-    let disk = RawDisk::open(file.path(), false).unwrap();
+    let disk = RawDisk::open(file.path(), Access::WRITE).unwrap();
     let mut driver = driver(Arc::new(disk), false);
     let many = [(BUFFER, 5 * 512 + 7, true), (BUFFER + 0x4000, 200 * 512 - 7, true)];
     assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_IN, 1, &many), blk::VIRTIO_BLK_S_OK);
@@ -274,7 +274,7 @@ fn requests_of_one_queue_do_not_wait_for_each_other() {
 
 #[test]
 fn a_disk_that_cannot_be_used_is_explained() {
-    let refusal = |path: &Path, readonly| match RawDisk::open(path, readonly) {
+    let refusal = |path: &Path, readonly| match RawDisk::open(path, Access { readonly, unlocked: false }) {
         Ok(_) => panic!("{} can be opened", path.display()),
         Err(error) => error.to_string(),
     };
@@ -283,11 +283,11 @@ fn a_disk_that_cannot_be_used_is_explained() {
     let file = tempfile::NamedTempFile::new().unwrap();
     assert!(refusal(file.path(), false).contains("smaller than one sector"));
     let file = image(1);
-    let first = RawDisk::open(file.path(), true).unwrap();
-    drop(RawDisk::open(file.path(), true).expect("two readers may share a disk"));
+    let first = RawDisk::open(file.path(), Access::READ).unwrap();
+    drop(RawDisk::open(file.path(), Access::READ).expect("two readers may share a disk"));
     assert!(refusal(file.path(), false).contains("in use"));
     drop(first);
-    RawDisk::open(file.path(), false).expect("nobody else has it any more");
+    RawDisk::open(file.path(), Access::WRITE).expect("nobody else has it any more");
 }
 
 proptest! {
