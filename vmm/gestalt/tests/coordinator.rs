@@ -418,6 +418,39 @@ fn loss_seen_by_node(then: impl FnOnce(TcpStream) + Send + 'static) -> (String, 
 }
 
 #[test]
+fn a_node_may_write_as_long_as_it_is_heard_and_never_again_once_its_machine_has_ended() {
+    let silence = Duration::from_secs(1);
+    let (tell, told) = channel::unbounded();
+    let behaviour = move |assignment: &Assignment, control: &Control| {
+        let (fence, tell) = (control.fence().clone(), tell.clone());
+        thread::spawn(move || {
+            let end = Instant::now() + 2 * silence;
+            let mut passed = fence.pass();
+            while passed.is_ok() && Instant::now() < end {
+                passed = fence.pass();
+            }
+            tell.send((passed, fence)).unwrap();
+        });
+        echo_guest(assignment, control).is_ok()
+    };
+    let config = MachineConfig { silence, ..machine(1, NodeHost::Local) };
+    let machine = Machine::start(config, Arc::new(behaviour));
+    machine.expect("hello");
+    let (passed, fence) = told.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(passed, Ok(()));
+    machine.type_text("!");
+    assert_eq!(machine.end().outcome, Outcome::PoweredOff);
+    assert!(fence.has_ended());
+}
+
+#[test]
+fn a_node_that_has_lost_its_coordinator_writes_nothing_in_the_time_that_it_has_to_end() {
+    let (_assignment, control) = join(&options(&lone_coordinator(drop), "n0")).unwrap();
+    while control.recv_timeout(PATIENCE).is_ok() {}
+    assert!(control.fence().has_ended());
+}
+
+#[test]
 fn a_node_notices_within_five_seconds_that_its_coordinator_is_gone() {
     let (why, _) = loss_seen_by_node(drop);
     assert_eq!(why, "the coordinator was lost: it closed the connection");

@@ -9,6 +9,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use machine::control::fence::Fence;
+
 use super::chain::{Chain, ChainError};
 use super::memory::GuestRam;
 use super::registers::{NO_VECTOR, QueueSetup};
@@ -72,6 +74,8 @@ pub struct QueueContext {
     pub memory: GuestRam,
     /// The way to the driver.
     pub signals: Signals,
+    /// Asked before each request.
+    pub fence: Arc<Fence>,
 }
 
 /// The part of a queue that a thread needs to wait for its bell, or for something else.
@@ -159,9 +163,14 @@ impl LiveQueue {
         Pause { bell: self.bell.clone(), stop: self.stop.clone(), memory: self.context.memory.clone() }
     }
 
-    /// Whether the thread is to end.
+    /// Whether the thread is to end: for the device's reset, or with the machine.
     pub fn stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
+        self.stop.load(Ordering::SeqCst) || self.context.fence.has_ended()
+    }
+
+    /// What is asked before a write that others may see after this node.
+    pub fn fence(&self) -> &Arc<Fence> {
+        &self.context.fence
     }
 
     /// Waits for the bell; `false` if it is time to end.
@@ -195,12 +204,16 @@ impl LiveQueue {
         self.context.memory.idle();
     }
 
-    /// The next request. `memory` is what [`LiveQueue::memory`] gives, cloned.
+    /// The next request; none any more once the machine has ended. `memory` is what [`LiveQueue::memory`] gives, cloned.
+    /// Waits as long as the others may have given this node up.
     ///
     /// # Errors
     /// A driver that breaks the rules.
     pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Result<Option<Chain<'m>>, QueueError> {
         let map = memory.map();
+        if self.context.fence.pass().is_err() {
+            return Ok(None);
+        }
         let next = self.queue.iter(map).map_err(QueueError::Ring)?.next();
         Ok(next.map(|descriptors| Chain::new(map, descriptors)).transpose()?)
     }
@@ -274,7 +287,7 @@ impl LiveQueue {
     ) -> Result<(), QueueError> {
         let memory = self.context.memory.clone();
         // Requests may have come before the first bell.
-        loop {
+        while !self.stopped() {
             self.disable_notification()?;
             while let Some(mut chain) = self.pop(&memory)? {
                 let Some(written) = handle(&mut chain) else { return Ok(()) };
@@ -287,5 +300,6 @@ impl LiveQueue {
                 return Ok(());
             }
         }
+        Ok(())
     }
 }

@@ -38,16 +38,20 @@ impl SharedQueue {
     }
 
     /// Serves the queue, with all others who do, until it is stopped: `handle` does a request and says how many bytes it
-    /// wrote. A driver that breaks the rules stops the device.
-    pub fn serve(self, mut handle: impl FnMut(&mut Chain) -> u32) {
+    /// wrote; or `None`, and then the request is not given back and the caller serves no more. A driver that breaks the rules
+    /// stops the device.
+    pub fn serve(self, mut handle: impl FnMut(&mut Chain) -> Option<u32>) {
         if let Err(error) = self.serve_until_stopped(&mut handle) {
             lock(&self.rings).signals().give_up(&error.to_string());
         }
     }
 
-    fn serve_until_stopped(&self, handle: &mut impl FnMut(&mut Chain) -> u32) -> Result<(), QueueError> {
+    fn serve_until_stopped(
+        &self,
+        handle: &mut impl FnMut(&mut Chain) -> Option<u32>,
+    ) -> Result<(), QueueError> {
         while let Some(mut chain) = self.next()? {
-            let written = handle(&mut chain);
+            let Some(written) = handle(&mut chain) else { return Ok(()) };
             lock(&self.rings).push(chain.head, written)?;
         }
         Ok(())

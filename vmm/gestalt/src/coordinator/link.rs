@@ -89,7 +89,7 @@ fn write(
     loop {
         let message = match said.recv_timeout(HEARTBEAT) {
             Ok(message) => message,
-            Err(RecvTimeoutError::Timeout) => FromCoordinator::Heartbeat,
+            Err(RecvTimeoutError::Timeout) => FromCoordinator::Heartbeat(0),
             Err(RecvTimeoutError::Disconnected) => return,
         };
         if let Err(error) = sender.write_message(&mut stream, &message) {

@@ -12,6 +12,7 @@ use base::lock;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
 use super::wire::{self, Answer, Assigned, ControlChannel, HEARTBEAT, Hello, MAX_FRAME, WireError};
+use crate::control::fence::{self, Fence};
 use crate::control::{Assignment, Control, ControlEnd, FromCoordinator, Outgoing, Stop, ToCoordinator};
 use crate::keys::NodeKey;
 
@@ -159,18 +160,21 @@ fn open(
     let wishes =
         [&options.fabric_listen, &assigned.fabric_listen].into_iter().find(|rails| !rails.is_empty());
     let fabric_listen = wishes.cloned().unwrap_or_else(|| vec![local]);
-    let (control, ControlEnd { from_node, to_node, lost }) = Control::pair();
+    let fence = Arc::new(Fence::leased(silence));
+    let (control, ControlEnd { from_node, to_node, lost }) = Control::fenced(fence.clone());
     let ended = Arc::new(AtomicBool::new(false));
     let (reading, node_left) = (stream.try_clone()?, ended.clone());
     let (watchdog, name) = (options.watchdog, options.hello.name.clone());
     thread::Builder::new().name("control-read".into()).spawn(move || {
         let stopped = Cell::new(false);
-        let why = read(reading, receiver, &to_node, silence, &|stop| {
+        let why = read(reading, receiver, &to_node, silence, &fence, &|stop| {
             // From here on the end of the connection is no loss.
             if !stopped.replace(true) {
                 watch(watchdog, &name, stop.grace, "being told to stop");
             }
         });
+        // At once: the node may take its time to end.
+        fence.end();
         if stopped.get() || node_left.load(Ordering::Acquire) {
             return;
         }
@@ -208,13 +212,15 @@ fn read(
     mut receiver: wire::Receiver,
     to_node: &Sender<FromCoordinator>,
     silence: Duration,
+    fence: &Fence,
     stopped: &dyn Fn(Stop),
 ) -> String {
     loop {
         match receiver.read_message::<FromCoordinator>(&mut stream, MAX_FRAME) {
-            Ok(FromCoordinator::Heartbeat) => {}
+            Ok(FromCoordinator::Heartbeat(said)) => fence.renew(said),
             Ok(message) => {
                 if let FromCoordinator::Stop(stop) = &message {
+                    fence.end();
                     stopped(*stop);
                 }
                 if to_node.send(message).is_err() {
@@ -229,27 +235,36 @@ fn read(
     }
 }
 
-/// Writes until the node has dropped its handles or the connection fails.
+/// Writes until the node has dropped its handles or the connection fails. A heartbeat goes at its time, whatever else there is
+/// to say: it keeps the fence open.
 fn write(
     mut stream: TcpStream,
     mut sender: wire::Sender,
     from_node: &Receiver<Outgoing>,
     ended: &AtomicBool,
 ) {
+    let mut beat = Instant::now();
     loop {
-        let sent = match from_node.recv_timeout(HEARTBEAT) {
+        let sent = match from_node.recv_deadline(beat) {
             Ok(Outgoing::Message(message)) => sender.write_message(&mut stream, &message),
             Ok(Outgoing::Flush(done)) => {
                 // Whoever waited may have given up.
                 let _ = done.send(());
                 Ok(())
             }
-            Err(RecvTimeoutError::Timeout) => sender.write_message(&mut stream, &ToCoordinator::Heartbeat),
+            Err(RecvTimeoutError::Timeout) => Ok(()),
             Err(RecvTimeoutError::Disconnected) => {
                 ended.store(true, Ordering::Release);
                 break;
             }
         };
+        let sent = sent.and_then(|()| {
+            if Instant::now() < beat {
+                return Ok(());
+            }
+            beat = Instant::now() + HEARTBEAT;
+            sender.write_message(&mut stream, &ToCoordinator::Heartbeat(fence::now()))
+        });
         // The reader sees the end of the connection and says so.
         if sent.is_err() {
             break;

@@ -24,6 +24,7 @@
 //! A node that has said `PowerOff`, `Reset` or `PeerLost` goes on serving its peers until `Stop` arrives:
 //! the others may still wait for its pages. Heartbeats pass in both directions below this interface.
 
+pub mod fence;
 pub mod join;
 pub mod wire;
 
@@ -38,6 +39,7 @@ use firmware::MachineSpec;
 use firmware::cpuid::CpuidEntry;
 use serde::{Deserialize, Serialize};
 
+use self::fence::Fence;
 use crate::config::ShipMode;
 use crate::config::devices::PlacedDevice;
 use crate::config::limits::{Capacity, Limits};
@@ -242,8 +244,8 @@ pub type DeviceResult = Result<Option<GivenUp>, String>;
 /// A message from a node to the coordinator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ToCoordinator {
-    /// Sent by [`Control`] itself; nobody else needs it.
-    Heartbeat,
+    /// Sent by [`Control`] itself, at this time by [`fence::now`] of the node; nobody else needs it.
+    Heartbeat(u64),
     /// The fabric listener is open and KVM has been asked.
     Joined(Joined),
     /// Meshed, memory mapped, kernel loaded: vCPUs may start.
@@ -286,8 +288,9 @@ pub enum ToCoordinator {
 /// A message from the coordinator to a node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FromCoordinator {
-    /// Consumed by [`Control`] itself; never returned by it.
-    Heartbeat,
+    /// Consumed by [`Control`] itself; never returned by it. The answer to [`ToCoordinator::Heartbeat`], with its time; or 0,
+    /// when there has been nothing to say.
+    Heartbeat(u64),
     /// All nodes have joined.
     Start(Start),
     /// All nodes are ready: run the vCPUs.
@@ -344,6 +347,7 @@ pub struct Control {
     outgoing: Sender<Outgoing>,
     incoming: Receiver<FromCoordinator>,
     lost: Arc<Mutex<Option<String>>>,
+    fence: Arc<Fence>,
 }
 
 /// The other side of a [`Control`]: held by the threads that own the socket, or by a test.
@@ -358,13 +362,23 @@ pub struct ControlEnd {
 }
 
 impl Control {
-    /// A control handle and what it is connected to.
+    /// A control handle and what it is connected to. Its fence is open until told otherwise.
     pub fn pair() -> (Control, ControlEnd) {
+        Control::fenced(Arc::new(Fence::open()))
+    }
+
+    /// The same with another fence.
+    pub fn fenced(fence: Arc<Fence>) -> (Control, ControlEnd) {
         let (outgoing, from_node) = channel::unbounded();
         let (to_node, incoming) = channel::unbounded();
         let lost = Arc::new(Mutex::new(None));
         let end = ControlEnd { from_node, to_node, lost: lost.clone() };
-        (Control { outgoing, incoming, lost }, end)
+        (Control { outgoing, incoming, lost, fence }, end)
+    }
+
+    /// What is asked before anything is written that others may use after this node.
+    pub fn fence(&self) -> &Arc<Fence> {
+        &self.fence
     }
 
     /// Queues a message for the coordinator. Never blocks.
@@ -425,7 +439,7 @@ impl Control {
         let deadline = Instant::now() + timeout;
         loop {
             match self.recv_timeout(deadline.saturating_duration_since(Instant::now()))? {
-                Some(FromCoordinator::ConsoleInput(_) | FromCoordinator::Heartbeat) => {}
+                Some(FromCoordinator::ConsoleInput(_) | FromCoordinator::Heartbeat(_)) => {}
                 Some(FromCoordinator::Stop(_)) => return Err(ControlError::Stopped(what)),
                 Some(message) => return Ok(message),
                 None => return Err(ControlError::TooLate { what, seconds: timeout.as_secs() }),

@@ -37,7 +37,7 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 
 const MAGIC: &[u8; 8] = b"gestalt\0";
 /// The protocol of this build; raised by every change of a message.
-const PROTOCOL: u32 = 3;
+const PROTOCOL: u32 = 4;
 /// The version of this build as the preamble carries it.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// First byte of an answer that refuses; its layout is the same in every version.

@@ -159,7 +159,7 @@ impl Node {
         let mut pci = None;
         if machine.spec.pci {
             let capacity = machine.capacities.get(node.index()).copied().unwrap_or_default();
-            let devices = PciDevices::new(assignment.node, capacity, &ram, &router);
+            let devices = PciDevices::new(assignment.node, capacity, &ram, &router, control.fence().clone());
             pci = devices.map(Arc::new);
             for place in machine.devices.iter().filter(|place| place.node == assignment.node) {
                 pci.as_ref().context("this node has no PCI bus")?.add(place)?;

@@ -10,7 +10,7 @@ use crate::router::Router;
 use devices::pci::RootBus;
 use devices::rate_limit::{Limiter, Pool};
 use devices::virtio::balloon::{Account, Balloon};
-use devices::virtio::block::{self, Access, Block, BlockConfig, Durable, MemoryDisk};
+use devices::virtio::block::{self, Access, Block, BlockConfig, Durable, Fenced, MemoryDisk};
 use devices::virtio::console::{Console, Port};
 use devices::virtio::entropy::Entropy;
 use devices::virtio::net::{Net, Tap};
@@ -18,6 +18,7 @@ use devices::virtio::pci_device::DeviceContext;
 use devices::virtio::{GuestRam, VirtioDevice, VirtioPciDevice};
 use machine::config::devices::{PlacedDevice, PlacedKind};
 use machine::config::limits::Capacity;
+use machine::control::fence::Fence;
 use machine::control::{GivenUp, Setting};
 
 /// How long the threads of a device that is taken away may be busy on the host.
@@ -57,12 +58,19 @@ enum Handles {
 impl PciDevices {
     /// The bus of node `node`, with nothing on it; `None` for a node beyond the last bus. All devices on it may do what
     /// `capacity` says.
-    pub fn new(node: u16, capacity: Capacity, ram: &GuestRam, router: &Arc<Router>) -> Option<PciDevices> {
+    pub fn new(
+        node: u16,
+        capacity: Capacity,
+        ram: &GuestRam,
+        router: &Arc<Router>,
+        fence: Arc<Fence>,
+    ) -> Option<PciDevices> {
         let number = u8::try_from(node).ok()?;
         let router = router.clone();
         let context = DeviceContext {
             memory: ram.clone(),
             deliver: Arc::new(move |message| router.deliver_message(message)),
+            fence,
         };
         let bus = Arc::new(RootBus::new(number));
         let pools = Pools {
@@ -87,7 +95,7 @@ impl PciDevices {
         if self.lock().contains_key(&slot) {
             bail!("slot {slot} has a device already");
         }
-        let opened = open(device, &self.pools)?;
+        let opened = open(device, &self.pools, &self.context.fence)?;
         let base = RootBus::registers_of(self.number, slot);
         let function = Arc::new(VirtioPciDevice::new(&opened.title, opened.device, base, &self.context)?);
         self.bus.insert(slot, function.clone());
@@ -161,7 +169,7 @@ struct Opened {
     handles: Handles,
 }
 
-fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
+fn open(device: &PlacedDevice, pools: &Pools, fence: &Arc<Fence>) -> anyhow::Result<Opened> {
     let fixed =
         |title: String, device: Box<dyn VirtioDevice>| Opened { title, device, handles: Handles::None };
     let limiter = |pool: &Option<Arc<Pool>>| {
@@ -178,9 +186,10 @@ fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
             };
             let title = config.name.clone();
             let access = Access { readonly: *readonly, unlocked: *unlocked };
-            let disk = Arc::new(Durable::new(block::open(path, access)?));
+            let disk = block::open(path, access)?;
+            let disk = Fenced::new(Arc::new(Durable::new(disk)), fence.clone());
             let limiter = limiter(&pools.disks);
-            let device = Box::new(Block::new(disk, config).limited(limiter.clone()));
+            let device = Box::new(Block::new(Arc::new(disk), config).limited(limiter.clone()));
             Opened { title, device, handles: Handles::Limits(vec![limiter]) }
         }
         PlacedKind::Net { tap, mac, queues } => {

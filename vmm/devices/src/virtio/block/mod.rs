@@ -5,6 +5,7 @@
 //! | this one | the device: features, registers, the threads of each queue |
 //! | [`disk`] | what is behind it: a file or block device of the host |
 //! | [`durable`] | no success after a flush that failed |
+//! | [`fenced`] | no write after the machine has ended |
 //! | [`qcow2`] | the same, in QEMU's format |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
@@ -14,6 +15,7 @@
 
 pub mod disk;
 pub mod durable;
+pub mod fenced;
 pub mod qcow2;
 pub mod request;
 
@@ -26,6 +28,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use self::disk::{Access, Disk, MemoryDisk, RawDisk};
 pub use self::durable::Durable;
+pub use self::fenced::Fenced;
 pub use self::qcow2::{Qcow2Disk, is_qcow2, open};
 use self::request::Server;
 use super::shared_queue::SharedQueue;

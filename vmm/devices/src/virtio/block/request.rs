@@ -10,6 +10,7 @@ use super::{BlockConfig, MAX_CLEAR, MAX_CLEAR_SEGMENTS, SECTOR};
 use crate::virtio::GuestRam;
 use crate::virtio::chain::{Buffers, Chain};
 use machine::config::devices::SERIAL_LEN;
+use machine::control::fence::Ended;
 
 /// Bytes of data that are between disk and guest at once.
 const AT_ONCE: u64 = 256 << 10;
@@ -60,11 +61,12 @@ impl Server {
         Server { disk, memory, data: Vec::new(), serial, readonly: config.readonly, on_failure }
     }
 
-    /// Does a request; how many bytes of its buffers were written, the outcome among them.
-    pub fn serve(&mut self, chain: &mut Chain) -> u32 {
+    /// Does a request; how many bytes of its buffers were written, the outcome among them. `None` if the machine has ended
+    /// before it was done: the guest is not to see an outcome then.
+    pub fn serve(&mut self, chain: &mut Chain) -> Option<u32> {
         let Some(room) = chain.writable.len().checked_sub(1) else {
             // Nowhere to say anything.
-            return 0;
+            return Some(0);
         };
         let data = chain.writable.take(room);
         let mut header = [0; HEADER];
@@ -79,6 +81,7 @@ impl Server {
                 (self.on_failure)(what, &io::Error::other("the request makes no sense"));
                 (blk::VIRTIO_BLK_S_IOERR, 0)
             }
+            Err(Refusal::Failed(error)) if Ended::is(&error) => return None,
             Err(Refusal::Failed(error)) => {
                 (self.on_failure)(name(kind(&header)), &error);
                 (blk::VIRTIO_BLK_S_IOERR, 0)
@@ -86,7 +89,7 @@ impl Server {
         };
         chain.writable.write(&[status as u8]);
         // The outcome is the last byte: it counts only if all bytes before it were written.
-        if u64::from(written) == room { written.saturating_add(1) } else { written }
+        Some(if u64::from(written) == room { written.saturating_add(1) } else { written })
     }
 
     /// The bytes of `data` that were written.

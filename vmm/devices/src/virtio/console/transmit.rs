@@ -24,7 +24,7 @@ pub fn run(mut queue: LiveQueue, port: &Port, console: bool) {
 
 fn work(queue: &mut LiveQueue, port: &Port, console: bool) -> Result<(), QueueError> {
     let memory = queue.memory().clone();
-    loop {
+    while !queue.stopped() {
         queue.disable_notification()?;
         while let Some(mut chain) = queue.pop(&memory)? {
             write(queue, port, console, &mut chain);
@@ -37,6 +37,7 @@ fn work(queue: &mut LiveQueue, port: &Port, console: bool) -> Result<(), QueueEr
             return Ok(());
         }
     }
+    Ok(())
 }
 
 fn write(queue: &LiveQueue, port: &Port, console: bool, chain: &mut Chain) {

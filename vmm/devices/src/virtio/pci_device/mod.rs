@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use machine::control::fence::Fence;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
@@ -49,6 +50,8 @@ pub struct DeviceContext {
     pub memory: GuestRam,
     /// Where interrupts go.
     pub deliver: Arc<dyn Fn(Message) + Send + Sync>,
+    /// Asked before each request.
+    pub fence: Arc<Fence>,
 }
 
 /// A virtio device in a PCI slot.
@@ -106,7 +109,11 @@ impl VirtioPciDevice {
             broken: Arc::new(AtomicBool::new(false)),
         };
         let (space, window, msix) = space(&*device, queues.len(), base, &signals.interrupts);
-        let context = QueueContext { memory: around.memory.clone(), signals: signals.clone() };
+        let context = QueueContext {
+            memory: around.memory.clone(),
+            signals: signals.clone(),
+            fence: around.fence.clone(),
+        };
         let workers = Workers::new(name, bells.clone());
         let state = State { space, registers, device, workers, context, resetting: false, closed: false };
         Ok(VirtioPciDevice {

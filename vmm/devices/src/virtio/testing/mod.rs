@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use machine::control::fence::Fence;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::irq::{Message, Mode};
@@ -34,6 +35,8 @@ pub const INDIRECT: u16 = 4;
 pub struct Driver {
     pub transport: Arc<VirtioPciDevice>,
     pub memory: GuestRam,
+    /// The device's.
+    pub fence: Arc<Fence>,
     messages: Receiver<Message>,
     /// The next index of each available ring, and how much of each used ring has been seen.
     indices: Vec<(u16, u16)>,
@@ -51,16 +54,17 @@ impl Driver {
     pub fn with(device: Box<dyn VirtioDevice>, devices: GuestRam, memory: GuestRam) -> Driver {
         let queues = device.queues().len();
         let (sender, messages): (Sender<Message>, _) = channel();
-        let sender = Mutex::new(sender);
+        let (sender, fence) = (Mutex::new(sender), Arc::new(Fence::open()));
         let around = DeviceContext {
             memory: devices,
             // A test that has ended needs no interrupts.
             deliver: Arc::new(move |message| {
                 let _ = sender.lock().unwrap().send(message);
             }),
+            fence: fence.clone(),
         };
         let transport = Arc::new(VirtioPciDevice::new("the device", device, 0xc000_0000, &around).unwrap());
-        Driver { transport, memory, messages, indices: vec![(0, 0); queues] }
+        Driver { transport, memory, fence, messages, indices: vec![(0, 0); queues] }
     }
 
     /// Interrupts that came until now are of no interest.

@@ -247,7 +247,16 @@ impl Session {
 
     fn said(&mut self, node: usize, message: ToCoordinator, now: Instant, out: &mut Vec<Action>) {
         match (message, &mut self.phase) {
-            (ToCoordinator::Heartbeat, _) => {}
+            // A node that is told that it was heard may write to its disks for a while: not once something has failed.
+            (
+                ToCoordinator::Heartbeat(said),
+                Phase::Joining { .. } | Phase::Preparing { .. } | Phase::Running,
+            ) => {
+                let link = self.nodes[node].link;
+                let message = FromCoordinator::Heartbeat(said);
+                out.extend(link.map(|link| Action::Send { link, message }));
+            }
+            (ToCoordinator::Heartbeat(_), _) => {}
             (ToCoordinator::Report(report), _) => {
                 if !std::mem::replace(&mut self.nodes[node].reported, true) {
                     self.tally.add(node, report);

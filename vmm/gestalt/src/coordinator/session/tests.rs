@@ -80,7 +80,11 @@ impl Run {
         while self.now < end {
             self.now += super::super::TICK;
             for node in alive {
-                actions.extend(self.said(*node, ToCoordinator::Heartbeat));
+                let answers = self.said(*node, ToCoordinator::Heartbeat(1));
+                let is_heartbeat = |action: &Action| {
+                    matches!(action, Action::Send { message: FromCoordinator::Heartbeat(1), .. })
+                };
+                actions.extend(answers.into_iter().filter(|action| !is_heartbeat(action)));
             }
             actions.extend(self.handle(Event::Tick));
         }
@@ -175,6 +179,18 @@ fn a_power_off_asks_for_reports_and_ends_well() {
     assert_eq!(outcome(&run.ended(1, ProcessEnd::Code(0))), Some(&Outcome::PoweredOff));
     let json = run.session.tally().to_json(&Outcome::PoweredOff);
     assert_eq!(json["invalidations"], 4, "a node's second report does not count");
+}
+
+#[test]
+fn a_heartbeat_is_answered_with_its_own_time_until_something_has_failed() {
+    let mut run = running(LOCAL2);
+    let link = run.links[1];
+    let answer = Action::Send { link, message: FromCoordinator::Heartbeat(77) };
+    assert_eq!(run.said(1, ToCoordinator::Heartbeat(77)), [answer]);
+    run.said(0, ToCoordinator::PeerLost { node: 1, why: "it said nothing for 3.0 s".into() });
+    assert_eq!(run.said(1, ToCoordinator::Heartbeat(78)), [], "its lease is not renewed any more");
+    run.pass(SETTLE, &[0, 1]);
+    assert_eq!(run.said(1, ToCoordinator::Heartbeat(79)), []);
 }
 
 #[test]

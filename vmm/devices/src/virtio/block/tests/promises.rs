@@ -1,19 +1,32 @@
-//! What a disk promises: that a flush that failed stays failed.
+//! What a disk promises: that a flush that failed stays failed, and that nothing is written once the machine has ended.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 use base::lock;
+use machine::control::fence::{Ended, Fence};
 
 use super::*;
 
-/// What a host does in place of a disk's flushes.
+const MIB: u64 = 1 << 20;
+
+/// What a host does in place of a disk's writes of any kind (offset, length), and of its flushes.
 struct Host {
+    write: Box<dyn Fn(u64, u64) + Send + Sync>,
     flush: Box<dyn Fn() -> io::Result<()> + Send + Sync>,
 }
 
 impl Host {
+    fn that_writes(write: impl Fn(u64, u64) + Send + Sync + 'static) -> Arc<Host> {
+        Arc::new(Host { write: Box::new(write), flush: Box::new(|| Ok(())) })
+    }
+
     fn that_flushes(flush: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> Arc<Host> {
-        Arc::new(Host { flush: Box::new(flush) })
+        Arc::new(Host { write: Box::new(|_, _| {}), flush: Box::new(flush) })
+    }
+
+    fn wrote(&self, offset: u64, len: u64) -> io::Result<()> {
+        (self.write)(offset, len);
+        Ok(())
     }
 }
 
@@ -27,20 +40,20 @@ impl Disk for Host {
         Ok(())
     }
 
-    fn write(&self, _: &[u8], _: u64) -> io::Result<()> {
-        Ok(())
+    fn write(&self, from: &[u8], offset: u64) -> io::Result<()> {
+        self.wrote(offset, from.len() as u64)
     }
 
     fn flush(&self) -> io::Result<()> {
         (self.flush)()
     }
 
-    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.wrote(offset, len)
     }
 
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
-        Ok(())
+    fn write_zeroes(&self, offset: u64, len: u64, _: bool) -> io::Result<()> {
+        self.wrote(offset, len)
     }
 }
 
@@ -101,4 +114,95 @@ fn of_two_flushes_at_once_none_succeeds_if_one_fails() {
         assert!(disk.flush().is_err());
         assert!(first.join().unwrap().is_err());
     });
+}
+
+#[test]
+fn nothing_is_written_once_the_machine_has_ended() {
+    let writes = Arc::new(AtomicUsize::new(0));
+    let (counted, fence) = (writes.clone(), Arc::new(Fence::open()));
+    let host = Host::that_writes(move |_, _| drop(counted.fetch_add(1, Ordering::SeqCst)));
+    let disk = Fenced::new(Arc::new(Durable::new(host)), fence.clone());
+    let all: [&dyn Fn() -> io::Result<()>; 4] =
+        [&|| disk.write(&[0; 512], 0), &|| disk.flush(), &|| disk.discard(0, 512), &|| {
+            disk.write_zeroes(0, 512, false)
+        }];
+    all.iter().for_each(|write| write().unwrap());
+    fence.end();
+    assert!(all.iter().all(|write| Ended::is(&write().unwrap_err())));
+    assert_eq!(writes.load(Ordering::SeqCst), 3);
+    disk.read(&mut [0; 512], 0).unwrap();
+}
+
+#[test]
+fn a_request_in_the_middle_of_which_the_machine_ends_goes_no_further_and_gets_no_outcome() {
+    let (fence, written) = (Arc::new(Fence::open()), Arc::new(Mutex::new(Vec::new())));
+    let (ends, seen) = (fence.clone(), written.clone());
+    let host = Host::that_writes(move |offset, len| {
+        lock(&seen).push((offset, len));
+        ends.end();
+    });
+    let mut driver = driver(Arc::new(Fenced::new(host, fence)), false);
+    driver.put(HEADER, &blk::VIRTIO_BLK_T_OUT.to_le_bytes());
+    driver.put(STATUS, &[0xee]);
+    driver.chain(1, &[(HEADER, 16, false), (BUFFER, 512 << 10, false), (STATUS, 1, true)]);
+    driver.offer(1, 0);
+    // When this is over, all workers have ended.
+    while lock(&written).is_empty() {
+        std::thread::yield_now();
+    }
+    driver.reset();
+    assert_eq!(*lock(&written), [(0, 256 << 10)]);
+    assert_eq!((driver.given_back(1), driver.get(STATUS, 1)[0]), (0, 0xee));
+}
+
+#[test]
+fn making_a_long_range_zero_asks_the_fence_again_and_again() {
+    let (fence, written) = (Arc::new(Fence::open()), Arc::new(Mutex::new(Vec::new())));
+    let (ends, seen) = (fence.clone(), written.clone());
+    let host = Host::that_writes(move |offset, len| {
+        let mut seen = lock(&seen);
+        seen.push((offset, len));
+        if seen.len() == 2 {
+            ends.end();
+        }
+    });
+    let disk = Fenced::new(host, fence);
+    assert!(Ended::is(&disk.write_zeroes(512, 512 * MIB, true).unwrap_err()));
+    assert_eq!(*lock(&written), [(512, MIB - 512), (MIB, MIB)]);
+}
+
+#[test]
+fn a_node_that_others_may_have_given_up_writes_nothing_and_goes_on_when_it_is_heard_again() {
+    let writes = Arc::new(AtomicUsize::new(0));
+    let counted = writes.clone();
+    let host = Host::that_writes(move |_, _| drop(counted.fetch_add(1, Ordering::SeqCst)));
+    // Its lease was over as soon as it began.
+    let fence = Arc::new(Fence::leased(Duration::from_nanos(2)));
+    let disk = Fenced::new(host, fence.clone());
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| disk.write(&[0; 512], 0));
+        // It cannot write, however long this takes.
+        for _ in 0..1000 {
+            assert_eq!(writes.load(Ordering::SeqCst), 0);
+            std::thread::yield_now();
+        }
+        fence.renew(machine::control::fence::now() + 60_000_000_000);
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(writes.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_device_takes_no_request_once_the_machine_has_ended() {
+    let writes = Arc::new(AtomicUsize::new(0));
+    let counted = writes.clone();
+    let host = Host::that_writes(move |_, _| drop(counted.fetch_add(1, Ordering::SeqCst)));
+    let mut driver = driver(host, false);
+    let sector = [(BUFFER, 512, false)];
+    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 0, &sector), blk::VIRTIO_BLK_S_OK);
+    driver.fence.end();
+    driver.chain(1, &[(HEADER, 16, false), (BUFFER, 512, false), (STATUS, 1, true)]);
+    driver.offer(1, 0);
+    driver.reset();
+    assert_eq!((writes.load(Ordering::SeqCst), driver.given_back(1)), (1, 1));
 }

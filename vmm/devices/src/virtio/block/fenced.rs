@@ -1,0 +1,61 @@
+//! A disk that is not written after its machine has ended: [`machine::control::fence`] is asked before each write.
+
+use std::io;
+use std::sync::Arc;
+
+use machine::control::fence::Fence;
+
+use super::disk::Disk;
+
+/// Bytes that are made zero after one question: a host may have to write them.
+const PIECE: u64 = 1 << 20;
+
+/// A disk behind its node's fence.
+pub struct Fenced {
+    disk: Arc<dyn Disk>,
+    fence: Arc<Fence>,
+}
+
+impl Fenced {
+    /// A disk that is written only where `fence` lets it be.
+    pub fn new(disk: Arc<dyn Disk>, fence: Arc<Fence>) -> Fenced {
+        Fenced { disk, fence }
+    }
+}
+
+impl Disk for Fenced {
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+
+    fn read(&self, to: &mut [u8], offset: u64) -> io::Result<()> {
+        self.disk.read(to, offset)
+    }
+
+    fn write(&self, from: &[u8], offset: u64) -> io::Result<()> {
+        self.fence.pass()?;
+        self.disk.write(from, offset)
+    }
+
+    /// Some formats write what they have kept until now.
+    fn flush(&self) -> io::Result<()> {
+        self.fence.pass()?;
+        self.disk.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.fence.pass()?;
+        self.disk.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, mut offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let end = offset + len;
+        while offset < end {
+            self.fence.pass()?;
+            let next = end.min((offset / PIECE + 1) * PIECE);
+            self.disk.write_zeroes(offset, next - offset, unmap)?;
+            offset = next;
+        }
+        Ok(())
+    }
+}
