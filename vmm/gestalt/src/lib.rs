@@ -12,11 +12,13 @@
 //! | [`coordinator`], [`terminal`] | `gestalt run`: brings the nodes up and holds them to the end |
 //! | [`operator`] | what `gestalt device` says to a running machine |
 //! | [`doctor`] | whether a node can run on this host |
+//! | [`log_limit`] | log lines that come too often |
 //!
 //! A node itself is the crate `vmm`; what both talk about is the crate `machine`.
 
 pub mod cli;
 pub mod coordinator;
 pub mod doctor;
+pub mod log_limit;
 pub mod operator;
 pub mod terminal;

@@ -28,7 +28,10 @@ use std::process::ExitCode;
 
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::log_limit::LogLimit;
 use crate::terminal;
 use machine::control::{Assignment, Control, Exit};
 
@@ -102,10 +105,11 @@ fn log(verbose: u8) {
         _ => "trace",
     };
     let filter = EnvFilter::try_from_env("GESTALT_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| terminal::Stderr);
+    let log = tracing_subscriber::fmt::layer().with_writer(|| terminal::Stderr);
     let log = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).without_time();
     // Plain lines for operators; where they come from for whoever asked for more.
-    log.with_target(verbose > 0).init();
+    let log = log.with_target(verbose > 0).with_filter(LogLimit::new(terminal::say));
+    tracing_subscriber::registry().with(log).with(filter).init();
 }
 
 #[cfg(test)]

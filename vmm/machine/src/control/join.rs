@@ -247,6 +247,11 @@ fn write(
     loop {
         let sent = match from_node.recv_deadline(beat) {
             Ok(Outgoing::Message(message)) => sender.write_message(&mut stream, &message),
+            Ok(Outgoing::FromGuest(message, room)) => {
+                let sent = sender.write_message(&mut stream, &message);
+                drop(room);
+                sent
+            }
             Ok(Outgoing::Flush(done)) => {
                 // Whoever waited may have given up.
                 let _ = done.send(());

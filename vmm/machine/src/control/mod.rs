@@ -337,14 +337,32 @@ pub enum ControlError {
 pub enum Outgoing {
     /// A message, in order.
     Message(ToCoordinator),
+    /// The same, of those that a guest can have sent as often as it likes.
+    FromGuest(ToCoordinator, Room),
     /// Answered once everything before it has been written.
     Flush(Sender<()>),
 }
+
+/// The room that a message of the guest's has among those that wait for the connection; given back when it is dropped.
+#[derive(Debug)]
+pub struct Room(Receiver<()>);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // It was taken before.
+        let _ = self.0.try_recv();
+    }
+}
+
+/// Messages of the guest's that may wait for the connection.
+pub const GUEST_MESSAGES: usize = 64;
 
 /// The node's end of its connection to the coordinator. Clones are the same connection.
 #[derive(Clone, Debug)]
 pub struct Control {
     outgoing: Sender<Outgoing>,
+    /// Full when as many messages of the guest's wait as may.
+    room: (Sender<()>, Receiver<()>),
     incoming: Receiver<FromCoordinator>,
     lost: Arc<Mutex<Option<String>>>,
     fence: Arc<Fence>,
@@ -373,12 +391,39 @@ impl Control {
         let (to_node, incoming) = channel::unbounded();
         let lost = Arc::new(Mutex::new(None));
         let end = ControlEnd { from_node, to_node, lost: lost.clone() };
-        (Control { outgoing, incoming, lost, fence }, end)
+        let room = channel::bounded(GUEST_MESSAGES);
+        (Control { outgoing, room, incoming, lost, fence }, end)
     }
 
     /// What is asked before anything is written that others may use after this node.
     pub fn fence(&self) -> &Arc<Fence> {
         &self.fence
+    }
+
+    /// Queues a message that the guest causes; `false` if too many wait already, and then it is left out.
+    ///
+    /// # Errors
+    /// [`ControlError::Lost`] once the coordinator is gone.
+    pub fn try_send_from_guest(&self, message: ToCoordinator) -> Result<bool, ControlError> {
+        if self.room.0.try_send(()).is_err() {
+            return Ok(false);
+        }
+        self.send_in_room(message).map(|()| true)
+    }
+
+    /// Queues a message that the guest causes, and waits as long as too many wait already.
+    ///
+    /// # Errors
+    /// [`ControlError::Lost`] once the coordinator is gone.
+    pub fn send_from_guest(&self, message: ToCoordinator) -> Result<(), ControlError> {
+        // This value has the other end as well.
+        let _ = self.room.0.send(());
+        self.send_in_room(message)
+    }
+
+    fn send_in_room(&self, message: ToCoordinator) -> Result<(), ControlError> {
+        let room = Room(self.room.1.clone());
+        self.outgoing.send(Outgoing::FromGuest(message, room)).map_err(|_| self.lost())
     }
 
     /// Queues a message for the coordinator. Never blocks.
@@ -464,6 +509,23 @@ mod tests {
         let stop = Stop { report: false, restart: false, grace: Duration::from_secs(1) };
         end.to_node.send(FromCoordinator::Stop(stop)).unwrap();
         assert_eq!(control.wait_go(Duration::from_secs(5)), Err(ControlError::Stopped("Go")));
+    }
+
+    #[test]
+    fn what_a_guest_has_sent_waits_in_bounded_number_and_is_refused_beyond() {
+        let (control, end) = Control::pair();
+        let eject = |slot| control.try_send_from_guest(ToCoordinator::Ejected(SlotId { bus: 0, slot }));
+        let taken = (0..200).filter(|slot| eject(*slot) == Ok(true)).count();
+        assert_eq!(taken, GUEST_MESSAGES);
+        control.send(ToCoordinator::Ready).unwrap();
+        assert_eq!(end.from_node.len(), GUEST_MESSAGES + 1, "the node's own messages always have room");
+        drop(end.from_node.recv().unwrap());
+        assert_eq!((eject(7), eject(8)), (Ok(true), Ok(false)));
+        // Who may wait goes on when the coordinator is gone, too.
+        let console = control.clone();
+        let waiting = std::thread::spawn(move || console.send_from_guest(ToCoordinator::Console(vec![1])));
+        drop(end);
+        assert!(matches!(waiting.join().unwrap(), Ok(()) | Err(ControlError::Lost(_))));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -384,14 +385,27 @@ fn platform(
 ) -> anyhow::Result<(LocalDevices, Option<Shared<HotPlug>>)> {
     let terminal = control.clone();
     // A coordinator that is gone ends the machine; its terminal needs no more output.
-    let (out, _) = console::output(move |batch| drop(terminal.send(ToCoordinator::Console(batch))))?;
+    let (out, _) =
+        console::output(move |batch| drop(terminal.send_from_guest(ToCoordinator::Console(batch))))?;
     let (route, power, ejected) = (router.clone(), events.clone(), control.clone());
+    // The machine ends after the first; a guest may say it as often as it likes.
+    let said = AtomicBool::new(false);
     let platform = Platform::new(
         out,
         room,
         move |message| route.deliver_message(message),
-        move |event| drop(power.send(Event::Power(event))),
-        move |slot| drop(ejected.send(ToCoordinator::Ejected(slot))),
+        move |event| {
+            if !said.swap(true, Ordering::SeqCst) {
+                drop(power.send(Event::Power(event)));
+            }
+        },
+        move |slot| {
+            if let Ok(false) = ejected.try_send_from_guest(ToCoordinator::Ejected(slot)) {
+                tracing::warn!(
+                    "the guest lets go of devices faster than that can be told: {slot:?} is left out"
+                );
+            }
+        },
     )?;
     router.set_ioapic(&platform.ioapic);
     let com1 = platform.com1();
