@@ -29,8 +29,9 @@
 //!      └──────── workers have ended <── stop <── status := 0 ───────────────────┘
 //! ```
 //!
-//! Vcpu threads only touch registers: they never wait for a worker, for guest memory or for I/O. Workers hold no lock
-//! while they touch guest memory.
+//! Vcpu threads only touch registers: they never wait for a worker, for guest memory or for I/O. A worker that touches guest
+//! memory, and may wait for a page of it, holds no lock that a vCPU thread or an engine takes; those of one queue share the
+//! lock of its rings ([`shared_queue`]).
 
 pub mod balloon;
 pub mod block;

@@ -11,10 +11,11 @@
 //! - [`wire`]: bytes on the connection; [`machine::control`] has both sides' words. [`link`] and [`listener`] are our side.
 //! - [`hotplug`]: devices that come, go and change while the machine runs; pure, too.
 //! - [`session`]: all decisions, pure; [`event`]: what goes in and out. [`cause`]: which sign of a failure is its cause.
-//! - [`spawn`]: processes of local nodes. [`report`]: counters at the end.
+//! - [`spawn`]: processes of local nodes. [`report`]: counters at the end. [`dumps`]: what nodes leave behind.
 //! - [`Coordinator`]: the loop in the middle of the picture.
 
 pub mod cause;
+pub mod dumps;
 pub mod event;
 pub mod hotplug;
 pub mod link;
@@ -24,7 +25,7 @@ pub mod session;
 pub mod spawn;
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -35,7 +36,7 @@ use crossbeam::channel::{self, Receiver, Sender};
 
 use crate::operator;
 use crate::operator::server::Asked;
-use crate::terminal;
+use dumps::Dumps;
 use event::{Action, Event, Interrupt, LinkId, Outcome};
 use hotplug::AskerId;
 use link::Link;
@@ -160,6 +161,7 @@ impl Coordinator {
         })?;
         let session = Session::new(self.config.clone(), join_hint(bound), Instant::now());
         let driver = Driver {
+            dumps: Dumps::new(console.dumps.clone(), self.config.nodes.len()),
             machine: self.config.machine([0; 16], session.devices()),
             join: MachineConfig::local_join_address(bound),
             config: self.config,
@@ -224,6 +226,7 @@ struct Driver {
     askers: HashMap<AskerId, Sender<operator::Answer>>,
     next_asker: AskerId,
     console: Console,
+    dumps: Dumps,
     over: Option<Outcome>,
 }
 
@@ -327,7 +330,9 @@ impl Driver {
                 Action::Console(bytes) => (self.console.output)(bytes),
                 Action::Say(text) => tracing::info!("{text}"),
                 Action::Warn(text) => tracing::warn!("{text}"),
-                Action::Dump { node, text } => self.dump(node, &text),
+                Action::Dump { node, text } => {
+                    self.dumps.keep(node, &self.config.nodes[node].spec.name, &text);
+                }
                 Action::Answer { asker, answer } => {
                     if let Some(reply) = self.askers.remove(&asker) {
                         // Who does not wait any more needs no answer.
@@ -381,25 +386,6 @@ impl Driver {
         match opened {
             Ok(open) => drop(self.links.insert(link, open)),
             Err(error) => tell(Event::Closed { link, why: error.to_string() }),
-        }
-    }
-
-    fn dump(&self, node: usize, text: &str) {
-        let name = &self.config.nodes[node].spec.name;
-        if let Some(folder) = &self.console.dumps {
-            let path = folder.join(format!("{name}.dump"));
-            let written = std::fs::create_dir_all(folder).and_then(|()| {
-                let mut file = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
-                file.write_all(text.as_bytes())?;
-                file.write_all(b"\n")
-            });
-            match written {
-                Ok(()) => return tracing::info!("what node {name} left behind is in {}", path.display()),
-                Err(error) => tracing::warn!("{} cannot be written: {error}", path.display()),
-            }
-        }
-        for line in text.lines() {
-            terminal::say(&format!("[{name}] {line}"));
         }
     }
 }

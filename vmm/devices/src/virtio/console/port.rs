@@ -3,18 +3,22 @@
 use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use nix::sys::stat::{Mode, umask};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+use nix::sys::stat::{Mode, fchmod};
 use vmm_sys_util::eventfd::EventFd;
 
 /// What a console keeps for who connects later, in bytes.
 pub const BACKLOG: usize = 64 << 10;
 /// Messages to the driver that wait for its buffers, at most: one that gives none loses the rest.
 const MOST_NEWS: usize = 64;
+/// Programs that may wait to be connected.
+const CONNECTING: i32 = 16;
 
 /// Why a port cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +62,17 @@ struct State {
     told: bool,
 }
 
+/// A socket that listens at `path`, for this user alone from the first moment on: on Linux a socket's file gets the mode
+/// that the socket has when it is bound (`unix_bind` in net/unix/af_unix.c). The process's umask is all threads' and stays.
+fn listen(path: &Path) -> nix::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&socket, Mode::from_bits_truncate(0o600))?;
+    socket::bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::listen(&socket, Backlog::new(CONNECTING)?)?;
+    Ok(socket.into())
+}
+
 impl Port {
     /// Listens at `path`, for this user alone. A socket that a program left behind is replaced.
     ///
@@ -75,10 +90,7 @@ impl Port {
             }
             fs::remove_file(path).map_err(failed)?;
         }
-        let before = umask(Mode::from_bits_truncate(0o177));
-        let listener = UnixListener::bind(path);
-        umask(before);
-        let listener = listener.map_err(failed)?;
+        let listener = listen(path).map_err(|errno| failed(errno.into()))?;
         let mut port = Port::listening(listener).map_err(failed)?;
         port.path = Some(path.into());
         Ok(port)
@@ -175,14 +187,8 @@ impl Port {
     /// The connection has ended.
     pub fn write(&self, stream: &Arc<UnixStream>, bytes: &[u8]) -> io::Result<usize> {
         // SAFETY: the kernel reads at most `bytes.len()` bytes of `bytes`.
-        let sent = unsafe {
-            libc::send(
-                std::os::fd::AsRawFd::as_raw_fd(&**stream),
-                bytes.as_ptr().cast(),
-                bytes.len(),
-                libc::MSG_NOSIGNAL,
-            )
-        };
+        let sent =
+            unsafe { libc::send(stream.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL) };
         match usize::try_from(sent) {
             Ok(sent) => Ok(sent),
             Err(_) => match io::Error::last_os_error() {
@@ -256,4 +262,42 @@ fn ring(bell: &EventFd) {
 /// Whether it is only that the other side is not ready.
 fn waits(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn a_socket_is_for_its_user_alone_and_files_of_other_threads_keep_their_modes() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| {
+            let path = folder.path().join(name);
+            fs::File::create(&path).unwrap();
+            mode(&path)
+        };
+        let usual = file("before");
+        std::thread::scope(|scope| {
+            let ports = scope.spawn(|| {
+                for number in 0..300 {
+                    let path = folder.path().join(format!("{number}.sock"));
+                    let _port = Port::bind(&path).unwrap();
+                    assert_eq!(mode(&path), 0o600);
+                    UnixStream::connect(&path).unwrap();
+                }
+            });
+            for number in 0.. {
+                assert_eq!(file(&format!("{number}")), usual, "file {number}");
+                if ports.is_finished() {
+                    return ports.join().unwrap();
+                }
+            }
+        });
+    }
 }
