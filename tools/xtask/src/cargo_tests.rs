@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use testbed::artifacts::workspace;
 use testbed::exec;
 
+use crate::skips::{self, Reader};
 use crate::tally::Tally;
 
 /// Runs every test of the workspace and adds what its test programs say to `tally`.
@@ -19,7 +20,7 @@ use crate::tally::Tally;
 pub fn run(tally: &mut Tally) -> Result<()> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
-    command.args(["test", "--workspace", "--no-fail-fast"]).current_dir(workspace());
+    command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]).current_dir(workspace());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let begin = Instant::now();
     let mut child = exec::tether(&mut command).spawn().context("running cargo")?;
@@ -27,7 +28,7 @@ pub fn run(tally: &mut Tally) -> Result<()> {
     // Cargo names a program on standard error; the program's own summary follows on standard output.
     let running = Mutex::new(VecDeque::new());
     let first = Mutex::new(None);
-    let mut failed = 0;
+    let (mut failed, mut reader, mut skipped) = (0, Reader::default(), Vec::new());
     std::thread::scope(|scope| -> Result<()> {
         scope.spawn(|| {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
@@ -41,10 +42,17 @@ pub fn run(tally: &mut Tally) -> Result<()> {
         for line in BufReader::new(child.stdout.take().expect("it is piped")).lines() {
             let line = line?;
             println!("{line}");
+            let program = || {
+                let name = running.lock().expect("no holder panics").front().cloned();
+                name.unwrap_or_else(|| "a program".into())
+            };
+            skipped.extend(reader.line(&program(), &line));
             let Some(summary) = summary(&line) else { continue };
-            let name = running.lock().expect("no holder panics").pop_front();
-            tally.took(format!("tests of {}", name.unwrap_or_else(|| "a program".into())), summary.time);
-            tally.passed += summary.passed;
+            tally.took(format!("tests of {}", program()), summary.time);
+            running.lock().expect("no holder panics").pop_front();
+            // Who skips ends as if it had passed.
+            tally.passed += summary.passed.saturating_sub(skips::count(&skipped));
+            tally.skipped.append(&mut skipped);
             tally.failed += summary.failed;
             tally.ignored += summary.ignored;
             failed += summary.failed;

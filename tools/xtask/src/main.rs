@@ -14,8 +14,8 @@
 //! | `ci-checks` | [`checks`], [`layers`] | what `test` checks of the sources, and nothing else |
 //!
 //! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
-//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`cargo_tests`] those of `cargo test`, [`tally`] what
-//! `test` has found so far, [`report`] the files in `target/report`, [`allowance`] a command with so much CPU time.
+//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`cargo_tests`] those of `cargo test`, [`skips`] which
+//! of them lack something here, [`tally`] what `test` has found so far, [`report`] the files in `target/report`, [`allowance`] a command with so much CPU time.
 
 mod allowance;
 mod cargo_tests;
@@ -34,6 +34,7 @@ mod rails;
 mod report;
 mod scenarios;
 mod simulate;
+mod skips;
 mod soak;
 mod tally;
 mod test;

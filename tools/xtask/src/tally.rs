@@ -7,6 +7,7 @@ use serde::Serialize;
 use testbed::rig::Rig;
 
 use crate::scenarios;
+use crate::skips::{self, Expected, Skip};
 
 /// Parts that the closing table names one by one; what is quicker is added up in its last line.
 const SHOWN: usize = 20;
@@ -18,6 +19,8 @@ pub struct Tally {
     pub passed: usize,
     /// Tests that failed.
     pub failed: usize,
+    /// Tests that lacked something on this host, none of which counts as passed.
+    pub skipped: Vec<Skip>,
     /// Tests that `cargo test` left out because they are marked to be run by hand (`--ignored`).
     pub ignored: usize,
     /// Whether guests ran on emulated hosts; `None` when no guest was booted.
@@ -91,6 +94,19 @@ impl Tally {
         self.guests.push(GuestResult { name: name.into(), seconds: begin.elapsed().as_secs_f64(), failure });
     }
 
+    /// Notes a part that lacks something on this host.
+    pub fn skip(&mut self, name: &str, why: &str) {
+        println!("skipped: {name}: {why}");
+        self.skipped.push(Skip { test: format!("xtask: {name}"), why: why.into() });
+    }
+
+    /// Makes a failure of each skip that is not expected.
+    pub fn judge_skips(&mut self, expected: &Expected) {
+        let findings = expected.findings(&self.skipped);
+        self.failed += findings.len();
+        self.findings.extend(findings);
+    }
+
     /// Prints where the time went, the failures, and the counts in a line that ends the run.
     pub fn print(&self) {
         print!("{}", self.times());
@@ -108,7 +124,15 @@ impl Tally {
         for rerun in &self.reruns {
             println!("BOOTED AGAIN: {rerun}");
         }
-        println!("{} passed, {} failed", self.passed, self.failed);
+        for Skip { test, why } in &self.skipped {
+            println!("skipped: {test}: {why}");
+        }
+        println!("{}", self.counts());
+    }
+
+    /// The line that ends the run.
+    fn counts(&self) -> String {
+        format!("{} passed, {} failed, {} skipped", self.passed, self.failed, skips::count(&self.skipped))
     }
 
     /// A line for each of the slowest parts, slowest first.
@@ -148,6 +172,19 @@ mod tests {
         assert!(lines[SHOWN + 1].ends_with("3 quicker parts"), "{text}");
         let seconds = |line: &str| line.trim().split(' ').next().unwrap().parse::<f64>().unwrap();
         assert_eq!(lines[1..].iter().map(|line| seconds(line)).sum::<f64>(), 100.0);
+    }
+
+    #[test]
+    fn what_is_skipped_counts_for_itself_and_fails_unless_it_is_expected() {
+        let mut tally = Tally::default();
+        tally.check("good", || Ok(()));
+        tally.skip("a guest over RDMA", "this host has no adapter");
+        assert_eq!(tally.counts(), "1 passed, 0 failed, 1 skipped");
+        tally.judge_skips(&Expected::parse("xtask: a guest over RDMA").unwrap());
+        assert_eq!(tally.counts(), "1 passed, 0 failed, 1 skipped");
+        tally.judge_skips(&Expected::parse("").unwrap());
+        assert_eq!(tally.counts(), "1 passed, 1 failed, 1 skipped");
+        assert!(tally.findings[0].contains("a guest over RDMA skipped (this host has no adapter)"));
     }
 
     #[test]

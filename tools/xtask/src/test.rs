@@ -1,5 +1,5 @@
 //! `cargo xtask test`: checks of the sources, unit tests, integration tests, each fuzz target for a moment, guest boots.
-//! Ends with where the time went and the line `N passed, N failed`.
+//! Ends with where the time went and the skips with their reasons, and the line `N passed, N failed, N skipped`.
 
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use testbed::{artifacts, setup};
 
 use crate::options::Options;
 use crate::scenarios::{self, Plan, Scenario};
+use crate::skips::Expected;
 use crate::tally::Tally;
 use crate::{cargo_tests, checks, fuzz, over_rdma, report};
 
@@ -32,6 +33,9 @@ pub struct Test {
     /// Emulate the hosts even if this machine has VMX or SVM
     #[arg(long)]
     emulate: bool,
+    /// Let tests skip that `expected-skips.txt` does not list: it is the development machine's
+    #[arg(long)]
+    any_skips: bool,
 }
 
 impl Test {
@@ -51,6 +55,14 @@ impl Test {
         }
         if !self.no_guests {
             self.guests(&mut tally)?;
+        }
+        if !self.any_skips {
+            let expected = Expected::read()?;
+            tally.judge_skips(&expected);
+            if self.guest.is_none() {
+                let needless = expected.needless(&tally.skipped);
+                needless.iter().for_each(|test| println!("no skip any more, and still listed: {test}"));
+            }
         }
         tally.seconds = begin.elapsed().as_secs_f64();
         report::write("test", &tally)?;
@@ -97,7 +109,8 @@ impl Test {
             tally.guest(over_rdma, &mut rig, over_rdma::run);
         }
         if rig.emulated().is_none() && scenarios.iter().any(|scenario| scenario.machine.rdma) {
-            eprintln!("skipped: a guest over RDMA (on this host: cargo xtask quickstart -- --fabric rdma)");
+            let why = "hosts are not emulated; on this host: cargo xtask quickstart -- --fabric rdma";
+            tally.skip("a guest over RDMA", why);
             scenarios.retain(|scenario| !scenario.machine.rdma);
         }
         for scenario in &scenarios {
