@@ -34,7 +34,6 @@ impl Misses {
     pub fn has(&self, page: Page) -> bool {
         self.0.iter().any(|(other, _)| *other == page)
     }
-
 }
 
 impl Core {
