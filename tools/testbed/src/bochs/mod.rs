@@ -222,6 +222,9 @@ impl Drop for Bochs {
     }
 }
 
+/// The most memory that Bochs may have of its host, in MiB: the upper bound of its option `host`.
+const MOST_RESIDENT_MIB: u32 = 2048;
+
 /// Bochs's configuration file.
 fn configuration(
     program: &program::Program,
@@ -233,12 +236,14 @@ fn configuration(
 ) -> String {
     let (bios, vga_bios) = (program.bios.display(), program.vga_bios.display());
     let (model, cpus, memory) = (processor.model(), hardware.cpus, hardware.memory_mib);
+    // Bochs takes no more from its host. What does not fit goes to a file, and hardly anything is touched that would not.
+    let resident = memory.min(MOST_RESIDENT_MIB);
     let (disk, console) = (disk.display(), console.display());
     format!(
         "display_library: nogui\n\
          cpu: model={model}, count={cpus}, ips={HZ}, reset_on_triple_fault=0\n\
          clock: sync=none, time0=local, rtc_sync=0\n\
-         memory: guest={memory}, host={memory}\n\
+         memory: guest={memory}, host={resident}\n\
          romimage: file=\"{bios}\"\n\
          vgaromimage: file=\"{vga_bios}\"\n\
          pci: enabled=1, chipset=i440fx\n\
@@ -266,6 +271,18 @@ mod tests {
         assert_eq!(last(Processor::Intel { accessed_dirty: false }).1, "nested=0 eptad=0");
         assert_eq!(last(Processor::Intel { accessed_dirty: true }).1, "nested=0 eptad=1");
         assert_eq!(last(Processor::Amd).0, "arch/x86/kvm/kvm-amd");
+    }
+
+    #[test]
+    fn a_host_with_more_memory_than_bochs_may_have_keeps_what_it_may() {
+        let program = program::Program { bochs: "b".into(), bios: "i".into(), vga_bios: "v".into() };
+        let of = |memory_mib| {
+            let hardware =
+                Hardware { cpus: 1, memory_mib, mtu: 1500, networks: 1, rdma: false, disks: vec![] };
+            configuration(&program, Processor::Amd, &hardware, Path::new("d"), Path::new("c"), 1)
+        };
+        assert!(of(1000).contains("memory: guest=1000, host=1000\n"));
+        assert!(of(2224).contains("memory: guest=2224, host=2048\n"));
     }
 
     #[test]
