@@ -47,7 +47,15 @@ fn main() -> Result<()> {
     let mut steps = Vec::new();
     if plan.choice.nets.contains(&Net::Tcp) {
         let polling = plan.choice.pollings[0];
-        let kind = Kind { side: Side::Ours, net: Net::Tcp, polling, nodes: 2, hold_us: 100, copies: None };
+        let kind = Kind {
+            side: Side::Ours,
+            net: Net::Tcp,
+            polling,
+            nodes: 2,
+            hold_us: 100,
+            ship: false,
+            copies: None,
+        };
         steps = phases::measure(kind, &plan.cpus)?;
         println!("where the time goes, tcp, {}:\n{}", polling.name(), phases::table(&steps));
     }

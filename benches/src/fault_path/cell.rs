@@ -29,6 +29,8 @@ pub struct Kind {
     pub nodes: usize,
     /// How long a page that was won is kept, in microseconds.
     pub hold_us: u64,
+    /// Whether instructions of guests go to pages that stay elsewhere.
+    pub ship: bool,
     /// Pages of other nodes that each may have; any number if none is given.
     pub copies: Option<u64>,
 }
@@ -77,6 +79,7 @@ impl Cell {
             polling: kind.polling,
             pages: pages.clone().collect(),
             hold_us: kind.hold_us,
+            ship: kind.ship,
             copies: kind.copies,
             addresses: addresses.clone(),
             plaintext: kind.net == Net::TcpPlain,

@@ -79,6 +79,8 @@ pub struct Setup {
     pub pages: Vec<u64>,
     /// How long a page that was won is kept, in microseconds.
     pub hold_us: u64,
+    /// Whether instructions of its guest go to pages that stay elsewhere.
+    pub ship: bool,
     /// Pages of other nodes that it may have; any number if none is given.
     pub copies: Option<u64>,
     /// Where each node listens, by rail; empty in process.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use coherence::engine::budget_for;
+use coherence::engine::{Engine, budget_for};
 use coherence::memory::DualMemory;
 use coherence::page::Homes;
 use coherence::testing::{Builder, Cluster};
@@ -17,6 +17,7 @@ pub struct Ours {
     /// This node alone: others are elsewhere.
     node: Cluster,
     transport: Arc<dyn Transport>,
+    ships: bool,
 }
 
 impl Ours {
@@ -35,7 +36,7 @@ impl Ours {
             };
         });
         let builder = builder.budget(move |node| copies.map(|copies| budget_for(copies, &shares, node)));
-        Ok(Ours { node: builder.start_over([transport.clone()])?, transport })
+        Ok(Ours { node: builder.start_over([transport.clone()])?, transport, ships: setup.ship })
     }
 
     /// The node's memory.
@@ -48,14 +49,19 @@ impl Ours {
         &self.transport
     }
 
-    /// The calling thread's vCPU has nothing to do.
-    pub fn idle(&self) {
-        self.node.engine(0).idle(nix::unistd::gettid().as_raw() as u32);
+    /// The node's engine.
+    pub fn engine(&self) -> &Arc<Engine> {
+        self.node.engine(0)
+    }
+
+    /// Whether instructions of its guest go to pages that stay elsewhere.
+    pub fn ships(&self) -> bool {
+        self.ships
     }
 
     /// The engine's counters.
     pub fn counters(&self) -> Vec<(String, u64)> {
-        self.node.engine(0).totals().list().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
+        self.engine().totals().list().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
     }
 
     /// Whether the engine still runs.

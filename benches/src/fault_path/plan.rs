@@ -71,7 +71,15 @@ impl Plan {
                     ));
                     for (side, best) in [Side::Ours, Side::Floor].into_iter().zip(&mut best) {
                         self.round(
-                            Kind { side, net, polling, nodes: 2, hold_us: HOLD_US, copies: None },
+                            Kind {
+                                side,
+                                net,
+                                polling,
+                                nodes: 2,
+                                hold_us: HOLD_US,
+                                ship: false,
+                                copies: None,
+                            },
                             best,
                         )?;
                     }

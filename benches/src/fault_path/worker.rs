@@ -163,10 +163,11 @@ impl Worker {
     fn run(&mut self, job: &Job) -> Result<Reply> {
         let Some(Part::Ours(ours)) = &self.part else { bail!("a guest needs an engine") };
         if self.guest.is_none() {
-            self.guest = Some(Guest::new(ours.memory(), ours.transport().clone())?);
+            let guest = Guest::new(ours.engine(), ours.memory(), ours.transport().clone(), ours.ships())?;
+            self.guest = Some(guest);
         }
         let guest = self.guest.as_mut().context("there is no guest")?;
-        guest.run(job, || ours.idle())?;
+        guest.run(job)?;
         ours.check()?;
         Ok(Reply::Count(testing::word(ours.memory(), job.count as usize).load(Ordering::SeqCst)))
     }

@@ -9,6 +9,7 @@
 //! | r14 | own work after each operation, in ticks |
 //! | r15 | when the time is over |
 //! | rbx | where the count goes |
+//! | r12 | where the program begins, and asks for its next job |
 //! | r9 | operations so far; of a lock only those that had it after another CPU |
 //!
 //! Who waits for its turn finds a negative one when the time of another is over.
@@ -22,6 +23,11 @@ pub const DONE: u16 = 0x80;
 pub const SLEEP: u16 = 0x81;
 /// The port to which a CPU writes to wake the next one.
 pub const WAKE: u16 = 0x82;
+
+/// The port from which a CPU reads its next job, a word for each register: rsi, rdi, rbx, rbp, r8, r13, r14.
+pub const JOB: u16 = 0x83;
+/// Words of a job.
+pub const WORDS: usize = 7;
 
 /// A program.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,8 +54,30 @@ pub const PAGES: u64 = 64;
 impl Program {
     /// Its code, which runs at any address.
     pub fn code(self) -> Vec<u8> {
-        let begin = code64!("rdtsc", "shl rdx, 32", "or rax, rdx", "lea r15, [rax + r13]", "xor r9d, r9d");
-        let end = code64!("mov [rbx], r9", "20:", "out 0x80, al", "jmp 20b");
+        let begin = code64!(
+            "20:",
+            "lea r12, [rip + 20b]",
+            "in eax, 0x83",
+            "mov esi, eax",
+            "in eax, 0x83",
+            "mov edi, eax",
+            "in eax, 0x83",
+            "mov ebx, eax",
+            "in eax, 0x83",
+            "mov ebp, eax",
+            "in eax, 0x83",
+            "mov r8d, eax",
+            "in eax, 0x83",
+            "mov r13d, eax",
+            "in eax, 0x83",
+            "mov r14d, eax",
+            "rdtsc",
+            "shl rdx, 32",
+            "or rax, rdx",
+            "lea r15, [rax + r13]",
+            "xor r9d, r9d"
+        );
+        let end = code64!("mov [rbx], r9", "out 0x80, al", "jmp r12");
         [begin, self.body(), end].concat()
     }
 

@@ -17,17 +17,22 @@ const ROUND_TRIPS: u64 = 2000;
 /// How long production keeps a page that it won at least, in microseconds.
 const HOLD_US: u64 = 100;
 
-/// One way to treat the words that nodes share. What is compared later (operations shipped, or not) is another variant.
+/// One way to treat the words that nodes share.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Variant {
     /// What a row's name says of it, if anything.
     pub name: &'static str,
     /// How long a page that was won is kept at least, in microseconds.
     pub hold_us: u64,
+    /// Whether instructions go to pages that stay elsewhere (`ship = "auto"`).
+    pub ship: bool,
 }
 
-/// What is measured unless told otherwise: as configured.
-pub const VARIANTS: [Variant; 1] = [Variant { name: "", hold_us: HOLD_US }];
+/// What is measured unless told otherwise: pages move, as is the default, and instructions are shipped.
+pub const VARIANTS: [Variant; 2] = [
+    Variant { name: "", hold_us: HOLD_US, ship: false },
+    Variant { name: "shipped", hold_us: HOLD_US, ship: true },
+];
 
 /// What the CPUs of a row do.
 #[derive(Copy, Clone, Debug)]
@@ -93,6 +98,8 @@ pub struct Detail {
     pub fewest: f64,
     /// Faults that another node had to answer.
     pub remote_faults: f64,
+    /// Instructions carried out for another node.
+    pub shipped: f64,
     /// Messages of the coherence protocol.
     pub messages: f64,
     /// Demands that waited because a page was kept.
@@ -167,8 +174,15 @@ impl Plan {
                             "{name}, {}, {nodes} nodes, round {round} of {of}",
                             polling.name()
                         ));
-                        let kind =
-                            Kind { side: Side::Ours, net, polling, nodes, hold_us: HOLD_US, copies: None };
+                        let kind = Kind {
+                            side: Side::Ours,
+                            net,
+                            polling,
+                            nodes,
+                            hold_us: HOLD_US,
+                            ship: false,
+                            copies: None,
+                        };
                         self.round(kind, &mut measured)?;
                     }
                 }
@@ -186,7 +200,8 @@ impl Plan {
             }
         };
         for variant in &self.variants {
-            let mut cell = Cell::start(Kind { hold_us: variant.hold_us, ..kind }, &self.cpus)?;
+            let mut cell =
+                Cell::start(Kind { hold_us: variant.hold_us, ship: variant.ship, ..kind }, &self.cpus)?;
             let all: Vec<usize> = (0..kind.nodes).collect();
             for task in &CONTENDED {
                 let done = run(&mut cell, task, &all)?;
@@ -212,6 +227,7 @@ impl Plan {
 struct Done {
     counts: Vec<u64>,
     remote_faults: u64,
+    shipped: u64,
     messages: u64,
     deferred: u64,
 }
@@ -231,6 +247,7 @@ impl Done {
             per_second: self.operations() * 1e6 / RUN_US as f64,
             fewest: each(fewest) * self.counts.len() as f64,
             remote_faults: each(self.remote_faults),
+            shipped: each(self.shipped),
             messages: each(self.messages),
             deferred: each(self.deferred),
         }
@@ -259,8 +276,8 @@ fn run(cell: &mut Cell, task: &Task, nodes: &[usize]) -> Result<Done> {
             work_us: task.work_us,
         });
     }
-    let counters = |cell: &mut Cell| -> Result<[u64; 3]> {
-        let mut sums = [0; 3];
+    let counters = |cell: &mut Cell| -> Result<[u64; 4]> {
+        let mut sums = [0; 4];
         for &node in nodes {
             let Reply::Counters(counters) = cell.tell(node, Command::Counters)? else {
                 bail!("a node did not answer with its counters");
@@ -270,6 +287,7 @@ fn run(cell: &mut Cell, task: &Task, nodes: &[usize]) -> Result<Done> {
                     "remote_read_faults" | "remote_write_faults" => sums[0] += count,
                     "messages_sent" => sums[1] += count,
                     "deferred" => sums[2] += count,
+                    "operations_done" => sums[3] += count,
                     _ => {}
                 }
             }
@@ -286,8 +304,8 @@ fn run(cell: &mut Cell, task: &Task, nodes: &[usize]) -> Result<Done> {
         Reply::Count(count) => Ok(count),
         other => bail!("a node answered {other:?} instead of its count"),
     });
-    let [remote_faults, messages, deferred] = [0, 1, 2].map(|i| after[i] - before[i]);
-    Ok(Done { counts: counts.collect::<Result<_>>()?, remote_faults, messages, deferred })
+    let [remote_faults, messages, deferred, shipped] = [0, 1, 2, 3].map(|i| after[i] - before[i]);
+    Ok(Done { counts: counts.collect::<Result<_>>()?, remote_faults, shipped, messages, deferred })
 }
 
 fn name(task: &Task, variant: &Variant, kind: Kind) -> String {
@@ -311,17 +329,18 @@ fn row(task: &Task, variant: &Variant, kind: Kind, ours_us: f64, floor_us: f64) 
 /// The details as a table.
 pub fn table(details: &[Detail]) -> String {
     let mut text = format!(
-        "{:44} {:10} {:>12} {:>7} {:>9} {:>9} {:>9}\n",
-        "operation", "transport", "a second", "fewest", "faults", "messages", "deferred"
+        "{:52} {:10} {:>12} {:>7} {:>9} {:>9} {:>9} {:>9}\n",
+        "operation", "transport", "a second", "fewest", "faults", "shipped", "messages", "deferred"
     );
     for detail in details {
         text += &format!(
-            "{:44} {:10} {:12.0} {:7.2} {:9.3} {:9.3} {:9.3}\n",
+            "{:52} {:10} {:12.0} {:7.2} {:9.3} {:9.3} {:9.3} {:9.3}\n",
             detail.op,
             detail.transport,
             detail.per_second,
             detail.fewest,
             detail.remote_faults,
+            detail.shipped,
             detail.messages,
             detail.deferred
         );
@@ -342,6 +361,7 @@ mod tests {
             polling: Polling::Blocking,
             nodes: 2,
             hold_us: 0,
+            ship: false,
             copies: None,
         };
         let mut measured = Measured::default();
@@ -349,6 +369,7 @@ mod tests {
             let done = Done {
                 counts: vec![operations, 3 * operations],
                 remote_faults: 800,
+                shipped: 0,
                 messages: 0,
                 deferred: 0,
             };
