@@ -153,7 +153,8 @@ fn pages_that_nobody_needs_and_that_are_not_given_up_end_the_engine() {
     }
     let node = Node::new(0..0, false);
     let engine = node.engine.clone();
-    let discard = std::thread::spawn(move || engine.discard(&[EACH..EACH + 4]));
+    let pages = EACH..EACH + 4;
+    let discard = std::thread::spawn(move || engine.discard(std::slice::from_ref(&pages)));
     let why = node.failure();
     assert!(why.starts_with("the giving up of pages that nobody needs got no answer for 0 s"), "{why}");
     assert!(discard.join().unwrap().is_err());

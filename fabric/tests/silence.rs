@@ -29,11 +29,10 @@ fn received() -> BTreeMap<RawFd, u64> {
 }
 
 fn bytes_received(fd: RawFd) -> Option<u64> {
-    // struct tcp_info of linux/tcp.h: the state is its first byte, and tcpi_bytes_received is 24 bytes behind
-    // tcpi_total_retrans, with which the structure ends as libc has it.
-    const STATE: usize = 0;
+    // struct tcp_info of linux/tcp.h, of which a kernel may know more or less than libc.
+    const STATE: usize = std::mem::offset_of!(libc::tcp_info, tcpi_state);
     const ESTABLISHED: u8 = 1;
-    const RECEIVED: usize = size_of::<libc::tcp_info>().next_multiple_of(8) + 24;
+    const RECEIVED: usize = std::mem::offset_of!(libc::tcp_info, tcpi_bytes_received);
     let mut info = [0u8; 256];
     let mut len = info.len() as libc::socklen_t;
     // SAFETY: the kernel writes `len` bytes at most; a descriptor that is no TCP socket is an error.

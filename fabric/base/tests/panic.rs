@@ -23,7 +23,7 @@ fn the_first_panic_is_told_whichever_thread_it_is_in_and_even_if_somebody_catche
     assert!(told.try_recv().unwrap().contains(r#""without a name" panicked"#));
 
     begin();
-    thread::scope(|scope| assert!(scope.spawn(|| None::<u8>.unwrap()).join().is_err()));
+    thread::scope(|scope| assert!(scope.spawn(|| std::hint::black_box(None::<u8>).unwrap()).join().is_err()));
     assert!(told.try_recv().unwrap().contains("called `Option::unwrap()` on a `None` value"));
 
     begin();

@@ -52,7 +52,7 @@ pub fn count(skips: &[Skip]) -> usize {
     skips.iter().map(|skip| &skip.test).collect::<BTreeSet<_>>().len()
 }
 
-/// The tests that are expected to skip on the development machine.
+/// The tests that are expected to skip on the development machine. A line that ends in `*` is for all that begin so.
 pub struct Expected(BTreeSet<String>);
 
 impl Expected {
@@ -76,10 +76,15 @@ impl Expected {
         Ok(Expected(tests))
     }
 
+    fn lists(line: &str, test: &str) -> bool {
+        line.strip_suffix('*').map_or(line == test, |begin| test.starts_with(begin))
+    }
+
     /// A sentence for each skip that is not expected.
     pub fn findings(&self, skips: &[Skip]) -> Vec<String> {
         let mut seen = BTreeSet::new();
-        let unexpected = skips.iter().filter(|skip| !self.0.contains(&skip.test) && seen.insert(&skip.test));
+        let listed = |test: &str| self.0.iter().any(|line| Expected::lists(line, test));
+        let unexpected = skips.iter().filter(|skip| !listed(&skip.test) && seen.insert(&skip.test));
         unexpected
             .map(|Skip { test, why }| {
                 format!(
@@ -90,10 +95,10 @@ impl Expected {
             .collect()
     }
 
-    /// The tests that are listed and did not skip.
+    /// The lines for which nothing skipped.
     pub fn needless(&self, skips: &[Skip]) -> Vec<&str> {
-        let skipped: BTreeSet<&str> = skips.iter().map(|skip| &*skip.test).collect();
-        self.0.iter().map(String::as_str).filter(|test| !skipped.contains(test)).collect()
+        let skipped = |line: &&str| skips.iter().any(|skip| Expected::lists(line, &skip.test));
+        self.0.iter().map(String::as_str).filter(|line| !skipped(line)).collect()
     }
 }
 
@@ -140,6 +145,7 @@ skipped: said by nobody
     fn a_skip_that_is_not_listed_is_a_failure_once() {
         let listed = Expected::parse("# none of these\n\np (src/lib.rs): a::lacks\n").unwrap();
         assert!(listed.findings(&skips()).is_empty());
+        assert!(Expected::parse("p (src/lib.rs): a::*").unwrap().findings(&skips()).is_empty());
         let other = Expected::parse("p (src/lib.rs): a::runs").unwrap();
         let findings = other.findings(&skips());
         assert_eq!(findings.len(), 1);

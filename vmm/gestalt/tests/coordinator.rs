@@ -419,7 +419,7 @@ fn loss_seen_by_node(then: impl FnOnce(TcpStream) + Send + 'static) -> (String, 
 
 #[test]
 fn a_node_may_write_as_long_as_it_is_heard_and_never_again_once_its_machine_has_ended() {
-    let silence = Duration::from_secs(1);
+    let silence = Duration::from_secs(3);
     let (tell, told) = channel::unbounded();
     let behaviour = move |assignment: &Assignment, control: &Control| {
         let (fence, tell) = (control.fence().clone(), tell.clone());

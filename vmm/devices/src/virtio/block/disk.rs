@@ -299,7 +299,7 @@ mod tests {
     }
 
     /// A loop device of the host's; gone when it is dropped.
-    struct Loop(String, tempfile::NamedTempFile);
+    struct Loop(String);
 
     impl Loop {
         fn new() -> Option<Loop> {
@@ -307,7 +307,8 @@ mod tests {
             file.as_file().set_len(1 << 20).unwrap();
             let made = Command::new("losetup").args(["--find", "--show"]).arg(file.path()).output().ok()?;
             let name = String::from_utf8(made.stdout).unwrap().trim().to_owned();
-            made.status.success().then_some(Loop(name, file))
+            // The device keeps the file.
+            made.status.success().then_some(Loop(name))
         }
     }
 

@@ -20,6 +20,14 @@ impl Host {
         Arc::new(Host { write: Box::new(write), flush: Box::new(|| Ok(())) })
     }
 
+    /// Its writes are counted there.
+    fn that_counts(writes: &Arc<AtomicUsize>) -> Arc<Host> {
+        let writes = writes.clone();
+        Host::that_writes(move |_, _| {
+            writes.fetch_add(1, Ordering::SeqCst);
+        })
+    }
+
     fn that_flushes(flush: impl Fn() -> io::Result<()> + Send + Sync + 'static) -> Arc<Host> {
         Arc::new(Host { write: Box::new(|_, _| {}), flush: Box::new(flush) })
     }
@@ -119,8 +127,7 @@ fn of_two_flushes_at_once_none_succeeds_if_one_fails() {
 #[test]
 fn nothing_is_written_once_the_machine_has_ended() {
     let writes = Arc::new(AtomicUsize::new(0));
-    let (counted, fence) = (writes.clone(), Arc::new(Fence::open()));
-    let host = Host::that_writes(move |_, _| drop(counted.fetch_add(1, Ordering::SeqCst)));
+    let (host, fence) = (Host::that_counts(&writes), Arc::new(Fence::open()));
     let disk = Fenced::new(Arc::new(Durable::new(host)), fence.clone());
     let all: [&dyn Fn() -> io::Result<()>; 4] =
         [&|| disk.write(&[0; 512], 0), &|| disk.flush(), &|| disk.discard(0, 512), &|| {
@@ -174,8 +181,7 @@ fn making_a_long_range_zero_asks_the_fence_again_and_again() {
 #[test]
 fn a_node_that_others_may_have_given_up_writes_nothing_and_goes_on_when_it_is_heard_again() {
     let writes = Arc::new(AtomicUsize::new(0));
-    let counted = writes.clone();
-    let host = Host::that_writes(move |_, _| drop(counted.fetch_add(1, Ordering::SeqCst)));
+    let host = Host::that_counts(&writes);
     // Its lease was over as soon as it began.
     let fence = Arc::new(Fence::leased(Duration::from_nanos(2)));
     let disk = Fenced::new(host, fence.clone());
@@ -195,8 +201,7 @@ fn a_node_that_others_may_have_given_up_writes_nothing_and_goes_on_when_it_is_he
 #[test]
 fn a_device_takes_no_request_once_the_machine_has_ended() {
     let writes = Arc::new(AtomicUsize::new(0));
-    let counted = writes.clone();
-    let host = Host::that_writes(move |_, _| drop(counted.fetch_add(1, Ordering::SeqCst)));
+    let host = Host::that_counts(&writes);
     let mut driver = driver(host, false);
     let sector = [(BUFFER, 512, false)];
     assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 0, &sector), blk::VIRTIO_BLK_S_OK);
