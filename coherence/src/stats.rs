@@ -130,9 +130,10 @@ impl ShardStats {
         counter.store(counter.load(Relaxed) + n, Relaxed);
     }
 
-    /// Pages are about to go from the guest view. Only the shard's thread calls this.
+    /// Pages have gone from the guest view; until the next call after that their frames are as they were. Only the shard's
+    /// thread calls this.
     pub fn count_withdrawal(&self) {
-        // Order: whoever sees a page go has seen this.
+        // Order: whoever reads what is in the frames later has seen this.
         self.withdrawals.fetch_add(1, SeqCst);
     }
 

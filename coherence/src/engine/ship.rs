@@ -51,8 +51,9 @@ impl Engine {
         self.handles[usize::from(self.shards.shard(page))].ask(Request::SetClass(page, class));
     }
 
-    /// How many pages the shard of `page` has taken away from this node's guest view so far, counted before each goes: if it
-    /// is the same before a look at a page that is mapped and after it, the page was mapped during all of the look.
+    /// How often the shard of `page` has taken pages away from this node's guest view so far, counted when they have gone and
+    /// before their frames change: if it is the same before a look at a page that is mapped and after it, what was read is
+    /// what was mapped.
     pub fn withdrawals(&self, page: Page) -> u64 {
         self.stats[usize::from(self.shards.shard(page))].withdrawals()
     }

@@ -3,7 +3,7 @@
 //! - [`trace`]: the bounded in-memory trace that is dumped when something goes wrong. It knows no event by name: each
 //!   crate declares its own with [`events!`].
 //! - [`thread`]: the calling thread's number and priority.
-//! - [`panic`]: what ends a process of which a thread panics.
+//! - [`mod@panic`]: what ends a process of which a thread panics.
 //! - [`lock`]: a mutex's guard, whether or not a thread panicked under it.
 
 pub mod panic;

@@ -1,6 +1,7 @@
 //! The fuzz targets' bodies: each panics if something does not hold that should.
 
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use super::connecting::{Connecting, Connection};
 use super::frames::{ACKNOWLEDGES, BadFrame, FrameBuffer, HEADER};
@@ -112,7 +113,7 @@ pub fn session(data: &[u8]) {
     let met = Met { peer: NodeId(1), lane: 0, channel: SecureChannel { sealer, opener }, received: 0 };
     far.set_nonblocking(true).expect("it is a socket");
     let connections = vec![vec![None, Some(Connection { socket: far, met, rail: 0 })]];
-    let connecting = Connecting::new(Vec::new(), credentials(), Vec::new());
+    let connecting = Connecting::new(Vec::new(), credentials(), Vec::new(), Duration::from_secs(3));
     let transport =
         TcpTransport::new(NodeId(0), plaintext, connections, connecting).expect("descriptors are left");
     let (mut wire, mut expected, mut valid) = (Vec::new(), Vec::new(), true);

@@ -1,9 +1,7 @@
 //! `cargo test` over the workspace, its summaries added up and its time told by test program.
 
-use std::collections::VecDeque;
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::io::{self, BufRead, BufReader};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -21,46 +19,34 @@ pub fn run(tally: &mut Tally) -> Result<()> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]).current_dir(workspace());
-    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    // Cargo names a program on standard error, and what the program says follows on standard output: one pipe for both keeps
+    // them in order.
+    let (output, writer) = io::pipe().context("making a pipe")?;
+    command.stdout(writer.try_clone()?).stderr(writer);
     let begin = Instant::now();
     let mut child = exec::tether(&mut command).spawn().context("running cargo")?;
-    let stderr = child.stderr.take().expect("it is piped");
-    // Cargo names a program on standard error; the program's own summary follows on standard output.
-    let running = Mutex::new(VecDeque::new());
-    let first = Mutex::new(None);
+    // Its ends of the pipe, or it would never be at its end.
+    drop(command);
     let (mut failed, mut reader, mut skipped) = (0, Reader::default(), Vec::new());
-    std::thread::scope(|scope| -> Result<()> {
-        scope.spawn(|| {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                eprintln!("{line}");
-                if let Some(name) = program_named(&line) {
-                    first.lock().expect("no holder panics").get_or_insert_with(Instant::now);
-                    running.lock().expect("no holder panics").push_back(name);
-                }
-            }
-        });
-        for line in BufReader::new(child.stdout.take().expect("it is piped")).lines() {
-            let line = line?;
-            println!("{line}");
-            let program = || {
-                let name = running.lock().expect("no holder panics").front().cloned();
-                name.unwrap_or_else(|| "a program".into())
-            };
-            skipped.extend(reader.line(&program(), &line));
-            let Some(summary) = summary(&line) else { continue };
-            tally.took(format!("tests of {}", program()), summary.time);
-            running.lock().expect("no holder panics").pop_front();
-            // Who skips ends as if it had passed.
-            tally.passed += summary.passed.saturating_sub(skips::count(&skipped));
-            tally.skipped.append(&mut skipped);
-            tally.failed += summary.failed;
-            tally.ignored += summary.ignored;
-            failed += summary.failed;
+    let (mut program, mut first) = (String::from("a program"), None);
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        println!("{line}");
+        if let Some(name) = program_named(&line) {
+            first.get_or_insert_with(Instant::now);
+            program = name;
         }
-        Ok(())
-    })?;
-    let compiled = first.into_inner().expect("no holder panics");
-    tally.took("compiling the tests", compiled.map_or(begin.elapsed(), |first| first - begin));
+        skipped.extend(reader.line(&program, &line));
+        let Some(summary) = summary(&line) else { continue };
+        tally.took(format!("tests of {program}"), summary.time);
+        // Who skips ends as if it had passed.
+        tally.passed += summary.passed.saturating_sub(skips::count(&skipped));
+        tally.skipped.append(&mut skipped);
+        tally.failed += summary.failed;
+        tally.ignored += summary.ignored;
+        failed += summary.failed;
+    }
+    tally.took("compiling the tests", first.map_or(begin.elapsed(), |first| first - begin));
     let status = child.wait()?;
     if !status.success() && failed == 0 {
         bail!(

@@ -28,7 +28,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("vmm", &["base", "devices", "machine", "firmware", "fabric", "coherence"]),
     ("gestalt", &["base", "vmm", "machine", "firmware", "fabric", "coherence"]),
     ("tests", &["base", "vmm", "fabric", "coherence"]),
-    ("benches", &["base", "tests", "vmm", "fabric", "coherence"]),
+    ("benches", &["base", "tests", "vmm", "devices", "firmware", "fabric", "coherence"]),
     ("testbed", &["firmware"]),
     ("xtask", &["testbed", "coherence"]),
 ];

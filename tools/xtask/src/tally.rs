@@ -96,7 +96,6 @@ impl Tally {
 
     /// Notes a part that lacks something on this host.
     pub fn skip(&mut self, name: &str, why: &str) {
-        println!("skipped: {name}: {why}");
         self.skipped.push(Skip { test: format!("xtask: {name}"), why: why.into() });
     }
 

@@ -11,6 +11,9 @@ use tracing_subscriber::layer::{Context, Filter};
 
 /// Lines that one place in the program may write in a [`WHILE`].
 const LINES: u32 = 50;
+/// The target of lines that the coordinator has for whoever runs the machine, from one place of the program, and of which each
+/// counts: what to type on each of many hosts, say.
+pub const OPERATOR: &str = "operator";
 /// How long they are counted together.
 const WHILE: Duration = Duration::from_secs(10);
 
@@ -75,7 +78,7 @@ impl<S> Filter<S> for LogLimit {
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
         let place = event.metadata();
-        if *place.level() > Level::INFO {
+        if *place.level() > Level::INFO || place.target() == OPERATOR {
             return true;
         }
         let verdict = lock(&self.counts).line(place.callsite(), Instant::now());
@@ -120,6 +123,22 @@ mod tests {
         assert_eq!(counts.line(2, begin), Verdict::Written, "another place");
         assert_eq!(counts.line(1, begin + WHILE), Verdict::WrittenAfter(100));
         assert_eq!(counts.line(1, begin + 2 * WHILE), Verdict::Written);
+    }
+
+    #[test]
+    fn what_is_for_the_operator_is_never_cut() {
+        let written = Arc::new(Mutex::new(0));
+        let counted = written.clone();
+        let sink = move || {
+            *lock(&counted) += 1;
+            io::sink()
+        };
+        let layer = tracing_subscriber::fmt::layer().with_writer(sink);
+        let log = tracing_subscriber::registry().with(layer.with_filter(LogLimit::new(|_| {})));
+        tracing::subscriber::with_default(log, || {
+            (0..4 * LINES).for_each(|node| tracing::info!(target: OPERATOR, "start node n{node}"));
+        });
+        assert_eq!(*lock(&written), 4 * LINES);
     }
 
     #[test]

@@ -109,6 +109,7 @@ pub struct Discards(Vec<Discard>);
 struct Discard {
     pages: Range<u64>,
     left: u64,
+    /// When it began, or some discard made progress last.
     since: Instant,
     done: Sender<()>,
 }
@@ -129,6 +130,9 @@ impl Discards {
         let waits = |discard: &Discard| discard.pages.contains(&first.0) && discard.left > 0;
         let Some(at) = self.0.iter().position(waits) else { return };
         self.0[at].left = self.0[at].left.saturating_sub(count.into());
+        // They are asked for together: as long as some are done nothing is stuck.
+        let now = Instant::now();
+        self.0.iter_mut().for_each(|discard| discard.since = now);
         if self.0[at].left == 0 {
             // Who waited may have given up.
             let _ = self.0.remove(at).done.send(());

@@ -30,6 +30,11 @@ impl Misses {
         Some(self.0.swap_remove(at).1)
     }
 
+    /// A page whose miss began at a time of that kind.
+    pub fn find(&self, when: impl Fn(Instant) -> bool) -> Option<Page> {
+        self.0.iter().find(|(_, since)| when(*since)).map(|(page, _)| *page)
+    }
+
     /// Whether the page has a miss under way.
     pub fn has(&self, page: Page) -> bool {
         self.0.iter().any(|(other, _)| *other == page)
@@ -143,6 +148,7 @@ mod tests {
         misses.begin(Page(2));
         assert!(misses.has(Page(1)) && misses.has(Page(2)) && !misses.has(Page(3)));
         assert!(misses.end(Page(1)).is_some_and(|since| since <= between));
+        assert_eq!(misses.find(|_| true), Some(Page(2)));
         assert!(!misses.has(Page(1)) && misses.end(Page(1)).is_none());
         assert!(misses.has(Page(2)));
     }

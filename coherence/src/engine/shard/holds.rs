@@ -96,14 +96,14 @@ impl Holds {
         }
     }
 
-    /// The page does not come: who waited for it waits no more, and keeps nothing. Their threads.
+    /// The page does not come: who waited for it waits no more. Their threads. They keep what they have, which their
+    /// instruction needs if it cannot be shipped after all.
     pub fn give_up(&mut self, page: Page, now: u64) -> Vec<u32> {
         let Holds { chains, waiters, .. } = self;
         let mut threads = Vec::new();
         waiters.retain(|waiter| {
             if waiter.page == page {
                 chains.answered(waiter.chain, now);
-                chains.idle(waiter.thread);
                 threads.push(waiter.thread);
             }
             waiter.page != page
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_does_not_come_is_awaited_no_more_and_nothing_is_kept_for_its_threads() {
+    fn a_page_that_does_not_come_is_awaited_no_more_and_its_threads_keep_what_they_have() {
         let mut holds = holds();
         let chain = holds.waits(Page(1), 7, 0);
         holds.mapped(Page(1), 10);
@@ -225,7 +225,7 @@ mod tests {
         holds.waits(Page(3), 9, 40);
         assert_eq!(holds.give_up(Page(2), 50), [7, 8]);
         assert!(!holds.is_awaited(Page(2)) && holds.is_awaited(Page(3)));
-        assert_eq!(holds.chains.release_at(chain, 10, HOLD + 10), HOLD + 10);
+        assert!(holds.chains.release_at(chain, 10, HOLD + 10) > HOLD + 10);
     }
 
     #[test]

@@ -18,7 +18,7 @@ const LEN: u64 = PAGE_SIZE as u64;
 
 /// The memory, and what watches the shard's part of it.
 pub struct Mapping {
-    /// Told before pages go from the guest view.
+    /// Told when pages have gone from the guest view, before their frames change.
     stats: Arc<ShardStats>,
     memory: Arc<DualMemory>,
     uffd: Arc<Uffd>,
@@ -192,8 +192,9 @@ impl Mapping {
 
     /// Unmaps another home's page, whose next touch shows that it is used.
     pub fn probe(&self, page: Page) -> Result<(), EngineError> {
+        self.memory.unmap(page, 1).map_err(failed("unmapping", page))?;
         self.stats.count_withdrawal();
-        self.memory.unmap(page, 1).map_err(failed("unmapping", page))
+        Ok(())
     }
 
     /// Before a home page loses rights its frame must be in the file: else the next touch would be filled by
@@ -214,8 +215,8 @@ impl Mapping {
         }
         let pages = || (first.0..first.0 + absent).map(Page);
         pages().for_each(|page| self.memory.ensure_frame(page));
-        self.stats.count_withdrawal();
         self.memory.unmap(first, absent).map_err(failed("unmapping", first))?;
+        self.stats.count_withdrawal();
         // SAFETY: just unmapped, and only this shard maps its pages again or writes them.
         let zeroes = pages().take_while(|&page| is_zero(unsafe { self.memory.frame(page) })).count();
         Ok(zeroes as u8)
@@ -223,8 +224,11 @@ impl Mapping {
 
     /// Gives up the frames of pages of this home, mapped or not.
     pub fn punch(&self, first: Page, count: u16) -> Result<(), EngineError> {
+        // Its bytes go with it: before and after.
         self.stats.count_withdrawal();
-        self.memory.free(first, count.into()).map_err(failed("giving up the frame", first))
+        self.memory.free(first, count.into()).map_err(failed("giving up the frame", first))?;
+        self.stats.count_withdrawal();
+        Ok(())
     }
 
     /// The page's frame may be given back; whether it is time to collect such frames.

@@ -77,6 +77,10 @@ struct Core {
     holds: Holds,
     devices: Devices,
     shipping: Shipping,
+    /// When it was last looked for what is stuck.
+    looked: Instant,
+    /// What began before is looked at as if it had begun then.
+    forgiven: Instant,
 }
 
 impl Shard {
@@ -117,6 +121,8 @@ impl Shard {
             holds: Holds::new(chains),
             devices: Devices::default(),
             shipping: Shipping::default(),
+            looked: Instant::now(),
+            forgiven: Instant::now(),
         };
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
     }
@@ -254,6 +260,9 @@ impl Core {
 
     /// Tells the protocol the time, by which pages have their classes.
     fn set_time(&mut self) {
+        if !self.shipping.is_on() {
+            return;
+        }
         self.protocol.set_time(self.holds.now() / 1000);
     }
 
@@ -273,10 +282,20 @@ impl Core {
 
     /// Whatever waits is watched: who touched a page, whether its miss began then or when it was asked for ahead of its need;
     /// devices; who gives pages up; and vCPUs whose instructions were shipped.
-    fn check_stuck(&self, limit: Duration) -> Result<(), EngineError> {
-        let is_late = |since: Instant| since.elapsed() > limit;
+    fn check_stuck(&mut self, limit: Duration) -> Result<(), EngineError> {
+        let now = Instant::now();
+        if now - std::mem::replace(&mut self.looked, now) > 4 * TICK {
+            // This node stood still, and the others may have: what waits has waited since now.
+            self.forgiven = now;
+        }
+        if now - self.forgiven <= limit {
+            return Ok(());
+        }
+        let is_late = |since: Instant| now.saturating_duration_since(since) > limit;
         let (what, page) = if let Some(page) = self.holds.waits_for_longer_than(limit, self.holds.now()) {
             ("a page fault", Some(page))
+        } else if let Some(page) = self.misses.find(is_late) {
+            ("a page that must come", Some(page))
         } else if self.devices.jobs.oldest().is_some_and(is_late) {
             ("a device's access to memory", None)
         } else if self.devices.discards.oldest().is_some_and(is_late) {

@@ -27,6 +27,11 @@ pub struct Shipping {
 }
 
 impl Shipping {
+    /// Whether anything may be shipped.
+    pub fn is_on(&self) -> bool {
+        self.vcpus.is_some()
+    }
+
     /// Whether a thread that waits for the page is a vCPU's that can do without it.
     pub fn may_ship(&self, thread: u32, page: Page) -> bool {
         self.vcpus.as_ref().is_some_and(|vcpus| vcpus.may_ship(thread, page))

@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{self, Receiver, Sender};
 
+use crate::log_limit::OPERATOR;
 use crate::operator;
 use crate::operator::server::Asked;
 use dumps::Dumps;
@@ -328,7 +329,7 @@ impl Driver {
                 }
                 Action::Attach(attached) => (self.console.attach)(attached),
                 Action::Console(bytes) => (self.console.output)(bytes),
-                Action::Say(text) => tracing::info!("{text}"),
+                Action::Say(text) => tracing::info!(target: OPERATOR, "{text}"),
                 Action::Warn(text) => tracing::warn!("{text}"),
                 Action::Dump { node, text } => {
                     self.dumps.keep(node, &self.config.nodes[node].spec.name, &text);

@@ -11,7 +11,7 @@
 //! and ends if it must; a pause waits for the answer, so that nobody sees the instruction done in memory and not in the
 //! registers. Interrupts are taken at the next entry, before the instruction or after it, as they come.
 //!
-//! Only tests have a [`Shipper`] so far: in a node every page moves.
+//! A node has a [`Shipper`] only where the machine ships (`ship` in the machine file).
 
 use std::sync::atomic::Ordering;
 

@@ -93,7 +93,9 @@ pub enum OpenError {
     #[error("the disk {0} is in use by another machine or program: two that write would destroy it")]
     InUse(String),
     /// The host uses it.
-    #[error("the disk {0} is in use by this host, which may have mounted it: unmount it, or name another")]
+    #[error(
+        "the disk {0} is in use on this host: it is mounted, part of a volume or RAID, or another machine's; free it or name another"
+    )]
     Mounted(String),
     /// The file system has no locks.
     #[error(

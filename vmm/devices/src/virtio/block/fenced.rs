@@ -7,8 +7,9 @@ use machine::control::fence::Fence;
 
 use super::disk::Disk;
 
-/// Bytes that are made zero after one question: a host may have to write them.
-const PIECE: u64 = 1 << 20;
+/// Bytes that are made zero after one question: a host may have to write them. The largest cluster of a qcow2 image, which is
+/// only given back as a whole.
+const PIECE: u64 = 2 << 20;
 
 /// A disk behind its node's fence.
 pub struct Fenced {

@@ -36,6 +36,7 @@ pub struct Driver {
     pub transport: Arc<VirtioPciDevice>,
     pub memory: GuestRam,
     /// The device's.
+    #[cfg_attr(fuzzing, allow(dead_code))]
     pub fence: Arc<Fence>,
     messages: Receiver<Message>,
     /// The next index of each available ring, and how much of each used ring has been seen.
