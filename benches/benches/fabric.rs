@@ -1,7 +1,7 @@
 //! Round trips, throughput and messages a second of the fabric, beside bare sockets: see `benches::fabric`.
 //!
-//! `cargo bench -p benches --bench fabric -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process] [--busy]
-//! [--blocking]`
+//! `cargo bench -p benches --bench fabric -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process]
+//! [--busy] [--blocking]`
 
 use std::time::Instant;
 

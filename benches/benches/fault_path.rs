@@ -1,7 +1,8 @@
 //! The cost of a page fault that another node must answer, beside the floor of this host: see
 //! `benches::fault_path`.
 //!
-//! `cargo bench -p benches --bench fault_path -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process] [--busy] [--blocking]`
+//! `cargo bench -p benches --bench fault_path -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails]
+//! [--in-process] [--busy] [--blocking]`
 
 use std::time::Instant;
 

@@ -1,6 +1,7 @@
 //! The cost of a word that several nodes write: see `benches::handover`.
 //!
-//! `cargo bench -p benches --bench handover -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process] [--busy] [--blocking]`
+//! `cargo bench -p benches --bench handover -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails]
+//! [--in-process] [--busy] [--blocking]`
 //!
 //! Over sealed TCP, unless told otherwise.
 

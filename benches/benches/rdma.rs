@@ -2,8 +2,8 @@
 //!
 //! `cargo bench -p benches --bench rdma -- [--rounds N] [--count N] [--busy] [--blocking] [--out FILE]`
 //!
-//! Needs an active RDMA port and the package perftest. Each row is the best of `--rounds` runs of `--count` messages,
-//! taken in turns with its floor. Latencies are half a round trip.
+//! Needs an active RDMA port and the package perftest. Each row is the best of `--rounds` runs of `--count`
+//! messages, taken in turns with its floor. Latencies are half a round trip.
 
 use anyhow::{Context, Result, bail};
 use benches::perftest::Run;

@@ -44,9 +44,9 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// Reads `[--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process] [--busy] [--blocking]`; everything, three
-    /// times, unless told otherwise. `None`, with a line that says so, without the `--bench` that `cargo bench` adds and
-    /// `cargo test --all-targets` does not.
+    /// Reads `[--rounds N] [--tcp] [--tcp-plain] [--tcp-rails] [--in-process] [--busy] [--blocking]`;
+    /// everything, three times, unless told otherwise. `None`, with a line that says so, without the
+    /// `--bench` that `cargo bench` adds and `cargo test --all-targets` does not.
     ///
     /// # Errors
     /// An argument that is none of these.

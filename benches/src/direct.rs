@@ -1,5 +1,5 @@
-//! The cost to a device of reading and overwriting another node's pages, beside the bare exchange of the same bytes between
-//! two threads, and how often a page is copied for it.
+//! The cost to a device of reading and overwriting another node's pages, beside the bare exchange of the same
+//! bytes between two threads, and how often a page is copied for it.
 //!
 //! ```text
 //!   the device's thread    its node's shard              the home's shard

@@ -3,10 +3,12 @@
 //!
 //! - [`fault_path`]: what a page fault costs that another node must answer (`cargo bench -p benches --bench
 //!   fault_path`).
-//! - [`handover`]: what it costs that several nodes write one word (`cargo bench -p benches --bench handover`).
-//! - [`fabric`]: round trips and throughput of the fabric beside bare sockets (`cargo bench -p benches --bench fabric`).
-//! - [`direct`]: what it costs a device to read and overwrite memory of another node (`cargo bench -p benches --bench
-//!   direct`).
+//! - [`handover`]: what it costs that several nodes write one word (`cargo bench -p benches --bench
+//!   handover`).
+//! - [`fabric`]: round trips and throughput of the fabric beside bare sockets (`cargo bench -p benches
+//!   --bench fabric`).
+//! - [`direct`]: what it costs a device to read and overwrite memory of another node (`cargo bench -p benches
+//!   --bench direct`).
 //! - [`rdma`], [`perftest`]: the fabric over RDMA beside perftest (`cargo bench -p benches --bench rdma`).
 //! - [`choice`]: what the command line asks for.
 //! - [`place`]: which CPU and which priority a thread has while it is measured.

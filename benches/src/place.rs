@@ -46,8 +46,8 @@ pub fn pin(cpus: &[usize]) {
     let _ = sched_setaffinity(Pid::from_raw(0), &set);
 }
 
-/// Lets the calling thread run before the engine's threads (`Some`: `SCHED_FIFO` with that priority; they have
-/// 1), or like any other (`None`). Whether the host allowed it.
+/// Lets the calling thread run before the engine's threads (`Some`: `SCHED_FIFO` with that priority; they
+/// have 1), or like any other (`None`). Whether the host allowed it.
 ///
 /// A thread that polls without end and the thread whose fault it answers would share a CPU on a small host;
 /// this way the one that was woken gets it at once, as if it had one of its own.

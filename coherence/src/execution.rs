@@ -1,29 +1,32 @@
 //! Execution of an operation on a frame, as one instruction of this CPU.
 //!
-//! It is atomic with every other CPU's accesses to the same frame, through whatever mapping: this is what an owner's shard does
-//! for an instruction that was shipped to it.
+//! It is atomic with every other CPU's accesses to the same frame, through whatever mapping: this is what an
+//! owner's shard does for an instruction that was shipped to it.
 
 use std::arch::asm;
 
 use crate::page::PAGE_SIZE;
 use crate::protocol::{Action, Operation, Width};
 
-/// Carries the operation out on the frame, and tells what the bytes were before; 0 of a store, which does not read them.
+/// Carries the operation out on the frame, and tells what the bytes were before; 0 of a store, which does not
+/// read them.
 ///
-/// A load and a store are one `mov`; exchange, compare-exchange and add are one `xchg`, `lock cmpxchg` and `lock xadd`. The
-/// others have no instruction that tells the old value: they are a `lock cmpxchg` that is repeated while other CPUs change
-/// the bytes between its load and itself, each time because one of them got on. Not core's atomics, which would be the same
-/// instructions, since those must be aligned to their width: an x86 guest's need not be. Bytes that cross a cache line are
-/// operated on correctly too, but as split locks, which a host may punish: the requester does not ask for them.
+/// A load and a store are one `mov`; exchange, compare-exchange and add are one `xchg`, `lock cmpxchg` and
+/// `lock xadd`. The others have no instruction that tells the old value: they are a `lock cmpxchg` that is
+/// repeated while other CPUs change the bytes between its load and itself, each time because one of them got
+/// on. Not core's atomics, which would be the same instructions, since those must be aligned to their width:
+/// an x86 guest's need not be. Bytes that cross a cache line are operated on correctly too, but as split
+/// locks, which a host may punish: the requester does not ask for them.
 ///
 /// # Safety
-/// `frame` is the address of a page that can be read, and written unless the action is [`Action::Load`], for the duration of
-/// the call. Others may read and write it at the same time, but none through a Rust reference.
+/// `frame` is the address of a page that can be read, and written unless the action is [`Action::Load`], for
+/// the duration of the call. Others may read and write it at the same time, but none through a Rust
+/// reference.
 pub unsafe fn execute(frame: *mut [u8; PAGE_SIZE], operation: &Operation) -> u128 {
     // SAFETY: inside the page, which `Operation::new` has checked.
     let at = unsafe { frame.cast::<u8>().add(usize::from(operation.offset())) };
-    // SAFETY: `at` and the bytes of the width after it are in the page, and 16 bytes are aligned, which `Operation::new`
-    // has checked; the rest is the caller's promise.
+    // SAFETY: `at` and the bytes of the width after it are in the page, and 16 bytes are aligned, which
+    // `Operation::new` has checked; the rest is the caller's promise.
     unsafe {
         match operation.width() {
             Width::One => byte(at, operation).into(),
@@ -35,8 +38,8 @@ pub unsafe fn execute(frame: *mut [u8; PAGE_SIZE], operation: &Operation) -> u12
     }
 }
 
-/// The instructions for one width: its integer, the size as the assembler calls it, the class and the name of its registers,
-/// the accumulator.
+/// The instructions for one width: its integer, the size as the assembler calls it, the class and the name of
+/// its registers, the accumulator.
 macro_rules! instructions {
     ($name:ident, $integer:ty, $size:literal, $class:ident, $register:literal, $accumulator:tt) => {
         /// # Safety
@@ -155,7 +158,8 @@ mod tests {
     use crate::memory::DualMemory;
     use crate::page::Page;
 
-    /// Any operation, of which one in four crosses a cache line, where it may, and one in eight ends with the page.
+    /// Any operation, of which one in four crosses a cache line, where it may, and one in eight ends with the
+    /// page.
     fn possible() -> impl Strategy<Value = Operation> {
         let offset = prop_oneof![4 => 0..PAGE_SIZE as u16, 2 => (1..64u16).prop_map(|n| 64 * n - 1), 1 => Just(PAGE_SIZE as u16)];
         let number = || prop_oneof![any::<u128>(), 0..4u128, Just(u128::MAX), Just(1 << 63)];
@@ -203,7 +207,8 @@ mod tests {
         use std::sync::atomic::{AtomicU64, Ordering};
         const TIMES: u64 = 200_000;
         let memory = DualMemory::new(1).unwrap();
-        // SAFETY: aligned, inside the guest view, which lives as long as `memory`, and only accessed atomically.
+        // SAFETY: aligned, inside the guest view, which lives as long as `memory`, and only accessed
+        // atomically.
         let word = unsafe { AtomicU64::from_ptr(memory.guest_view().add(64).cast()) };
         let operation = |action, operand| Operation::new(action, Width::Eight, 64, operand, 0).unwrap();
         std::thread::scope(|threads| {

@@ -29,8 +29,8 @@ pub struct DualMemory {
     len: usize,
 }
 
-// SAFETY: the pointers are to mappings that live as long as the value; what threads may do with their bytes is
-// each method's contract.
+// SAFETY: the pointers are to mappings that live as long as the value; what threads may do with their bytes
+// is each method's contract.
 unsafe impl Send for DualMemory {}
 // SAFETY: as above.
 unsafe impl Sync for DualMemory {}
@@ -131,8 +131,9 @@ impl DualMemory {
         }
     }
 
-    /// What the guest view maps of `count` pages from `first` on, as the process's page tables are now: a hint, since it
-    /// may change at once. Nothing where the kernel does not tell (`/proc/PID/pagemap`, Linux 5.13 or newer).
+    /// What the guest view maps of `count` pages from `first` on, as the process's page tables are now: a
+    /// hint, since it may change at once. Nothing where the kernel does not tell (`/proc/PID/pagemap`, Linux
+    /// 5.13 or newer).
     pub fn mapped(&self, first: Page, count: u64) -> Vec<Rights> {
         const PRESENT: u64 = 1 << 63;
         const WRITE_PROTECTED: u64 = 1 << 57;
@@ -155,8 +156,8 @@ impl DualMemory {
         self.mapped(page, 1).first().is_some_and(|rights| *rights != Rights::None)
     }
 
-    /// Copies bytes of the page as they are now, whoever may be writing them; 8 aligned bytes are read at once. `false` if
-    /// they go beyond the page.
+    /// Copies bytes of the page as they are now, whoever may be writing them; 8 aligned bytes are read at
+    /// once. `false` if they go beyond the page.
     pub fn read_at(&self, page: Page, offset: usize, bytes: &mut [u8]) -> bool {
         if offset + bytes.len() > PAGE_SIZE {
             return false;
@@ -165,10 +166,12 @@ impl DualMemory {
         let from = unsafe { self.frame_ptr(page).cast::<u8>().add(offset) };
         match <&mut [u8; 8]>::try_from(&mut *bytes) {
             Ok(word) if offset.is_multiple_of(8) => {
-                // SAFETY: aligned and inside the page; others write it as a guest's CPUs do, through no Rust reference.
+                // SAFETY: aligned and inside the page; others write it as a guest's CPUs do, through no Rust
+                // reference.
                 *word = unsafe { from.cast::<u64>().read_volatile() }.to_le_bytes();
             }
-            // SAFETY: inside the page; a raw copy, which tears where the guest writes at the same time, as a CPU's would.
+            // SAFETY: inside the page; a raw copy, which tears where the guest writes at the same time, as a
+            // CPU's would.
             _ => unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) },
         }
         true
@@ -183,23 +186,24 @@ impl DualMemory {
 
     /// Copies the page's bytes as they are now, whoever may be writing them.
     pub fn read_to(&self, page: Page, to: &mut [u8; PAGE_SIZE]) {
-        // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest writes at the same time, as what
-        // a device reads may.
+        // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest writes at the same
+        // time, as what a device reads may.
         unsafe { std::ptr::copy_nonoverlapping(self.frame_ptr(page), to, 1) };
     }
 
     /// Overwrites the page, whoever may be reading or writing it through the guest view, as a device would.
     pub fn overwrite(&self, page: Page, bytes: &[u8; PAGE_SIZE]) {
-        // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest accesses the page at the same time,
-        // as what a device writes may.
+        // SAFETY: aligned and inside the mapping; a raw copy, which tears where the guest accesses the page
+        // at the same time, as what a device writes may.
         unsafe { std::ptr::copy_nonoverlapping(bytes, self.frame_ptr(page), 1) };
     }
 
-    /// Carries an operation out on the page through the engine view, atomically with whoever accesses it through the guest
-    /// view, and tells the old bytes (0 of a store). Whether this node may read and write the page is the caller's to know.
+    /// Carries an operation out on the page through the engine view, atomically with whoever accesses it
+    /// through the guest view, and tells the old bytes (0 of a store). Whether this node may read and write
+    /// the page is the caller's to know.
     pub fn operate(&self, page: Page, operation: &Operation) -> u128 {
-        // SAFETY: inside the mapping, which can be read and written; references to its frames are made only while nobody
-        // writes them, which is their makers' contract.
+        // SAFETY: inside the mapping, which can be read and written; references to its frames are made only
+        // while nobody writes them, which is their makers' contract.
         unsafe { execute(self.frame_ptr(page), operation) }
     }
 
@@ -235,8 +239,8 @@ impl DualMemory {
         Ok(unsafe { madvise(start, pages as usize * PAGE_SIZE, MmapAdvise::MADV_DONTNEED) }?)
     }
 
-    /// Gives the frames of pages back to the host. The kernel unmaps them from the guest view first, if they are mapped
-    /// there; what is touched afterwards is as if it had never been.
+    /// Gives the frames of pages back to the host. The kernel unmaps them from the guest view first, if they
+    /// are mapped there; what is touched afterwards is as if it had never been.
     ///
     /// # Errors
     /// What the kernel says.

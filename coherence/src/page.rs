@@ -7,7 +7,8 @@ use fabric::NodeId;
 /// Bytes in a page: the grain of coherence.
 pub const PAGE_SIZE: usize = 4096;
 
-/// Pages in a block: runs, windows and shards' regions have their borders at multiples of it, as huge pages have.
+/// Pages in a block: runs, windows and shards' regions have their borders at multiples of it, as huge pages
+/// have.
 pub const BLOCK: u64 = 512;
 
 /// A page of guest RAM: its index among the RAM pages, holes of the physical address space left out.

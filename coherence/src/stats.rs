@@ -96,8 +96,8 @@ counters! {
     loads,
     /// Pages that devices overwrote at their homes.
     stores,
-    /// Copies of pages that were made for devices beside those that landed in frames: at home before they were sent to a device
-    /// that reads them, and into the device's buffer.
+    /// Copies of pages that were made for devices beside those that landed in frames: at home before they
+    /// were sent to a device that reads them, and into the device's buffer.
     copied,
     /// Pages that devices had to touch because something was under way on them.
     not_direct,
@@ -130,8 +130,8 @@ impl ShardStats {
         counter.store(counter.load(Relaxed) + n, Relaxed);
     }
 
-    /// Pages have gone from the guest view; until the next call after that their frames are as they were. Only the shard's
-    /// thread calls this.
+    /// Pages have gone from the guest view; until the next call after that their frames are as they were.
+    /// Only the shard's thread calls this.
     pub fn count_withdrawal(&self) {
         // Order: whoever reads what is in the frames later has seen this.
         self.withdrawals.fetch_add(1, SeqCst);

@@ -1,8 +1,9 @@
-//! Engines of several nodes in one process, each with memory and userfaultfds of its own, for tests and benches of this
-//! and other crates. There is no guest: threads that touch a node's guest view stand for its vCPUs.
+//! Engines of several nodes in one process, each with memory and userfaultfds of its own, for tests and
+//! benches of this and other crates. There is no guest: threads that touch a node's guest view stand for its
+//! vCPUs.
 //!
-//! A [`Builder`] says how the engines run, a [`Cluster`] has them until it is dropped. All of this is there only with the
-//! feature `testing`.
+//! A [`Builder`] says how the engines run, a [`Cluster`] has them until it is dropped. All of this is there
+//! only with the feature `testing`.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -43,8 +44,8 @@ pub fn write(memory: &DualMemory, offset: usize, bytes: &[u8]) {
     }
 }
 
-/// How the engines of a cluster run: unless told otherwise with one shard each, from lane 0 on, without a budget, and
-/// sleeping as soon as they have nothing to do.
+/// How the engines of a cluster run: unless told otherwise with one shard each, from lane 0 on, without a
+/// budget, and sleeping as soon as they have nothing to do.
 pub struct Builder {
     /// The same for all nodes but for `node` and `budget`.
     config: EngineConfig,
@@ -80,8 +81,8 @@ impl Builder {
         self
     }
 
-    /// A failure ends the process, since threads that wait for the engine's pages would never go on. Else it is kept for
-    /// [`Cluster::check`].
+    /// A failure ends the process, since threads that wait for the engine's pages would never go on. Else it
+    /// is kept for [`Cluster::check`].
     pub fn fatal(mut self) -> Builder {
         self.fatal = true;
         self

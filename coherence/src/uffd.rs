@@ -1,7 +1,7 @@
 //! userfaultfd: the few calls that the engine needs, behind safe types.
 //!
-//! Constants and structures are those of `linux/userfaultfd.h` (Linux 6.4 for `CONTINUE_MODE_WP`); Debian 12's
-//! headers lack the newer ones, so they stand here, their sizes asserted.
+//! Constants and structures are those of `linux/userfaultfd.h` (Linux 6.4 for `CONTINUE_MODE_WP`); Debian
+//! 12's headers lack the newer ones, so they stand here, their sizes asserted.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -79,8 +79,8 @@ const _: () = assert!(size_of::<Msg>() == 32);
 /// The argument of a request to a userfaultfd.
 ///
 /// # Safety
-/// For `REQUEST` the kernel reads and writes this structure and no other memory of this process; addresses inside it are
-/// of what the request is about, and the kernel checks them.
+/// For `REQUEST` the kernel reads and writes this structure and no other memory of this process; addresses
+/// inside it are of what the request is about, and the kernel checks them.
 unsafe trait Argument {
     const REQUEST: u64;
 }
@@ -270,7 +270,8 @@ impl Uffd {
 }
 
 impl Uffd {
-    /// Waits until faults wait, at most `limit`: the first of them, as many as are read at once. None: the time is up.
+    /// Waits until faults wait, at most `limit`: the first of them, as many as are read at once. None: the
+    /// time is up.
     ///
     /// # Errors
     /// What the kernel says.

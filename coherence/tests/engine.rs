@@ -190,7 +190,8 @@ fn random_accesses_of_many_threads_keep_every_counter_exact() {
     }
 }
 
-/// One thread of the storm: its own word of each page, which it alone writes, and what it last saw of the others'.
+/// One thread of the storm: its own word of each page, which it alone writes, and what it last saw of the
+/// others'.
 struct Sailor<'a> {
     machine: &'a Cluster,
     id: usize,
@@ -221,8 +222,8 @@ impl Sailor<'_> {
         *last = count;
     }
 
-    /// Pages that are wanted together, or one after the other: what is asked for ahead of its need, granted in
-    /// runs, freed and fetched again.
+    /// Pages that are wanted together, or one after the other: what is asked for ahead of its need, granted
+    /// in runs, freed and fetched again.
     fn burst(&mut self, pages: u64) {
         let (kind, len) = (self.random(4), 4 + self.random(40));
         let group = self.random(12);
@@ -242,8 +243,8 @@ impl Sailor<'_> {
 
 const STORM_THREADS: usize = 8;
 
-/// Threads on every node that want the same pages in bursts, so that everything the engine does ahead of a need
-/// is done: no write may be lost and no reader may see an older one than before.
+/// Threads on every node that want the same pages in bursts, so that everything the engine does ahead of a
+/// need is done: no write may be lost and no reader may see an older one than before.
 fn storm(homes: &[u64], shards: u16, bursts: u32, seed: u64) {
     let machine = machine(homes, shards);
     blow(&machine, homes, bursts, seed);
@@ -288,8 +289,8 @@ fn blow(machine: &Cluster, homes: &[u64], bursts: u32, seed: u64) {
     }
 }
 
-/// A storm over memory of which each node may hold all of its own and a few pages more; they hold no more at any
-/// time, as their files say.
+/// A storm over memory of which each node may hold all of its own and a few pages more; they hold no more at
+/// any time, as their files say.
 #[test]
 fn nodes_stay_within_their_budgets_in_a_storm() {
     if !can_run() {

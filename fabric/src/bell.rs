@@ -31,7 +31,8 @@ impl Bell {
         self.rung.load(SeqCst)
     }
 
-    /// Clears it. Look afterwards at what it may have been rung for: a ring during this call may leave no trace.
+    /// Clears it. Look afterwards at what it may have been rung for: a ring during this call may leave no
+    /// trace.
     pub(crate) fn hear(&self) {
         if self.is_rung() {
             let _ = self.fd.read();

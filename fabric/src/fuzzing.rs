@@ -1,4 +1,5 @@
-//! The entry points of the fuzz targets in `tests/fuzz`: the parts that see a stranger's bytes. Built for them only.
+//! The entry points of the fuzz targets in `tests/fuzz`: the parts that see a stranger's bytes. Built for
+//! them only.
 
 use std::io::Write;
 use std::net::{Shutdown, TcpListener, TcpStream};

@@ -7,7 +7,8 @@
 //!   Nothing is promised between lanes, or between peers.
 //! - [`Receiver`]: the receiving side of one lane from all peers, owned by the one thread that works on
 //!   that lane. It polls without blocking, and offers a file descriptor to sleep on.
-//! - [`secure`]: how peers prove their identity, and channels that only the two of them read; other crates use it too.
+//! - [`secure`]: how peers prove their identity, and channels that only the two of them read; other crates
+//!   use it too.
 //!
 //! # The way of one frame (TCP)
 //!
@@ -19,7 +20,8 @@
 //!
 //! # Transports
 //!
-//! - [`tcp`]: one TCP connection per lane and peer, sealed, on one of several rails; what runs between servers.
+//! - [`tcp`]: one TCP connection per lane and peer, sealed, on one of several rails; what runs between
+//!   servers.
 //! - [`rdma`]: queue pairs over InfiniBand or RoCE, set up over one of the others.
 //!   With several ports, `rails` makes one transport of them.
 //! - [`sim`]: all nodes in one process; for the tests of everything above the fabric.

@@ -6,9 +6,9 @@
 //!    │   acknowledged  │                       │
 //! ```
 //!
-//! The bytes of pages change once they are sent, so a frame is copied here, and goes to the rail from here. Only lanes
-//! with more than one rail do so: those of TCP ([`crate::tcp`]), and those of transports that are rails of one
-//! ([`crate::rails`]). `docs/decisions/two-failovers.md` says why there are two.
+//! The bytes of pages change once they are sent, so a frame is copied here, and goes to the rail from here.
+//! Only lanes with more than one rail do so: those of TCP ([`crate::tcp`]), and those of transports that are
+//! rails of one ([`crate::rails`]). `docs/decisions/two-failovers.md` says why there are two.
 
 use std::collections::VecDeque;
 
@@ -32,7 +32,8 @@ pub(crate) struct Retained {
     next: u64,
 }
 
-/// An acknowledgement of frames that were never sent. As text, the end of a sentence that begins with who sent it.
+/// An acknowledgement of frames that were never sent. As text, the end of a sentence that begins with who
+/// sent it.
 #[derive(Copy, Clone, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("it says that it has frames which were never sent to it")]
 pub(crate) struct NeverSent;
@@ -174,7 +175,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Against a list of frames: whatever the order of events, exactly the frames from the peer's count on come.
+        /// Against a list of frames: whatever the order of events, exactly the frames from the peer's count
+        /// on come.
         #[test]
         fn a_peer_gets_every_frame_once_whatever_happens(
             events in prop::collection::vec((0u8..5, 1usize..40), 1..200),

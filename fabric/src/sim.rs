@@ -208,7 +208,8 @@ impl SimReceiver {
 
 impl Receiver for SimReceiver {
     fn poll(&mut self, sink: &mut dyn FnMut(NodeId, &[u8])) -> Result<usize, FabricError> {
-        // Not more than what is there now: a sink that provokes new frames must not keep this going without end.
+        // Not more than what is there now: a sink that provokes new frames must not keep this going without
+        // end.
         let most = self.inbox().lock().queue.len();
         let mut frames = 0;
         for _ in 0..most {

@@ -116,9 +116,9 @@ pub trait Receiver: Send {
     /// Call before sleeping on [`Receiver::fd`]; `true` means there is work already and sleeping is wrong.
     fn arm(&mut self) -> Result<bool, FabricError>;
 
-    /// The next peer that was lost and that [`Transport::send`] reaches again. What was under way when it was lost is
-    /// not sent again. Always `None` on transports on which a lost peer stays lost: all but those that are rails of
-    /// another one.
+    /// The next peer that was lost and that [`Transport::send`] reaches again. What was under way when it was
+    /// lost is not sent again. Always `None` on transports on which a lost peer stays lost: all but those
+    /// that are rails of another one.
     fn returned(&mut self) -> Option<NodeId> {
         None
     }

@@ -1,5 +1,5 @@
-//! The conformance suite: one list of tests over every transport, of the promises of [`fabric::Transport`] and
-//! [`fabric::Receiver`].
+//! The conformance suite: one list of tests over every transport, of the promises of [`fabric::Transport`]
+//! and [`fabric::Receiver`].
 //!
 //! A transport joins by a line in `for_each_transport!`. Every wait ends after [`PATIENCE`].
 

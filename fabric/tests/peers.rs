@@ -186,7 +186,8 @@ fn a_replayed_handshake_does_not_get_a_lane() {
     thread::scope(|scope| {
         let zero = scope.spawn(move || zero.mesh(zero_config).unwrap());
         let (tap, recording) = wiretap(addresses[0]);
-        // Lane 0 is connected, and so the listener is still open for lane 1: what was said for lane 0 is said again.
+        // Lane 0 is connected, and so the listener is still open for lane 1: what was said for lane 0 is said
+        // again.
         let first = Raw::connect(tap, 1, 0, &hello(1, 0, 0, 2, 2));
         let said = recording.lock().unwrap()[0].calls.clone();
         assert_eq!(said.len(), CALLS);

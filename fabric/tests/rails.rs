@@ -197,7 +197,8 @@ fn ip(words: &str) -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// In a network of this thread's and its threads' own, where packets to the second rail vanish without a word.
+/// In a network of this thread's and its threads' own, where packets to the second rail vanish without a
+/// word.
 #[test]
 fn a_rail_that_falls_silent_is_left_before_the_peer_counts_as_silent() {
     let test = || {

@@ -1,4 +1,5 @@
-//! A lane whose packets get lost, while all others are fine, is noticed in time: with one rail, in one direction or both.
+//! A lane whose packets get lost, while all others are fine, is noticed in time: with one rail, in one
+//! direction or both.
 
 mod common;
 

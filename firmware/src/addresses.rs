@@ -1,5 +1,5 @@
-//! Addresses, ports and interrupt lines that are the same in every machine: the device hole, the registers of interrupt
-//! controllers, legacy devices and power management, and what lies in the first megabyte.
+//! Addresses, ports and interrupt lines that are the same in every machine: the device hole, the registers of
+//! interrupt controllers, legacy devices and power management, and what lies in the first megabyte.
 
 /// Bytes of one guest page.
 pub const PAGE_SIZE: u64 = 4096;
@@ -30,8 +30,8 @@ pub const RTC_PORT: u16 = 0x70;
 /// Ports of the real-time clock.
 pub const RTC_LEN: u16 = 2;
 /// Data port of the second channel of an interval timer (PIT), which there is not. Reads of it must not give
-/// 0xff, as those of other absent ports do: on AMD CPUs Linux looks for a PIT in spite of everything and reads
-/// 0xff 100,000 times before it gives up (`quick_pit_calibrate`), but any other value only twice.
+/// 0xff, as those of other absent ports do: on AMD CPUs Linux looks for a PIT in spite of everything and
+/// reads 0xff 100,000 times before it gives up (`quick_pit_calibrate`), but any other value only twice.
 pub const PIT_CHANNEL2_PORT: u16 = 0x42;
 /// ACPI sleep control register, one byte (ACPI 6.5, 4.8.3.7).
 pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
@@ -39,7 +39,8 @@ pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
 /// ACPI reset register, one byte.
 pub const ACPI_RESET_PORT: u16 = 0x602;
-/// First port of the registers through which PCI devices come and go (8 ports); the AML of the DSDT uses them.
+/// First port of the registers through which PCI devices come and go (8 ports); the AML of the DSDT uses
+/// them.
 pub const HOTPLUG_PORT: u16 = 0x610;
 /// Global system interrupt of the same (level, active high).
 pub const HOTPLUG_GSI: u32 = 20;

@@ -1,8 +1,9 @@
-//! The PCI address map: one root bus per node, with its configuration space and its window for device registers.
+//! The PCI address map: one root bus per node, with its configuration space and its window for device
+//! registers.
 //!
-//! Bus `n` belongs to node `n`, so that the node that owns an address can be told from the address alone, and the
-//! guest learns from the bus (`_PXM` of its host bridge) which NUMA node a device is near to. All of it lies in the
-//! hole below 4 GiB:
+//! Bus `n` belongs to node `n`, so that the node that owns an address can be told from the address alone, and
+//! the guest learns from the bus (`_PXM` of its host bridge) which NUMA node a device is near to. All of it
+//! lies in the hole below 4 GiB:
 //!
 //! ```text
 //!  0xc000_0000 + n MiB   memory window of bus n: device registers
@@ -23,8 +24,8 @@ pub const WINDOW_LEN: u64 = 1 << 20;
 pub const MAX_BUSES: usize = 256;
 /// Devices of one bus.
 pub const SLOTS: u8 = 32;
-/// The slots of each bus, from 0 on, in which devices can come and go while the machine runs. Linux says a line for each
-/// of them when it boots.
+/// The slots of each bus, from 0 on, in which devices can come and go while the machine runs. Linux says a
+/// line for each of them when it boots.
 pub const HOT_SLOTS: u8 = 16;
 
 /// How many root buses a machine of `nodes` nodes has.

@@ -1,5 +1,5 @@
-//! The seed disk that cloud-init reads at a guest's first start: a small FAT file system labelled `CIDATA` (its data
-//! source NoCloud).
+//! The seed disk that cloud-init reads at a guest's first start: a small FAT file system labelled `CIDATA`
+//! (its data source NoCloud).
 
 use std::io::{Cursor, Write};
 
@@ -13,7 +13,8 @@ const OVERHEAD: usize = 128 << 10;
 const LEAST: usize = 1 << 20;
 const LABEL: [u8; 11] = *b"CIDATA     ";
 
-/// A disk with files of these names and contents, in whole sectors: `user-data`, `meta-data`, `network-config`.
+/// A disk with files of these names and contents, in whole sectors: `user-data`, `meta-data`,
+/// `network-config`.
 ///
 /// # Errors
 /// [`FirmwareError::Disk`] if FAT cannot hold them.

@@ -1,7 +1,7 @@
 //! A vCPU of a micro guest: 64-bit code at CPL 3, which KVM on PVM runs natively, with IOPL 3.
 //!
-//! Guest memory, by page number: 1 to 3 page tables, which map the first GiB one to one. No CPU writes them, so that they do
-//! not pass from node to node.
+//! Guest memory, by page number: 1 to 3 page tables, which map the first GiB one to one. No CPU writes them,
+//! so that they do not pass from node to node.
 
 use anyhow::Result;
 use coherence::memory::DualMemory;
@@ -48,8 +48,8 @@ pub fn prepare(host: &HostCpu, vcpu: &mut Vcpu) -> Result<()> {
     Ok(registers::begin(vcpu, &start, &rest)?)
 }
 
-/// Runs the guest from `regs` on; `port` does what the guest asks for by writing to a port, and says `false` when that
-/// ends the run. Returns how often the guest was kicked.
+/// Runs the guest from `regs` on; `port` does what the guest asks for by writing to a port, and says `false`
+/// when that ends the run. Returns how often the guest was kicked.
 ///
 /// # Errors
 /// The guest left for another reason.

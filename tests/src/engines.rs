@@ -41,8 +41,8 @@ impl Engines {
         self.word_of(node, page, 0)
     }
 
-    /// Writes `pages` of node 0 there (page + 1); node 1 then takes a third of them over (page + 2), node 2 reads another
-    /// third.
+    /// Writes `pages` of node 0 there (page + 1); node 1 then takes a third of them over (page + 2), node 2
+    /// reads another third.
     pub fn spread(&self, pages: Range<u64>) {
         for page in pages {
             self.page(0, page).store(page + 1, Ordering::SeqCst);
@@ -97,7 +97,8 @@ impl Engines {
         pages.map(|(read, page)| read.then(|| words(page))).collect()
     }
 
-    /// A device of a node fills pages with a word each; whether that was done, or it must do so as a CPU does.
+    /// A device of a node fills pages with a word each; whether that was done, or it must do so as a CPU
+    /// does.
     pub fn store(&self, node: usize, pages: &[(u64, u64)]) -> Vec<bool> {
         let fill = |(_, word): &(u64, u64)| std::array::from_fn(|at| word.to_le_bytes()[at % 8]);
         let bytes: Vec<[u8; PAGE_SIZE]> = pages.iter().map(fill).collect();

@@ -8,9 +8,9 @@
 //! | r8 | a place for one register on the same page, of this thread alone |
 //! | r12 | turns |
 //!
-//! In each turn the last register is added to all others in lanes of 64 bits, the first goes to its place in memory and
-//! comes back from there, and the counter is incremented; so what was lost or mixed up once shows in the end. Every
-//! [`AWAY_EVERY`]th turn leaves the guest.
+//! In each turn the last register is added to all others in lanes of 64 bits, the first goes to its place in
+//! memory and comes back from there, and the counter is incremented; so what was lost or mixed up once shows
+//! in the end. Every [`AWAY_EVERY`]th turn leaves the guest.
 
 use vmm::kvm::HostCpu;
 use vmm::testing::code64;
@@ -141,8 +141,8 @@ const X87_AND_SSE: u64 = 3;
 const AVX: u64 = 1 << 2;
 const AVX512: u64 = 7 << 5;
 
-/// What a guest on this host can set XCR0 to for all vector registers; `None` where there is no XSAVE. KVM on PVM hides
-/// XSAVE itself from guests, but has its registers, and code at CPL 3 runs as it does outside.
+/// What a guest on this host can set XCR0 to for all vector registers; `None` where there is no XSAVE. KVM on
+/// PVM hides XSAVE itself from guests, but has its registers, and code at CPL 3 runs as it does outside.
 pub fn xcr0(host: &HostCpu) -> Option<u64> {
     let [eax, _, _, edx] = leaf(host, 0xd)?;
     let possible = u64::from(edx) << 32 | u64::from(eax);

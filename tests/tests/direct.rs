@@ -80,8 +80,8 @@ fn what_a_device_overwrites_everybody_reads() {
     machine.check().unwrap();
 }
 
-/// CPUs and devices of all nodes take turns at each page, and each finds what the one before has written, while other
-/// CPUs look on, who never see a page go back.
+/// CPUs and devices of all nodes take turns at each page, and each finds what the one before has written,
+/// while other CPUs look on, who never see a page go back.
 #[test]
 fn cpus_and_devices_that_take_turns_find_what_the_last_one_wrote() {
     if let Err(why) = Uffd::open() {

@@ -45,8 +45,8 @@ fn discarded_memory_costs_no_frame_anywhere_and_is_zero() {
     machine.check().unwrap();
 }
 
-/// Each node counts in words of its own on shared pages, which other nodes read, while pages are discarded: a word is
-/// what was last written or zero, and what is once gone does not come back.
+/// Each node counts in words of its own on shared pages, which other nodes read, while pages are discarded: a
+/// word is what was last written or zero, and what is once gone does not come back.
 #[test]
 fn discarding_memory_in_use_loses_it_whole_and_brings_nothing_old_back() {
     if let Err(why) = Uffd::open() {

@@ -28,9 +28,9 @@ fn race(host: &HostCpu, nodes: &[usize], total: u64) -> ([u64; 2], u64) {
     (counts, misses)
 }
 
-/// An increment is a single instruction: whoever has the page does many before it goes. What is shown is that the
-/// page changes hands often, and that each CPU has it for about as long as the other: over some seconds, since on a
-/// busy host each CPU in turn is kept from running for a while.
+/// An increment is a single instruction: whoever has the page does many before it goes. What is shown is that
+/// the page changes hands often, and that each CPU has it for about as long as the other: over some seconds,
+/// since on a busy host each CPU in turn is kept from running for a while.
 #[test]
 fn two_cpus_on_two_nodes_that_increment_one_counter_get_on_alike() {
     let Some(host) = host() else { return };

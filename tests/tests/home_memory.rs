@@ -11,8 +11,8 @@ use tests::engines::Engines;
 /// Pages of each node: 64 MiB.
 const PAGES: u64 = 16_384;
 
-/// KiB that are mapped as huge pages of files between two addresses (`/proc/self/smaps`, proc(5)). Shards have
-/// mappings of their own there.
+/// KiB that are mapped as huge pages of files between two addresses (`/proc/self/smaps`, proc(5)). Shards
+/// have mappings of their own there.
 fn in_huge_pages(addresses: Range<u64>) -> u64 {
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut inside, mut sum) = (false, 0);

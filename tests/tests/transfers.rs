@@ -1,5 +1,6 @@
-//! Transfers between a device on one node and its driver on another: buffers of many pages, copied by ordinary
-//! instructions and announced by a word of shared memory, while the next buffers are already being filled.
+//! Transfers between a device on one node and its driver on another: buffers of many pages, copied by
+//! ordinary instructions and announced by a word of shared memory, while the next buffers are already being
+//! filled.
 
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -20,7 +21,8 @@ const FOR: Duration = Duration::from_secs(4);
 /// Copies a page into or out of a node's guest view.
 fn copy(engines: &Engines, node: usize, page: u64, bytes: &mut [u8; PAGE_SIZE], write: bool) {
     assert!((page as usize) < 2 * PAGES as usize);
-    // SAFETY: inside the guest view, which lives as long as `engines`; the announcements order who touches it.
+    // SAFETY: inside the guest view, which lives as long as `engines`; the announcements order who touches
+    // it.
     unsafe {
         let at = engines.memory(node).guest_view().add(page as usize * PAGE_SIZE);
         match write {
@@ -62,7 +64,8 @@ fn exercise(driver: usize, first: u64) {
     let end = Instant::now() + FOR;
     std::thread::scope(|scope| {
         for queue in 0..2 {
-            // The device: takes what was written (odd rounds), gives it back into the same pages (even rounds).
+            // The device: takes what was written (odd rounds), gives it back into the same pages (even
+            // rounds).
             scope.spawn(move || {
                 let mut disk = vec![[0; PAGE_SIZE]; BUFFERS * BUFFER];
                 for round in 1u64.. {

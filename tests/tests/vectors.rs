@@ -1,5 +1,6 @@
-//! Vector registers survive whatever takes a vCPU out of the guest: exits, kicks, and faults that move pages between nodes.
-//! On emulated hosts nothing of this is seen: QEMU's SVM does not intercept XSETBV, so guests there do without XSAVE.
+//! Vector registers survive whatever takes a vCPU out of the guest: exits, kicks, and faults that move pages
+//! between nodes. On emulated hosts nothing of this is seen: QEMU's SVM does not intercept XSETBV, so guests
+//! there do without XSAVE.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,8 +14,8 @@ use vmm::vcpu::signal;
 
 /// Of each thread in a round; a multiple of [`AWAY_EVERY`].
 const TURNS: u64 = 8000;
-/// Rounds go on until there have been so many kicks, and as many faults that move pages; on a busy host one thread of a round
-/// may be done before the other begins.
+/// Rounds go on until there have been so many kicks, and as many faults that move pages; on a busy host one
+/// thread of a round may be done before the other begins.
 const ENOUGH: u64 = 100;
 /// Longer than that ever takes.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -33,7 +34,8 @@ fn places(machine: &Machine, thread: usize) -> (usize, usize) {
     (machine.results(thread), machine.results(thread) + 2 * PAGE_SIZE)
 }
 
-/// A thread on each of two nodes runs [`TURNS`] turns, kicked all the while; their registers then hold what they must.
+/// A thread on each of two nodes runs [`TURNS`] turns, kicked all the while; their registers then hold what
+/// they must.
 fn round(machine: &Machine, width: Width) -> Exits {
     let engines = machine.engines();
     let (lanes, last) = (width.bytes() / 8, width.registers() - 1);

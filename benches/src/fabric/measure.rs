@@ -15,8 +15,8 @@ const STEP: usize = 32;
 /// Bytes of what it says then.
 const WORD: usize = 16;
 
-/// Runs `near` here and `far` in a thread of its own, each on its CPU and, if the host allows it, before what else
-/// runs there.
+/// Runs `near` here and `far` in a thread of its own, each on its CPU and, if the host allows it, before what
+/// else runs there.
 fn both<T>(
     ends: [Box<dyn End>; 2],
     cpus: &[usize],
@@ -102,7 +102,8 @@ pub fn one_way(ends: [Box<dyn End>; 2], cpus: &[usize], size: usize, count: usiz
     })
 }
 
-/// The median, in microseconds, of `rounds` exchanges of `count` messages of `there` bytes for as many of `back` bytes.
+/// The median, in microseconds, of `rounds` exchanges of `count` messages of `there` bytes for as many of
+/// `back` bytes.
 ///
 /// # Errors
 /// An end fails.
@@ -140,8 +141,8 @@ pub fn exchange(
     })
 }
 
-/// Microseconds for each of `count` messages of `size` bytes that are answered by as many, `outstanding` of them under
-/// way at any time.
+/// Microseconds for each of `count` messages of `size` bytes that are answered by as many, `outstanding` of
+/// them under way at any time.
 ///
 /// # Errors
 /// An end fails.
@@ -176,8 +177,8 @@ pub fn outstanding(
     })
 }
 
-/// Microseconds to seal and to open a frame of `size` bytes: what the cipher alone adds to its way. The best of
-/// `rounds`.
+/// Microseconds to seal and to open a frame of `size` bytes: what the cipher alone adds to its way. The best
+/// of `rounds`.
 ///
 /// # Errors
 /// The handshake fails, which it does not.

@@ -66,7 +66,8 @@ impl Op {
 
 /// What is to be measured.
 pub struct Plan {
-    /// Over what, waiting how, and how often; of each operation the best round counts, ours and the floor's in turn.
+    /// Over what, waiting how, and how often; of each operation the best round counts, ours and the floor's
+    /// in turn.
     pub choice: Choice,
     /// On which CPUs.
     pub cpus: Vec<usize>,

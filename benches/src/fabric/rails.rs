@@ -5,7 +5,8 @@
 //!                                   rail 1   127.0.2.0/24 ── MEGABITS ──┴── loopback device, shaped by HTB
 //! ```
 //!
-//! Unshaped, both rails of one host are the same memory copies on the same CPUs, and two are no faster than one.
+//! Unshaped, both rails of one host are the same memory copies on the same CPUs, and two are no faster than
+//! one.
 
 use std::process::Command;
 

@@ -1,4 +1,5 @@
-//! The commands that the bench gives a node, and its answers: JSON, a line each, over a process's standard streams.
+//! The commands that the bench gives a node, and its answers: JSON, a line each, over a process's standard
+//! streams.
 
 use std::net::SocketAddr;
 

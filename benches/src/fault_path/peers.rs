@@ -63,8 +63,8 @@ impl Peer {
         Ok(Peer::Process(Box::new(Process { child, to, from: BufReader::new(from) })))
     }
 
-    /// Tells the node something without waiting for its answer, which [`Peer::finish`] gets. Not for a node in
-    /// the calling thread.
+    /// Tells the node something without waiting for its answer, which [`Peer::finish`] gets. Not for a node
+    /// in the calling thread.
     ///
     /// # Errors
     /// The node is gone.

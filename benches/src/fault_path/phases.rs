@@ -1,5 +1,5 @@
-//! The phases of a miss and the time of each, from the traces that the engines write anyhow. All processes run on one host
-//! and read one time stamp counter.
+//! The phases of a miss and the time of each, from the traces that the engines write anyhow. All processes
+//! run on one host and read one time stamp counter.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

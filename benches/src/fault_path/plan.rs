@@ -23,7 +23,8 @@ const HOLD_US: u64 = 100;
 /// What is to be measured.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Over what, waiting how, and how often; of each operation the best round counts, ours and the floor's in turn.
+    /// Over what, waiting how, and how often; of each operation the best round counts, ours and the floor's
+    /// in turn.
     pub choice: Choice,
     /// On which CPUs.
     pub cpus: Vec<usize>,
@@ -178,8 +179,8 @@ impl Plan {
     }
 }
 
-/// The goals of the project's plan, as the most that the ratio may be. They are for nodes that are processes: in
-/// one process each unmapping interrupts the CPUs of all nodes, which the floor does without.
+/// The goals of the project's plan, as the most that the ratio may be. They are for nodes that are processes:
+/// in one process each unmapping interrupts the CPUs of all nodes, which the floor does without.
 fn goal(net: Net, op: &str) -> Option<f64> {
     match op {
         _ if net == Net::InProcess => None,

@@ -1,5 +1,5 @@
-//! The floor's transport: the least code that moves a frame. Raw sockets over TCP; in process there is nothing
-//! below the fabric's own queues, so that these are used as they are.
+//! The floor's transport: the least code that moves a frame. Raw sockets over TCP; in process there is
+//! nothing below the fabric's own queues, so that these are used as they are.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

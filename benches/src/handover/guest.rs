@@ -1,5 +1,5 @@
-//! A node's part of a micro guest: a virtual machine over the node's memory, and one vCPU of production's, which asks for
-//! its next job whenever it has done one.
+//! A node's part of a micro guest: a virtual machine over the node's memory, and one vCPU of production's,
+//! which asks for its next job whenever it has done one.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -163,8 +163,8 @@ impl Interrupts for NoInterrupts {
 }
 
 impl Guest {
-    /// A guest in `memory`, whose pages `engine` brings, or to which its instructions go if it is to `ship`. Wake-ups
-    /// travel over [`LANE`].
+    /// A guest in `memory`, whose pages `engine` brings, or to which its instructions go if it is to `ship`.
+    /// Wake-ups travel over [`LANE`].
     ///
     /// # Errors
     /// What KVM says, the transport has no such lane, or this host cannot ship.

@@ -109,7 +109,8 @@ pub struct Detail {
 /// What is to be measured.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Over what, waiting how, and how often; of each row the best round counts, ours and the floor's in turn.
+    /// Over what, waiting how, and how often; of each row the best round counts, ours and the floor's in
+    /// turn.
     pub choice: Choice,
     /// On which CPUs.
     pub cpus: Vec<usize>,

@@ -1,10 +1,11 @@
 //! A whole cluster of protocols as one value: what the property tests, the model checker and the simulator
 //! drive, and what they check.
 //!
-//! There is no time here, and hardly any data. A frame is *current* or it is not: a write makes every other copy of
-//! the page, in frames and in flight, stale; a read must find a current one. That keeps the state finite, so
-//! that the model checker can exhaust it. Only what CPUs *operate* on has a value, one byte a page, to which each
-//! operation that writes adds one, wherever it is carried out; it wraps at [`VALUES`] ([`operations`]).
+//! There is no time here, and hardly any data. A frame is *current* or it is not: a write makes every other
+//! copy of the page, in frames and in flight, stale; a read must find a current one. That keeps the state
+//! finite, so that the model checker can exhaust it. Only what CPUs *operate* on has a value, one byte a
+//! page, to which each operation that writes adds one, wherever it is carried out; it wraps at [`VALUES`]
+//! ([`operations`]).
 //!
 //! [`checks`] says what must hold.
 //!

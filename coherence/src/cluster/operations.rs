@@ -1,5 +1,6 @@
-//! CPUs that operate on the byte of a page, there or by shipping, and what must hold of that: each operation happens
-//! exactly once, between its beginning and its end, on the last write, and its CPU gets the byte that it found.
+//! CPUs that operate on the byte of a page, there or by shipping, and what must hold of that: each operation
+//! happens exactly once, between its beginning and its end, on the last write, and its CPU gets the byte that
+//! it found.
 //!
 //! ```text
 //!  begin ── the page is here ─────────────────────────────────────> done
@@ -19,8 +20,8 @@ use super::{Again, Broken, Cluster, Seen, Step, need};
 use crate::page::Page;
 use crate::protocol::{Action, Bits, Effect, Operation, Width};
 
-/// How many values the byte of a page takes before it begins again: enough to see one operation too many or too few,
-/// and few enough states.
+/// How many values the byte of a page takes before it begins again: enough to see one operation too many or
+/// too few, and few enough states.
 pub const VALUES: u8 = 4;
 
 /// A CPU with an operation under way.
@@ -43,7 +44,8 @@ enum Stage {
     Sent { found: Option<u8> },
 }
 
-/// What CPUs do with the byte: they add one, so that it wraps at [`VALUES`] (of a byte's high bits), or read it.
+/// What CPUs do with the byte: they add one, so that it wraps at [`VALUES`] (of a byte's high bits), or read
+/// it.
 fn operation(write: bool) -> Operation {
     let (action, operand) = if write { (Action::Add, u128::from(STEP)) } else { (Action::Load, 0) };
     Operation::new(action, Width::One, 0, operand, 0).expect("it is sound")

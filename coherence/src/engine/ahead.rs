@@ -1,10 +1,10 @@
 //! Reading ahead of a thread that reads page after page.
 //!
-//! Two read misses in a row on neighbours begin a *stream*: the pages that follow are asked for before they are
-//! touched, a window of them at a time, and mapped as they come. One page of each window, its *marker*, is left
-//! unmapped: touching it is a cheap local fault, which shows that the reader has come so far, and the next
-//! window is asked for, twice as long. Who stops reading touches no marker, and nothing more is asked for.
-//! (Linux reads files ahead in this way, `mm/readahead.c`.)
+//! Two read misses in a row on neighbours begin a *stream*: the pages that follow are asked for before they
+//! are touched, a window of them at a time, and mapped as they come. One page of each window, its *marker*,
+//! is left unmapped: touching it is a cheap local fault, which shows that the reader has come so far, and the
+//! next window is asked for, twice as long. Who stops reading touches no marker, and nothing more is asked
+//! for. (Linux reads files ahead in this way, `mm/readahead.c`.)
 
 use std::ops::Range;
 
@@ -30,8 +30,8 @@ pub struct Window {
 struct Stream {
     /// The miss that would continue the stream.
     next: Page,
-    /// The miss whose answer is awaited before the first window is asked for: until then the pages that follow
-    /// may come along with it.
+    /// The miss whose answer is awaited before the first window is asked for: until then the pages that
+    /// follow may come along with it.
     begins_with: Option<Page>,
     marker: Option<Page>,
     /// Length of the next window; 0 for none yet.

@@ -6,9 +6,9 @@
 //!         │ copies: a frame each, what the protocol and the kernel keep for it
 //! ```
 //!
-//! The kernel's tables for copies are counted as if a quarter of the places in them were used. Copies that lie
-//! further apart take more of it: three pages of tables for each 2 MiB of the guest that was ever touched here, at
-//! most 0.6 % of the guest's memory.
+//! The kernel's tables for copies are counted as if a quarter of the places in them were used. Copies that
+//! lie further apart take more of it: three pages of tables for each 2 MiB of the guest that was ever touched
+//! here, at most 0.6 % of the guest's memory.
 
 use fabric::NodeId;
 
@@ -19,7 +19,8 @@ use crate::page::{Homes, PAGE_SIZE};
 /// (`struct xa_node`, 576 bytes for 64 pages), nine for its directory entry and its rights.
 const HOME: u64 = 3 * 8 + 9 + 9;
 
-/// For a copy: the kernel's tables, four times as much as if they were full, and its share of the tree of rights.
+/// For a copy: the kernel's tables, four times as much as if they were full, and its share of the tree of
+/// rights.
 const COPY: u64 = 4 * (3 * 8 + 9) + 40;
 
 /// Fewer copies than this a shard would spend its time on fetching them.

@@ -3,8 +3,8 @@
 //! One instruction may need many pages at once: its code, its data, and the page tables that lead there (on
 //! AMD CPUs, and on Intel's with EPT accessed/dirty bits, a page-table walk needs its pages *writable*). If a
 //! node gave up the first of them before the last had come, two nodes could steal from each other without
-//! end, and neither would retire an instruction. So the faults of one thread that follow each other closely form a
-//! *chain*, and what a chain won is kept together:
+//! end, and neither would retire an instruction. So the faults of one thread that follow each other closely
+//! form a *chain*, and what a chain won is kept together:
 //!
 //! ```text
 //!  fault ── map ── fault ── map ── fault ── map │ the thread runs               │ released
@@ -13,10 +13,10 @@
 //!
 //! Keeping for as long as the gathering takes when nobody is in its way makes a node run about half of its
 //! time, whatever a fault costs on its hardware. (Not for as long as it *took*: that holds the time for which
-//! the other node kept the pages, and the two would drive each other up.) A vCPU that halts keeps nothing. When
-//! one page of a chain goes, the others may go as well: the thread has to begin again, and keeping them would
-//! only keep the other node from getting on. Two chains may wait for each other: so a thread that has waited for
-//! one page for some round trips keeps nothing for it. For how many is drawn for each chain, from
+//! the other node kept the pages, and the two would drive each other up.) A vCPU that halts keeps nothing.
+//! When one page of a chain goes, the others may go as well: the thread has to begin again, and keeping them
+//! would only keep the other node from getting on. Two chains may wait for each other: so a thread that has
+//! waited for one page for some round trips keeps nothing for it. For how many is drawn for each chain, from
 //! [`PATIENCE`]: one of the two gives up long before the other, and not always the same.
 
 use std::hash::{BuildHasher, RandomState};
@@ -27,7 +27,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: [u64; 8] = [2, 4, 4, 8, 8, 16, 32, 64];
 /// The longest that anything is kept after the last page of its chain came, and that a chain is patient.
 const LONGEST: Duration = Duration::from_millis(200);
-/// No instruction needs more pages than this: after so many faults a chain has made progress, and another begins.
+/// No instruction needs more pages than this: after so many faults a chain has made progress, and another
+/// begins.
 const MOST: u32 = 24;
 /// Threads that are told apart; what further ones win is kept for the shortest time.
 const SLOTS: usize = 4096;
@@ -40,8 +41,8 @@ pub struct Chains {
     hold: u64,
     /// Demands that wait for pages that are kept.
     deferred: AtomicI32,
-    /// What a page costs that nobody keeps, in nanoseconds: the lower quartile of all misses, followed step by
-    /// step.
+    /// What a page costs that nobody keeps, in nanoseconds: the lower quartile of all misses, followed step
+    /// by step.
     round_trip: AtomicU64,
     slots: Box<[Slot]>,
 }
@@ -129,8 +130,9 @@ impl Chains {
         Chain { slot: index as u32, number: slot.number.load(Relaxed) }
     }
 
-    /// A thread that was called out of a wait is back at it: the chain that it belongs to now. Nothing begins again, its
-    /// patience least of all: else two threads that are called out again and again would wait for each other without end.
+    /// A thread that was called out of a wait is back at it: the chain that it belongs to now. Nothing begins
+    /// again, its patience least of all: else two threads that are called out again and again would wait for
+    /// each other without end.
     pub fn resumed(&self, chain: Chain) -> Chain {
         let slot = self.slots.get(chain.slot as usize);
         slot.map_or(chain, |slot| Chain { number: slot.number.load(Relaxed), ..chain })
@@ -145,8 +147,8 @@ impl Chains {
         }
     }
 
-    /// The calling thread's vCPU has nothing to do: it keeps nothing. Whether somebody may be waiting for what
-    /// it kept; the shards must be woken then.
+    /// The calling thread's vCPU has nothing to do: it keeps nothing. Whether somebody may be waiting for
+    /// what it kept; the shards must be woken then.
     pub fn idle(&self, thread: u32) -> bool {
         let Some(slot) = self.find(thread).map(|index| &self.slots[index]) else { return false };
         let last = slot.last.load(Relaxed);
@@ -176,8 +178,8 @@ impl Chains {
         }
     }
 
-    /// When a page that the chain won at `won` may be given up: now if that is not after `now`, else look again
-    /// then.
+    /// When a page that the chain won at `won` may be given up: now if that is not after `now`, else look
+    /// again then.
     pub fn release_at(&self, chain: Chain, won: u64, now: u64) -> u64 {
         let Some(slot) = self.slots.get(chain.slot as usize) else { return won + self.hold };
         let (last, since) = (slot.last.load(Relaxed), slot.since.load(Relaxed));

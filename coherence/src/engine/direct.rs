@@ -1,8 +1,8 @@
 //! Devices read and overwrite whole pages where these are: [`Engine::load`] and [`Engine::store`].
 //!
-//! A device's thread asks for all pages of a request at once, each shard asks for its part of them at once, and the thread
-//! sleeps until the last answer is in. So long it lends its buffer: what is stored is sent from there, and what was read is
-//! copied once, from where the transport has received it.
+//! A device's thread asks for all pages of a request at once, each shard asks for its part of them at once,
+//! and the thread sleeps until the last answer is in. So long it lends its buffer: what is stored is sent
+//! from there, and what was read is copied once, from where the transport has received it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -32,8 +32,8 @@ pub struct Store<'a> {
 }
 
 impl Engine {
-    /// Reads parts of pages that are not here; tells of each whether it was read. One that was not is here, or something is
-    /// under way on its page: read it through the guest view.
+    /// Reads parts of pages that are not here; tells of each whether it was read. One that was not is here,
+    /// or something is under way on its page: read it through the guest view.
     ///
     /// Not for a thread for which the engine may have to wait.
     ///
@@ -50,9 +50,9 @@ impl Engine {
         self.direct(lender, wanted)
     }
 
-    /// Overwrites pages that are not here to write; tells of each whether that was done. One that was not is here, or
-    /// something is under way on it: write through the guest view. Whoever reads a page after this returns finds the new
-    /// content.
+    /// Overwrites pages that are not here to write; tells of each whether that was done. One that was not is
+    /// here, or something is under way on it: write through the guest view. Whoever reads a page after this
+    /// returns finds the new content.
     ///
     /// Not for a thread for which the engine may have to wait.
     pub fn store(&self, stores: &[Store<'_>]) -> Vec<bool> {
@@ -63,7 +63,8 @@ impl Engine {
         self.direct(lender, wanted)
     }
 
-    /// Has every shard do its part; which of the pages were read or written. What was lent is back when this returns.
+    /// Has every shard do its part; which of the pages were read or written. What was lent is back when this
+    /// returns.
     fn direct(&self, lender: Lender, wanted: Vec<(Page, Bytes)>) -> Vec<bool> {
         let done: Arc<[AtomicBool]> = wanted.iter().map(|_| AtomicBool::new(false)).collect();
         let mut parts: Vec<Vec<Wanted>> = self.handles.iter().map(|_| Vec::new()).collect();

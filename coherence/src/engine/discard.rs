@@ -14,17 +14,18 @@ use crate::page::{BLOCK, Page};
 pub struct DiscardError;
 
 impl Engine {
-    /// Nobody needs what is in `pages`, ranges in order that do not overlap: gives up their frames, at their homes and
-    /// wherever copies are, and returns when that is done, at every node. They are zero then, except those that somebody
-    /// used meanwhile.
+    /// Nobody needs what is in `pages`, ranges in order that do not overlap: gives up their frames, at their
+    /// homes and wherever copies are, and returns when that is done, at every node. They are zero then,
+    /// except those that somebody used meanwhile.
     ///
-    /// One call works at a time. It waits until all is done, however long that takes: pages that are given up after somebody
-    /// was told that they are not would lose what is written meanwhile. An engine that gets no answer ends
-    /// ([`EngineConfig::stuck`](super::EngineConfig::stuck)). Not for a thread for which the engine may have to wait.
+    /// One call works at a time. It waits until all is done, however long that takes: pages that are given up
+    /// after somebody was told that they are not would lose what is written meanwhile. An engine that gets no
+    /// answer ends ([`EngineConfig::stuck`](super::EngineConfig::stuck)). Not for a thread for which the
+    /// engine may have to wait.
     ///
     /// # Errors
-    /// [`DiscardError`]; some of the pages may have been given up, or be so later, even by other nodes: none of them may be
-    /// used again.
+    /// [`DiscardError`]; some of the pages may have been given up, or be so later, even by other nodes: none
+    /// of them may be used again.
     pub fn discard(&self, pages: &[Range<u64>]) -> Result<(), DiscardError> {
         let _turn = base::lock(&self.discarding);
         let (done, answers) = unbounded();

@@ -1,7 +1,7 @@
 //! Bytes that a thread lends to others, and waits until it has them back.
 //!
-//! A [`Lender`] that is dropped waits until all is dropped that it has lent: so others reach the thread's own buffer, and
-//! nothing is copied for them.
+//! A [`Lender`] that is dropped waits until all is dropped that it has lent: so others reach the thread's own
+//! buffer, and nothing is copied for them.
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;

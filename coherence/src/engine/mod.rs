@@ -1,12 +1,12 @@
 //! The engine: threads that drive the protocol with the kernel's faults and the peers' messages.
 //!
-//! One thread a shard. It owns the shard's protocol, userfaultfd and lane, so two faults never share a
-//! lock: faults of different shards meet different threads, faults of one shard are batched. Between
-//! faults a thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was
-//! won is kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will
-//! need next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back; [`Engine::discard`]
-//! gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for devices, whose buffers are `lent`;
-//! [`ship`] is for instructions whose page stays where it is.
+//! One thread a shard. It owns the shard's protocol, userfaultfd and lane, so two faults never share a lock:
+//! faults of different shards meet different threads, faults of one shard are batched. Between faults a
+//! thread spins for a while, then sleeps on its descriptors. [`chains`] says how long a page that was won is
+//! kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will need
+//! next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back;
+//! [`Engine::discard`] gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for
+//! devices, whose buffers are `lent`; [`ship`] is for instructions whose page stays where it is.
 
 mod ahead;
 mod budget;
@@ -59,8 +59,8 @@ pub struct EngineConfig {
     pub spin: Duration,
     /// A fault that is not answered for this long ends the machine.
     pub stuck: Duration,
-    /// What this node may hold for the guest at most, in bytes: its own memory, copies of the others', and what
-    /// it takes to keep them. No limit if there is none. See `engine/budget.rs`.
+    /// What this node may hold for the guest at most, in bytes: its own memory, copies of the others', and
+    /// what it takes to keep them. No limit if there is none. See `engine/budget.rs`.
     pub budget: Option<u64>,
 }
 

@@ -1,8 +1,9 @@
 //! Messages that leave together.
 //!
 //! While a shard works through what has arrived, its answers wait here, and those for one node then take one
-//! system call, and wake its shard once: the pages of a reader's window, the grant of an upgrade and the home's
-//! own acknowledgement. Demands on third nodes do not wait: these have work to do before the requester can go on.
+//! system call, and wake its shard once: the pages of a reader's window, the grant of an upgrade and the
+//! home's own acknowledgement. Demands on third nodes do not wait: these have work to do before the requester
+//! can go on.
 //!
 //! Messages to one node leave in the order in which they were sent; the shard's lane promises that.
 
@@ -37,7 +38,8 @@ pub struct Outgoing {
     pub zero: bool,
 }
 
-/// The messages that wait. What is sent of a frame is what is there at the flush: until then nobody may change it.
+/// The messages that wait. What is sent of a frame is what is there at the flush: until then nobody may
+/// change it.
 pub struct Outbox {
     transport: Arc<dyn Transport>,
     lane: LaneId,

@@ -1,13 +1,13 @@
 //! Prefetching what is needed together.
 //!
 //! What a node loses to another it mostly wants back together: the page tables of a walk, a lock and what it
-//! guards. So each shard notes which pages a chain of faults ([`super::chains`]) wrote after its first: they are
-//! the first page's *companions*. When that page is missed again, its companions that are gone as well are
-//! asked for in parallel instead of one by one.
+//! guards. So each shard notes which pages a chain of faults ([`super::chains`]) wrote after its first: they
+//! are the first page's *companions*. When that page is missed again, its companions that are gone as well
+//! are asked for in parallel instead of one by one.
 //!
 //! What comes is kept without being mapped: a touch is a cheap local fault, which shows that it was of use. A
-//! page that leaves untouched is a companion no more; one that was of use several times is mapped at once. (An
-//! idea of temporal and spatial memory streaming, Wenisch et al. 2005, Somogyi et al. 2006.)
+//! page that leaves untouched is a companion no more; one that was of use several times is mapped at once.
+//! (An idea of temporal and spatial memory streaming, Wenisch et al. 2005, Somogyi et al. 2006.)
 
 use super::chains::Chain;
 use crate::page::Page;

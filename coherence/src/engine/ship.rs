@@ -1,5 +1,5 @@
-//! Shipping: between the threads of vCPUs, which know what an instruction would do with a page, and the shards, which know
-//! that the page stays where it is.
+//! Shipping: between the threads of vCPUs, which know what an instruction would do with a page, and the
+//! shards, which know that the page stays where it is.
 //!
 //! ```text
 //!  vCPU's thread                          its shard                            the owner's shard
@@ -8,8 +8,8 @@
 //!  Engine::operate ── Request::Operate ─> Protocol::operate ── Operate ───> Effect::Operate: DualMemory::operate
 //!    Vcpus::answered <─────────────────── Effect::Operated <── Operated ─────┘
 //! ```
-//! A vCPU that is called out and does not look, because it waits in a part of the kernel that a signal does not end, gets
-//! its page after some time (`shard/shipping.rs`).
+//! A vCPU that is called out and does not look, because it waits in a part of the kernel that a signal does
+//! not end, gets its page after some time (`shard/shipping.rs`).
 
 use std::sync::Arc;
 
@@ -22,8 +22,8 @@ use crate::protocol::{Class, Operation, Shipping};
 pub trait Vcpus: Send + Sync {
     /// Whether a thread that waits for `page` is a vCPU's that can do without it.
     fn may_ship(&self, thread: u32, page: Page) -> bool;
-    /// The page stays where it is: the vCPU is to be called out, and then to use [`Engine::operate`], or to touch the page
-    /// again. `false` if it cannot be: the page must come.
+    /// The page stays where it is: the vCPU is to be called out, and then to use [`Engine::operate`], or to
+    /// touch the page again. `false` if it cannot be: the page must come.
     fn call_out(&self, thread: u32, page: Page) -> bool;
     /// Whether the vCPU was called out for `page` and has not looked yet.
     fn is_called(&self, thread: u32, page: Page) -> bool;
@@ -32,16 +32,17 @@ pub trait Vcpus: Send + Sync {
 }
 
 impl Engine {
-    /// From now on faults of `vcpus` may be answered by shipping, and this node's pages have classes. Until then all pages
-    /// move; nodes need not begin at the same moment.
+    /// From now on faults of `vcpus` may be answered by shipping, and this node's pages have classes. Until
+    /// then all pages move; nodes need not begin at the same moment.
     pub fn ship(&self, vcpus: &Arc<dyn Vcpus>, shipping: Shipping) {
         for shard in &self.handles {
             shard.ask(Request::Ship(vcpus.clone(), shipping));
         }
     }
 
-    /// Has an operation carried out where the page is, for a vCPU that was called out. [`Vcpus::answered`] with the token
-    /// follows, once; the token tells a vCPU from others, which has one operation under way at most.
+    /// Has an operation carried out where the page is, for a vCPU that was called out. [`Vcpus::answered`]
+    /// with the token follows, once; the token tells a vCPU from others, which has one operation under way at
+    /// most.
     pub fn operate(&self, page: Page, token: u32, operation: Operation) {
         self.handles[usize::from(self.shards.shard(page))].ask(Request::Operate { page, token, operation });
     }
@@ -51,9 +52,9 @@ impl Engine {
         self.handles[usize::from(self.shards.shard(page))].ask(Request::SetClass(page, class));
     }
 
-    /// How often the shard of `page` has taken pages away from this node's guest view so far, counted when they have gone and
-    /// before their frames change: if it is the same before a look at a page that is mapped and after it, what was read is
-    /// what was mapped.
+    /// How often the shard of `page` has taken pages away from this node's guest view so far, counted when
+    /// they have gone and before their frames change: if it is the same before a look at a page that is
+    /// mapped and after it, what was read is what was mapped.
     pub fn withdrawals(&self, page: Page) -> u64 {
         self.stats[usize::from(self.shards.shard(page))].withdrawals()
     }

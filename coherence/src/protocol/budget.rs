@@ -1,4 +1,5 @@
-//! Memory for copies of other nodes' pages: how many frames there are, who waits for one, and which copy goes.
+//! Memory for copies of other nodes' pages: how many frames there are, who waits for one, and which copy
+//! goes.
 //!
 //! A copy needs a frame from the moment at which it is asked for until its home has acknowledged that it is
 //! given back. A fault that finds no frame is *parked*, first come first served, and asks when a copy has
@@ -6,10 +7,10 @@
 //! is always a next frame. Pages at home are not counted: their frames are always there.
 //!
 //! # Which copy goes
-//! A clock: a hand goes round the copies in the order of their pages. The kernel does not tell which are used,
-//! so the hand *probes*: it has a page unmapped ([`Effect::Probe`]), its frame kept. If the page is used, the
-//! fault that follows maps it again, without a message. A page that is still unmapped when the hand comes back
-//! has not been used for one round, and goes.
+//! A clock: a hand goes round the copies in the order of their pages. The kernel does not tell which are
+//! used, so the hand *probes*: it has a page unmapped ([`Effect::Probe`]), its frame kept. If the page is
+//! used, the fault that follows maps it again, without a message. A page that is still unmapped when the hand
+//! comes back has not been used for one round, and goes.
 
 use std::collections::VecDeque;
 

@@ -1,9 +1,9 @@
-//! The classes of pages at their home: most *move* to who uses them, some are *delegated* and stay where they are while
-//! their users' operations come to them ([`super::ship`]), some are *pushed* to their readers whenever they were
-//! written ([`super::push`]). [`super::classify`] says when.
+//! The classes of pages at their home: most *move* to who uses them, some are *delegated* and stay where they
+//! are while their users' operations come to them ([`super::ship`]), some are *pushed* to their readers
+//! whenever they were written ([`super::push`]). [`super::classify`] says when.
 //!
-//! A class says only how the home answers from now on. It may begin and end at any moment, whatever is under way on
-//! the page: what was asked before is answered by what the page is when its turn comes.
+//! A class says only how the home answers from now on. It may begin and end at any moment, whatever is under
+//! way on the page: what was asked before is answered by what the page is when its turn comes.
 
 use fabric::NodeId;
 
@@ -61,8 +61,8 @@ impl Protocol {
         };
     }
 
-    /// It is so late now, in microseconds since any moment: for [`Shipping::Auto`], which needs no more than some
-    /// hundreds of microseconds of precision.
+    /// It is so late now, in microseconds since any moment: for [`Shipping::Auto`], which needs no more than
+    /// some hundreds of microseconds of precision.
     pub fn set_time(&mut self, microseconds: u64) {
         if let Classes::Auto(_, now) = &mut self.classes {
             *now = microseconds;

@@ -1,5 +1,5 @@
-//! The rules by which a home delegates and pushes its pages: from what it sees of them, which is who asks for them when,
-//! and the operations that come. Pure; the time comes with each question.
+//! The rules by which a home delegates and pushes its pages: from what it sees of them, which is who asks for
+//! them when, and the operations that come. Pure; the time comes with each question.
 //!
 //! ```text
 //!               `changes` changes of hands, each within `quick`:
@@ -12,13 +12,13 @@
 //!   └─ kept longer than `quick` ── on trial with that node <────────────┘
 //!                                        │ taken away within `quick`: delegated again, `window` doubled
 //! ```
-//! What a home cannot see is what the owner itself does with the page: it costs no message. So that one node alone
-//! sends operations may mean that it alone uses the page, or that it shares it with the owner. The page goes to that
-//! node *on trial*, which shows. Since the window doubles with each trial that fails, these cost a part of the
-//! operations that goes to zero, and nothing swings to and fro.
+//! What a home cannot see is what the owner itself does with the page: it costs no message. So that one node
+//! alone sends operations may mean that it alone uses the page, or that it shares it with the owner. The page
+//! goes to that node *on trial*, which shows. Since the window doubles with each trial that fails, these cost
+//! a part of the operations that goes to zero, and nothing swings to and fro.
 //!
-//! Nor can a home see whether what it pushes is read. So one write in [`SURVEY`] is not pushed: who then asks is a
-//! reader still.
+//! Nor can a home see whether what it pushes is read. So one write in [`SURVEY`] is not pushed: who then asks
+//! is a reader still.
 
 use fabric::NodeId;
 

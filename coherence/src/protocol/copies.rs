@@ -1,5 +1,6 @@
-//! The table of a node's copies: pages whose home is another node. Nothing is kept for pages that are not here, and
-//! what is kept for the others is so small that a whole cluster's stays a fraction of a percent of its memory.
+//! The table of a node's copies: pages whose home is another node. Nothing is kept for pages that are not
+//! here, and what is kept for the others is so small that a whole cluster's stays a fraction of a percent of
+//! its memory.
 
 use std::collections::BTreeMap;
 

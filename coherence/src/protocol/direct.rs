@@ -1,5 +1,5 @@
-//! Direct access: a device reads or overwrites a whole page that is not here, where it is. The page does not move,
-//! and nobody who has it loses it, save to an overwriting.
+//! Direct access: a device reads or overwrites a whole page that is not here, where it is. The page does not
+//! move, and nobody who has it loses it, save to an overwriting.
 //!
 //! ```text
 //!  device's node                  home                               owner, sharers
@@ -11,10 +11,10 @@
 //!                                 an owner: Land, Reclaim ─────────> Clear, Data (zeroes: no bytes)
 //!                                 all have answered: Written, Stored
 //! ```
-//! A load is an access at the moment at which the bytes are copied, where they are current; CPUs may be writing the page
-//! then, as with any device. A store is a write by the home, which wins the page for it as for any write, and lands
-//! the bytes in its own frame, where nobody looks before. It is done when no other copy is left: who then sees
-//! the answer, and whom it tells, sees the new content.
+//! A load is an access at the moment at which the bytes are copied, where they are current; CPUs may be
+//! writing the page then, as with any device. A store is a write by the home, which wins the page for it as
+//! for any write, and lands the bytes in its own frame, where nobody looks before. It is done when no other
+//! copy is left: who then sees the answer, and whom it tells, sees the new content.
 //!
 //! Both are for quiet pages. Where something is under way on a page, the answer is that it was not done, and
 //! the device touches the page as a CPU would.
@@ -26,8 +26,8 @@ use super::{Effect, Entry, Kind, Mistake, Outcome, Protocol, Rights};
 use crate::page::Page;
 
 impl Protocol {
-    /// A device here wants to read a whole page; whether it was asked for. If so, [`Effect::Loaded`] follows; else the page
-    /// is here, or on its way.
+    /// A device here wants to read a whole page; whether it was asked for. If so, [`Effect::Loaded`] follows;
+    /// else the page is here, or on its way.
     pub fn load(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {
         let home_has_it = self.is_home(page) && matches!(self.entry(page), Entry::Shared(_));
         let asked =
@@ -39,8 +39,8 @@ impl Protocol {
         asked
     }
 
-    /// A device here wants to overwrite a whole page with the bytes that belong to this input; whether that was asked for.
-    /// If so, [`Effect::Stored`] follows; else the page is here to write, or on its way.
+    /// A device here wants to overwrite a whole page with the bytes that belong to this input; whether that
+    /// was asked for. If so, [`Effect::Stored`] follows; else the page is here to write, or on its way.
     pub fn store(&mut self, page: Page, out: &mut Vec<Effect>) -> bool {
         let asked = self.rights(page) != Rights::Exclusive && self.begin_direct(page, Direct::Store);
         if asked {
@@ -130,8 +130,8 @@ impl Protocol {
         Ok(())
     }
 
-    /// The home has won a page in order to overwrite it; whether nothing is left to do. If it is `wanted` here it goes on
-    /// as any page that was won.
+    /// The home has won a page in order to overwrite it; whether nothing is left to do. If it is `wanted`
+    /// here it goes on as any page that was won.
     pub(super) fn home_won_to_store(
         &mut self,
         page: Page,

@@ -1,5 +1,5 @@
-//! Giving up content that nobody needs any more: what the guest has freed costs no frames, at the home or where
-//! copies are, and no bytes on the wire.
+//! Giving up content that nobody needs any more: what the guest has freed costs no frames, at the home or
+//! where copies are, and no bytes on the wire.
 //!
 //! ```text
 //!  balloon's node                 home                               owner, sharers
@@ -10,9 +10,9 @@
 //!          <─── Discarded ─────── the page is as at power-on
 //! ```
 //! It is a write of zeroes by the home, which wins the page for it as for any write; only then is its frame
-//! given up. So it takes its place among all accesses, and who has the answer knows that nothing written later
-//! can be lost. Accesses that come meanwhile find the page before or after it: if one waits at the home when
-//! the page is won, the page is cleared and keeps its frame.
+//! given up. So it takes its place among all accesses, and who has the answer knows that nothing written
+//! later can be lost. Accesses that come meanwhile find the page before or after it: if one waits at the home
+//! when the page is won, the page is cleared and keeps its frame.
 //!
 //! A page on which something is under way at its home is in use, whatever was said of it: it is left alone.
 
@@ -23,9 +23,9 @@ use super::{Effect, Entry, Kind, Local, Mistake, Outcome, Protocol, Rights};
 use crate::page::{BLOCK, Page};
 
 impl Protocol {
-    /// Nobody needs what is in this page and in `run` (`0..512`) that follow; all have the same home and lie in the
-    /// same block of 512. [`Effect::Discarded`] tells, in any number of parts, that it is done: they are zero then,
-    /// unless somebody has used them meanwhile.
+    /// Nobody needs what is in this page and in `run` (`0..512`) that follow; all have the same home and lie
+    /// in the same block of 512. [`Effect::Discarded`] tells, in any number of parts, that it is done: they
+    /// are zero then, unless somebody has used them meanwhile.
     pub fn discard(&mut self, page: Page, run: u16, out: &mut Vec<Effect>) {
         self.discarding += u64::from(run) + 1;
         self.send(self.homes.home(page), page, Kind::Discard { run }, out);
@@ -168,8 +168,8 @@ impl Protocol {
         }
     }
 
-    /// The home has won a page in order to discard it; whether nothing is left to do. If it is `wanted` here it is
-    /// cleared only, and goes on as any page that was won.
+    /// The home has won a page in order to discard it; whether nothing is left to do. If it is `wanted` here
+    /// it is cleared only, and goes on as any page that was won.
     pub(super) fn home_won_to_discard(
         &mut self,
         page: Page,

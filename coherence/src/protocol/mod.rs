@@ -1,9 +1,9 @@
 //! The coherence protocol: a pure state machine, one for each shard of each node.
 //!
 //! Inputs are [`Protocol::fault`], [`Protocol::message`], [`Protocol::evict`], [`Protocol::discard`],
-//! [`Protocol::load`], [`Protocol::store`], [`Protocol::operate`] and [`Protocol::release`]; every input appends
-//! [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no clock and no randomness here. The
-//! engine, the model checker, the property tests and the simulator all drive this code.
+//! [`Protocol::load`], [`Protocol::store`], [`Protocol::operate`] and [`Protocol::release`]; every input
+//! appends [`Effect`]s, which the caller carries out **in their order**. There is no I/O, no clock and no
+//! randomness here. The engine, the model checker, the property tests and the simulator all drive this code.
 //!
 //! Each node plays two parts: *cache* ([`cache`]) for the pages that its guest view maps, and *home*
 //! ([`home`]) for the pages whose directory it keeps. When both parts of one node talk to each other the
@@ -15,8 +15,8 @@
 //!
 //! # The directory is exact
 //! A node never drops a copy silently: it puts it ([`Kind::PutShared`], [`Kind::PutExclusive`]) and forgets
-//! the page only when the home has acknowledged. So an Invalidate, Forward or Reclaim that finds a miss under way
-//! can be told apart:
+//! the page only when the home has acknowledged. So an Invalidate, Forward or Reclaim that finds a miss under
+//! way can be told apart:
 //!
 //! | waiting for | Invalidate arrives | Forward or Reclaim arrives |
 //! |---|---|---|
@@ -44,13 +44,15 @@
 //! their home give their frames up ([`discard`]): afterwards they are as at power-on, zero and untouched.
 //!
 //! # Devices
-//! What a device reads or overwrites whole need not move: [`direct`] reads a page where it is, and writes it at its home.
+//! What a device reads or overwrites whole need not move: [`direct`] reads a page where it is, and writes it
+//! at its home.
 //!
 //! # Classes
-//! Most pages *move* to who uses them. A page that several nodes use a little at a time costs less where it stays: its
-//! home may *delegate* it to whoever owns it, and what other nodes' vCPUs would do with it is sent there ([`ship`]). One
-//! that a node writes and several read may be *pushed*: readers get the new content unasked ([`push`]). Classes are the
-//! home's ([`classes`]), by the rules of [`classify`], and begin and end while requests are under way.
+//! Most pages *move* to who uses them. A page that several nodes use a little at a time costs less where it
+//! stays: its home may *delegate* it to whoever owns it, and what other nodes' vCPUs would do with it is sent
+//! there ([`ship`]). One that a node writes and several read may be *pushed*: readers get the new content
+//! unasked ([`push`]). Classes are the home's ([`classes`]), by the rules of [`classify`], and begin and end
+//! while requests are under way.
 //!
 //! ```text
 //!   fault_may_ship of a page that is not here
@@ -150,8 +152,8 @@ pub enum Rights {
 /// What the caller must do, in order.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
-    /// Send a message; its body, if any, is the page's frame as it is now. With [`Kind::Loaded`] the frame may be
-    /// written meanwhile; with [`Kind::Store`] it is the bytes of the input instead.
+    /// Send a message; its body, if any, is the page's frame as it is now. With [`Kind::Loaded`] the frame
+    /// may be written meanwhile; with [`Kind::Store`] it is the bytes of the input instead.
     Send {
         /// To whom; never this node.
         to: NodeId,
@@ -178,8 +180,8 @@ pub enum Effect {
     Free(Page),
     /// Fill the frame with zeroes; the page is not mapped. As a write by this node, which alone has the page.
     Clear(Page),
-    /// At the home, which alone has them: that many pages, from this one on, are zero from now on and their frames
-    /// given up, mapped or not; the kernel fills them when they are touched.
+    /// At the home, which alone has them: that many pages, from this one on, are zero from now on and their
+    /// frames given up, mapped or not; the kernel fills them when they are touched.
     Punch(Page, u16),
     /// [`Protocol::discard`] is done with that many pages, from this one on.
     Discarded(Page, u16),
@@ -187,15 +189,17 @@ pub enum Effect {
     Overwrite(Page),
     /// At the home: what a device stored is the page's content from now on.
     Written(Page),
-    /// [`Protocol::load`] of this page is done; if `true`, what was read is the body of the message being handled.
+    /// [`Protocol::load`] of this page is done; if `true`, what was read is the body of the message being
+    /// handled.
     Loaded(Page, bool),
     /// [`Protocol::store`] of this page is done, if `true`, or the page must be written by other means.
     Stored(Page, bool),
     /// The page does not come: each vCPU that waits for it is to be called out of its wait, and then either
     /// [`Protocol::operate`]s or faults again.
     Ship(Page),
-    /// Carry the operation out on the page's frame, mapped or not, as one instruction that is atomic with those of this
-    /// node's vCPUs, and send the old bytes as [`Kind::Operated`]. This node alone has the page.
+    /// Carry the operation out on the page's frame, mapped or not, as one instruction that is atomic with
+    /// those of this node's vCPUs, and send the old bytes as [`Kind::Operated`]. This node alone has the
+    /// page.
     Operate {
         /// Whose CPU waits; never this node.
         to: NodeId,
@@ -206,8 +210,8 @@ pub enum Effect {
         /// What to do.
         operation: Operation,
     },
-    /// [`Protocol::operate`] of this page and token was done once, and these were the bytes before; or it was not done
-    /// and will not be, and the vCPU is to fault again.
+    /// [`Protocol::operate`] of this page and token was done once, and these were the bytes before; or it was
+    /// not done and will not be, and the vCPU is to fault again.
     Operated {
         /// Where.
         page: Page,
@@ -334,9 +338,9 @@ impl Protocol {
         self.finish_own(out);
     }
 
-    /// Asks for a page that is likely to be needed, if it is not here and nothing is under way on it; whether it
-    /// was asked for. It is held when it comes, but only a fault maps it. A copy that is here to read is left
-    /// alone.
+    /// Asks for a page that is likely to be needed, if it is not here and nothing is under way on it; whether
+    /// it was asked for. It is held when it comes, but only a fault maps it. A copy that is here to read is
+    /// left alone.
     pub fn prefetch(&mut self, page: Page, write: bool, out: &mut Vec<Effect>) -> bool {
         let want = if write { Rights::Exclusive } else { Rights::Shared };
         let asked = self.cache_prefetch(page, want, out);
@@ -379,8 +383,8 @@ impl Protocol {
         self.untouched_run(message.page, run + 1)
     }
 
-    /// Holds a page that is here once more, as if it had just been won: it was asked for ahead of its need, and
-    /// is needed now. [`Protocol::release`] must follow.
+    /// Holds a page that is here once more, as if it had just been won: it was asked for ahead of its need,
+    /// and is needed now. [`Protocol::release`] must follow.
     pub fn hold(&mut self, page: Page) {
         if self.rights(page) != Rights::None {
             self.set_bits(page, self.bits(page) | Local::HELD);
@@ -422,8 +426,8 @@ impl Protocol {
         self.directory.get(page)
     }
 
-    /// What was found wrong with a peer's message when its turn came, by another input than a message; the next
-    /// [`Protocol::message`] says so as well.
+    /// What was found wrong with a peer's message when its turn came, by another input than a message; the
+    /// next [`Protocol::message`] says so as well.
     pub fn violation(&self) -> Option<Violation> {
         self.violation
     }
@@ -542,8 +546,8 @@ impl Protocol {
         }
     }
 
-    /// Takes the bytes that came with a message. Nothing lands under a mapping, whatever peers send: who owns a
-    /// page that is still here cannot have its bytes.
+    /// Takes the bytes that came with a message. Nothing lands under a mapping, whatever peers send: who owns
+    /// a page that is still here cannot have its bytes.
     fn land(&self, page: Page, out: &mut Vec<Effect>) -> Outcome {
         if self.rights(page) != Rights::None {
             return Err("it sent bytes of a page that it has not got yet".into());
@@ -552,8 +556,8 @@ impl Protocol {
         Ok(())
     }
 
-    /// Ends an input that is no message. What this node says to itself is never malformed, but it may be the turn
-    /// of a peer's request that is.
+    /// Ends an input that is no message. What this node says to itself is never malformed, but it may be the
+    /// turn of a peer's request that is.
     fn finish_own(&mut self, out: &mut Vec<Effect>) {
         if let Err(violation) = self.finish(out) {
             self.violation = Some(violation);

@@ -1,4 +1,5 @@
-//! An operation on a few bytes of one page: what a shipped instruction does to memory, and nothing else of it.
+//! An operation on a few bytes of one page: what a shipped instruction does to memory, and nothing else of
+//! it.
 //!
 //! The set is small, because who asks gets the old bytes and computes registers and flags from them:
 //!
@@ -12,8 +13,8 @@
 //! | `and`, `or`, `xor`, `not`, `btr`, `bts`, `btc` | [`Action::And`], [`Action::Or`], [`Action::Xor`] with a mask |
 //! | `neg` | [`Action::Negate`] |
 //!
-//! Each is atomic, whether the instruction was locked or not. A load of a locked instruction that writes back what it
-//! read needs no action of its own: nobody can tell.
+//! Each is atomic, whether the instruction was locked or not. A load of a locked instruction that writes back
+//! what it read needs no action of its own: nobody can tell.
 
 use crate::page::PAGE_SIZE;
 
@@ -105,8 +106,8 @@ impl Action {
     }
 }
 
-/// An action on the bytes at a place in a page. There are no others than sound ones: the operand lies in one page and
-/// has no more bits than its width, and what an action does not use is zero.
+/// An action on the bytes at a place in a page. There are no others than sound ones: the operand lies in one
+/// page and has no more bits than its width, and what an action does not use is zero.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Operation {
     /// As on the wire, and so that it aligns to nothing.
@@ -118,8 +119,8 @@ pub struct Operation {
 }
 
 impl Operation {
-    /// An operation at `offset` in the page; `expected` is for [`Action::CompareExchange`]. `None` if it is not
-    /// sound.
+    /// An operation at `offset` in the page; `expected` is for [`Action::CompareExchange`]. `None` if it is
+    /// not sound.
     pub fn new(
         action: Action,
         width: Width,
@@ -168,8 +169,8 @@ impl Operation {
         u128::from_le_bytes(self.expected)
     }
 
-    /// What the bytes are after the operation, if they were `old`; `None` if it writes nothing. What must be written,
-    /// and what the instruction that does it must do.
+    /// What the bytes are after the operation, if they were `old`; `None` if it writes nothing. What must be
+    /// written, and what the instruction that does it must do.
     pub fn result(&self, old: u128) -> Option<u128> {
         let operand = self.operand();
         let new = match self.action {

@@ -9,10 +9,11 @@
 //!  Pushed <────────── Push ────── to those who had it before
 //!  mapped, read-only
 //! ```
-//! So a reader sees the old content until it has given it up, which the writer waits for, and the new one after it was
-//! written: the order is that of any page, only that nobody asks. The home is busy with the page until all have
-//! answered; they do so at once, by taking the page or by declining it, so that none is a sharer without knowing. A
-//! reader's own question may pass the push on its way: then the push is the answer, and the question is dropped.
+//! So a reader sees the old content until it has given it up, which the writer waits for, and the new one
+//! after it was written: the order is that of any page, only that nobody asks. The home is busy with the page
+//! until all have answered; they do so at once, by taking the page or by declining it, so that none is a
+//! sharer without knowing. A reader's own question may pass the push on its way: then the push is the answer,
+//! and the question is dropped.
 
 use std::collections::VecDeque;
 
@@ -27,8 +28,8 @@ use crate::page::Page;
 const KNOWN: usize = 1024;
 
 impl Protocol {
-    /// The home grants a page to a writer. Those who could read it until now, if there were any, are to have what is
-    /// written, if the page is pushed.
+    /// The home grants a page to a writer. Those who could read it until now, if there were any, are to have
+    /// what is written, if the page is pushed.
     pub(super) fn home_will_push(
         &mut self,
         page: Page,
@@ -63,7 +64,8 @@ impl Protocol {
         }
     }
 
-    /// Asks for a page to push, which a writer is about to have, if the home has nothing else under way on it.
+    /// Asks for a page to push, which a writer is about to have, if the home has nothing else under way on
+    /// it.
     pub(super) fn pull_if_free(&mut self, out: &mut Vec<Effect>) {
         if let Some(page) = self.to_pull.take()
             && !self.is_transient(page)

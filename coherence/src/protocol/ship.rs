@@ -9,32 +9,37 @@
 //!  Effect::Operated: the CPU goes on
 //! ```
 //! A fault says whether it may be shipped ([`Protocol::fault_may_ship`]); any other moves the page as ever
-//! ([`Protocol::fault`]), also out of its class, and also if it comes while one that may be shipped is under way. A
-//! node remembers which pages are delegated, so that the next fault need not ask.
+//! ([`Protocol::fault`]), also out of its class, and also if it comes while one that may be shipped is under
+//! way. A node remembers which pages are delegated, so that the next fault need not ask.
 //!
-//! The owner carries an operation out while it alone has the page, on its frame, with one real instruction that is
-//! atomic with those of its own CPUs; these notice nothing. It happens once, between the question and the answer. If
-//! anything is in the way, because the page is moving, going home, shared, being discarded, or not delegated any
-//! more, the answer is that it was not done and will not be: nothing ever waits for something that is
-//! under way. The CPU may then fault again as before; after some refusals it should want the page.
+//! The owner carries an operation out while it alone has the page, on its frame, with one real instruction
+//! that is atomic with those of its own CPUs; these notice nothing. It happens once, between the question and
+//! the answer. If anything is in the way, because the page is moving, going home, shared, being discarded, or
+//! not delegated any more, the answer is that it was not done and will not be: nothing ever waits for
+//! something that is under way. The CPU may then fault again as before; after some refusals it should want
+//! the page.
 //!
 //! # What the caller does
-//! - [`Effect::Ship`]: no page will come, so nobody's wait for it is timed any more. Each vCPU that waits for the page is
-//!   called out; threads that cannot be called out never fault by [`Protocol::fault_may_ship`].
-//! - [`Effect::Operate`]: the frame changes, as when it is written by a vCPU, so what was sent of the page before must
-//!   have left. The answer takes its place in the order of effects. The old bytes of a store are not looked at.
-//! - [`Effect::Operated`] with `None`: the vCPU faults again, and after three refusals or so by [`Protocol::fault`].
-//! - What is only likely to be needed ([`Protocol::prefetch`]) may not come, without an effect, if it is delegated.
+//! - [`Effect::Ship`]: no page will come, so nobody's wait for it is timed any more. Each vCPU that waits for
+//!   the page is called out; threads that cannot be called out never fault by [`Protocol::fault_may_ship`].
+//! - [`Effect::Operate`]: the frame changes, as when it is written by a vCPU, so what was sent of the page
+//!   before must have left. The answer takes its place in the order of effects. The old bytes of a store are
+//!   not looked at.
+//! - [`Effect::Operated`] with `None`: the vCPU faults again, and after three refusals or so by
+//!   [`Protocol::fault`].
+//! - What is only likely to be needed ([`Protocol::prefetch`]) may not come, without an effect, if it is
+//!   delegated.
 //! - [`Protocol::set_time`] before each batch of inputs, for [`Shipping::Auto`](super::Shipping).
 //!
 //! # Why this is total store order
-//! The CPU stands at its instruction, its store buffer empty, until the answer; the operation takes its place among all
-//! accesses where the one current copy is. It is as if the page had come, had been used once, and had gone back.
+//! The CPU stands at its instruction, its store buffer empty, until the answer; the operation takes its place
+//! among all accesses where the one current copy is. It is as if the page had come, had been used once, and
+//! had gone back.
 //!
 //! # Why exactly once
-//! Lanes neither lose nor double messages (a rail that breaks is the fabric's to mend, or the machine ends). Each
-//! question is passed on at most once and answered by whoever did not pass it on. Nothing is ever asked again:
-//! a CPU whose operation was refused begins again.
+//! Lanes neither lose nor double messages (a rail that breaks is the fabric's to mend, or the machine ends).
+//! Each question is passed on at most once and answered by whoever did not pass it on. Nothing is ever asked
+//! again: a CPU whose operation was refused begins again.
 
 use fabric::NodeId;
 

@@ -1,5 +1,5 @@
-//! Transient states, of a page with something under way: at the node that asked, at the node that is asked for its copy,
-//! and at the home.
+//! Transient states, of a page with something under way: at the node that asked, at the node that is asked
+//! for its copy, and at the home.
 
 use std::collections::VecDeque;
 

@@ -29,8 +29,9 @@ struct Fixed {
     rights: u8,
     /// Pages that follow, of the Gets and `Data`, else 0.
     run: u8,
-    /// Acks of `Data`, requester of `Invalidate`, the forwards, `LoadAt` and `OperateAt`, pages that follow of
-    /// `Discard` and `Discarded`, 1 of a `Stored` or `Operated` that is done and a `Pushed` that is taken, else 0.
+    /// Acks of `Data`, requester of `Invalidate`, the forwards, `LoadAt` and `OperateAt`, pages that follow
+    /// of `Discard` and `Discarded`, 1 of a `Stored` or `Operated` that is done and a `Pushed` that is taken,
+    /// else 0.
     word: le::U16,
     zero2: le::U16,
     page: le::U64,
@@ -64,8 +65,8 @@ const ANSWERED: usize = size_of::<Answered>();
 const LONGEST: usize = FIXED + ASKED;
 const _: () = assert!(FIXED == 16 && ASKED == 40 && ANSWERED == 20 && LONGEST <= 64);
 
-/// The head of a frame on a coherence lane: all of it but the page's bytes, which follow if the message has any and
-/// they are not all zero.
+/// The head of a frame on a coherence lane: all of it but the page's bytes, which follow if the message has
+/// any and they are not all zero.
 #[derive(Copy, Clone)]
 pub struct Head {
     bytes: [u8; LONGEST],

@@ -1,13 +1,14 @@
 //! The production protocol at hundreds of nodes, in virtual time, by seed.
 //!
-//! Every node has a few CPUs that access memory one access at a time; messages take time, in order on a lane and in any
-//! order across lanes; some nodes are slow; pages are evicted, prefetched, discarded, and used by devices; operations are
-//! shipped to pages whose classes come and go. One seed gives one run, to the last step, on every machine: what breaks
-//! breaks again.
+//! Every node has a few CPUs that access memory one access at a time; messages take time, in order on a lane
+//! and in any order across lanes; some nodes are slow; pages are evicted, prefetched, discarded, and used by
+//! devices; operations are shipped to pages whose classes come and go. One seed gives one run, to the last
+//! step, on every machine: what breaks breaks again.
 //!
-//! After every step the [`Cluster`](crate::cluster::Cluster) checks that there is a single writer or many readers, that
-//! each access finds the last write and that no sound node is called unsound; here is checked that no access waits for
-//! ever. Several times in a run the CPUs pause until nothing is under way, and the directory is compared with the nodes.
+//! After every step the [`Cluster`](crate::cluster::Cluster) checks that there is a single writer or many
+//! readers, that each access finds the last write and that no sound node is called unsound; here is checked
+//! that no access waits for ever. Several times in a run the CPUs pause until nothing is under way, and the
+//! directory is compared with the nodes.
 //!
 //! ```text
 //! CPU ── access ──> Cluster::step ──> Seen::Sent ──> Deliver, after the lane's delay

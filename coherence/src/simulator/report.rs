@@ -34,7 +34,8 @@ pub struct Report {
     pub operations: u64,
     /// Of these, those that were carried out where the page was.
     pub shipped: u64,
-    /// How often one was refused because something was under way on the page, or it was not delegated any more.
+    /// How often one was refused because something was under way on the page, or it was not delegated any
+    /// more.
     pub refused: u64,
     /// How often a CPU that was called out wanted the page after all.
     pub moved: u64,

@@ -1,7 +1,7 @@
 //! The base: the few things that every crate of a node uses, whatever it is about.
 //!
-//! - [`trace`]: the bounded in-memory trace that is dumped when something goes wrong. It knows no event by name: each
-//!   crate declares its own with [`events!`].
+//! - [`trace`]: the bounded in-memory trace that is dumped when something goes wrong. It knows no event by
+//!   name: each crate declares its own with [`events!`].
 //! - [`thread`]: the calling thread's number and priority.
 //! - [`mod@panic`]: what ends a process of which a thread panics.
 //! - [`lock`]: a mutex's guard, whether or not a thread panicked under it.
@@ -12,8 +12,8 @@ pub mod trace;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The guard of `mutex`, also after a thread has panicked under it. For data that is whole between any two statements
-/// that change it, so that a panic leaves nothing half done.
+/// The guard of `mutex`, also after a thread has panicked under it. For data that is whole between any two
+/// statements that change it, so that a panic leaves nothing half done.
 #[inline]
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

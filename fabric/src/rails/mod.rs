@@ -4,9 +4,9 @@
 //! RailsTransport::send ── Link: which rail ──> Transport of that rail ~~~> LaneReceiver: all rails ── Link ── sink
 //! ```
 //!
-//! Each lane is on one rail at a time, moves to another when that one loses the peer, and back when its own is
-//! connected again ([`Receiver::returned`]); `link` says how. The rails know nothing of each other. What moves TCP lanes
-//! is in [`crate::tcp`].
+//! Each lane is on one rail at a time, moves to another when that one loses the peer, and back when its own
+//! is connected again ([`Receiver::returned`]); `link` says how. The rails know nothing of each other. What
+//! moves TCP lanes is in [`crate::tcp`].
 
 mod link;
 mod share;

@@ -1,8 +1,8 @@
 //! Frames over RDMA: InfiniBand or RoCE, through libibverbs.
 //!
-//! An RDMA transport is put on top of another one, the *session*, usually [`crate::tcp`]: peers find and know each
-//! other there, and tell each other over it how to connect their queue pairs. Then frames travel over RDMA, and the
-//! session stays open to say goodbye on, and to notice at once that a peer's process has ended.
+//! An RDMA transport is put on top of another one, the *session*, usually [`crate::tcp`]: peers find and know
+//! each other there, and tell each other over it how to connect their queue pairs. Then frames travel over
+//! RDMA, and the session stays open to say goodbye on, and to notice at once that a peer's process has ended.
 //!
 //! ```text
 //! thread ── Transport::send ──> Sender ── queue pair ~~~ wire ~~~> receive slot ──> LaneReceiver ── sink(peer, frame)
@@ -11,32 +11,34 @@
 //! ```
 //!
 //! - `verbs`: the part of libibverbs that is used, behind safe types.
-//! - `ports`, `port`: the ports that there are, and the one that is used. `unconnected`: queue pairs on it. `setup`,
-//!   `notes`: connecting over the session.
+//! - `ports`, `port`: the ports that there are, and the one that is used. `unconnected`: queue pairs on it.
+//!   `setup`, `notes`: connecting over the session.
 //! - `reconnect`: connecting again what was lost, where there are several rails.
 //! - `window`: credits and the sizes that follow from them. `stream`: frames to messages and back. All pure.
 //! - `sender`, `receiver`, `lane`: the two sides of a lane and what they share.
-//! - [`RdmaTransport::connect_rails`]: several ports, each a transport of its own, which `crate::rails` makes one.
+//! - [`RdmaTransport::connect_rails`]: several ports, each a transport of its own, which `crate::rails` makes
+//!   one.
 //! - `async_events`: the device's own news.
 //!
 //! # Choices
 //!
-//! A reliable-connected queue pair for each peer and lane keeps a lane's order without further ado. The receive slots of
-//! a lane are shared out to its peers, so that memory does not grow with the square of the nodes (`window`). Each queue
-//! pair has its own, rather than all of them one queue: when one fails, it is certain which slots it had.
+//! A reliable-connected queue pair for each peer and lane keeps a lane's order without further ado. The
+//! receive slots of a lane are shared out to its peers, so that memory does not grow with the square of the
+//! nodes (`window`). Each queue pair has its own, rather than all of them one queue: when one fails, it is
+//! certain which slots it had.
 //!
-//! Data travels by SEND into such a slot and is delivered from it. RDMA writes to where the page is wanted would save
-//! one copy of 4 KiB (0.1 to 0.9 us), but that place would have to be registered, and guest memory is not: its frames
-//! come and go, and registering pins them. Writes into a pool would gain nothing over SEND: they need a receive
-//! request for their notification all the same. As it is no node hands out a remote key: a peer can fill receive
-//! slots, and reach no other byte.
+//! Data travels by SEND into such a slot and is delivered from it. RDMA writes to where the page is wanted
+//! would save one copy of 4 KiB (0.1 to 0.9 us), but that place would have to be registered, and guest memory
+//! is not: its frames come and go, and registering pins them. Writes into a pool would gain nothing over
+//! SEND: they need a receive request for their notification all the same. As it is no node hands out a remote
+//! key: a peer can fill receive slots, and reach no other byte.
 //!
 //! A message is copied once into a send slot, or, if it is short, into the send queue itself.
 //!
 //! # What is protected
 //!
-//! Who may connect is the session's business, and packet numbers are drawn at random. What travels over RDMA is
-//! neither encrypted nor authenticated: use a network that is the machine's own.
+//! Who may connect is the session's business, and packet numbers are drawn at random. What travels over RDMA
+//! is neither encrypted nor authenticated: use a network that is the machine's own.
 
 mod async_events;
 mod lane;
@@ -74,13 +76,13 @@ pub use stream::fuzz as fuzz_stream;
 /// Which port to use, and how. What is `None` is chosen well.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct RdmaSettings {
-    /// The device, such as `mlx5_0`. Default: the one whose port has the fabric's own address, or else the fastest
-    /// that is active.
+    /// The device, such as `mlx5_0`. Default: the one whose port has the fabric's own address, or else the
+    /// fastest that is active.
     pub device: Option<String>,
     /// The port, from 1. Default: as for the device.
     pub port: Option<u8>,
-    /// Index in the port's GID table. Default: on RoCE the fabric's own address, or else the first one for RoCE
-    /// version 2 and IPv4; on InfiniBand none, which serves inside one subnet.
+    /// Index in the port's GID table. Default: on RoCE the fabric's own address, or else the first one for
+    /// RoCE version 2 and IPv4; on InfiniBand none, which serves inside one subnet.
     pub gid_index: Option<u8>,
     /// InfiniBand service level or RoCE priority, 0 to 15.
     pub service_level: u8,
@@ -106,8 +108,8 @@ pub fn active_mtu(device: &str, port: u8) -> Result<u32, String> {
 
 /// The fabric of one node over RDMA.
 ///
-/// The connections of a lane close when both the transport and that lane's receiver have been dropped; what was
-/// posted before reaches the peers.
+/// The connections of a lane close when both the transport and that lane's receiver have been dropped; what
+/// was posted before reaches the peers.
 pub struct RdmaTransport {
     session: Arc<dyn Transport>,
     /// The longest frame.
@@ -117,9 +119,9 @@ pub struct RdmaTransport {
 }
 
 impl RdmaTransport {
-    /// Connects this node to every other over RDMA, with the help of `session`, of which no receiver was taken and
-    /// whose other nodes do the same. `local` is this node's own address in the fabric, if it has one; `timeout` is
-    /// for the whole set-up.
+    /// Connects this node to every other over RDMA, with the help of `session`, of which no receiver was
+    /// taken and whose other nodes do the same. `local` is this node's own address in the fabric, if it has
+    /// one; `timeout` is for the whole set-up.
     ///
     /// # Errors
     /// [`FabricError::Setup`], which begins "RDMA is unavailable because" if this host cannot do it;
@@ -133,14 +135,14 @@ impl RdmaTransport {
         RdmaTransport::connect_as(session, settings, local, timeout, false)
     }
 
-    /// The same over one port for each of `rails`, which gives what to use there and the node's own address. `session`
-    /// has lanes for each of them, one rail's after the other's. Each lane uses one rail at a time, and moves to the
-    /// next one when that loses the peer: nothing is lost, doubled or reordered. A rail that was lost is connected again, and
-    /// lanes return to theirs.
+    /// The same over one port for each of `rails`, which gives what to use there and the node's own address.
+    /// `session` has lanes for each of them, one rail's after the other's. Each lane uses one rail at a time,
+    /// and moves to the next one when that loses the peer: nothing is lost, doubled or reordered. A rail that
+    /// was lost is connected again, and lanes return to theirs.
     ///
     /// # Errors
-    /// As [`RdmaTransport::connect`]; also if two rails would use one port, or the session's lanes cannot be shared out
-    /// evenly.
+    /// As [`RdmaTransport::connect`]; also if two rails would use one port, or the session's lanes cannot be
+    /// shared out evenly.
     pub fn connect_rails(
         session: Arc<dyn Transport>,
         rails: &[(RdmaSettings, Option<IpAddr>)],

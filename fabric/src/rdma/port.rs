@@ -39,8 +39,8 @@ pub(super) struct PortState {
 }
 
 impl Port {
-    /// Opens the port that the settings name, or that is chosen well, for so many lanes to so many peers; as one rail of
-    /// several, which is given up sooner, if `is_rail`.
+    /// Opens the port that the settings name, or that is chosen well, for so many lanes to so many peers; as
+    /// one rail of several, which is given up sooner, if `is_rail`.
     pub(super) fn open(
         settings: &RdmaSettings,
         local: Option<IpAddr>,
@@ -87,8 +87,8 @@ impl Port {
         Ok(PortState { attr, gid })
     }
 
-    /// The route from a queue pair that was made when the port was in `state`, and that sends from packet number `psn`
-    /// on, to the queue pair of a hello. An error is the end of a sentence about the peer.
+    /// The route from a queue pair that was made when the port was in `state`, and that sends from packet
+    /// number `psn` on, to the queue pair of a hello. An error is the end of a sentence about the peer.
     pub(super) fn route(&self, state: &PortState, psn: u32, hello: &Hello) -> Result<Route, String> {
         let kind = |link_layer| if link_layer == LINK_LAYER_ETHERNET { "Ethernet" } else { "InfiniBand" };
         if hello.link_layer != state.attr.link_layer {

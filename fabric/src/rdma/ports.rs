@@ -90,8 +90,8 @@ pub(super) struct Choice {
     pub(super) gid: Option<Gid>,
 }
 
-/// Chooses what the settings leave open: an active port, the one that has the address `local` if there is one, else
-/// the fastest.
+/// Chooses what the settings leave open: an active port, the one that has the address `local` if there is
+/// one, else the fastest.
 ///
 /// # Errors
 /// Why there is none, as the end of a sentence.

@@ -272,7 +272,8 @@ impl LaneReceiver {
     /// Takes the events that were raised; whether there were any.
     fn take_events(&mut self) -> Result<bool, FabricError> {
         let mut any = false;
-        // One is the rule; a second one, if sends are not watched closely, makes the descriptor readable again.
+        // One is the rule; a second one, if sends are not watched closely, makes the descriptor readable
+        // again.
         while self.armed || self.sends == Some(Watched::All) {
             let event = self.lane.channel.take_event();
             match event

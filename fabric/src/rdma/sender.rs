@@ -147,8 +147,8 @@ impl Sender {
         Ok(())
     }
 
-    /// Posts a message of `total` bytes that `fill` puts together; `false` if it has to wait. One without bytes only
-    /// returns credits, and needs none itself.
+    /// Posts a message of `total` bytes that `fill` puts together; `false` if it has to wait. One without
+    /// bytes only returns credits, and needs none itself.
     fn post(
         &mut self,
         to: NodeId,
@@ -331,8 +331,8 @@ impl Sender {
         }
     }
 
-    /// Ends the connection to a peer because of `why`, unless it was lost before for another reason; the error with
-    /// the first reason.
+    /// Ends the connection to a peer because of `why`, unless it was lost before for another reason; the
+    /// error with the first reason.
     pub(super) fn lose(&mut self, peer: NodeId, why: &str) -> FabricError {
         let Some(Some(link)) = self.links.get_mut(peer.index()) else {
             return FabricError::Refused(format!("{peer} is no peer of this node"));
@@ -351,7 +351,8 @@ impl Sender {
         FabricError::PeerLost { peer, why: link.lost.clone().unwrap_or_default() }
     }
 
-    /// Gives the slots of a peer's messages that were worked through back to its queue pair; not if the peer is lost.
+    /// Gives the slots of a peer's messages that were worked through back to its queue pair; not if the peer
+    /// is lost.
     pub(super) fn refill(&mut self, peer: NodeId, queue: &mut ReceiveQueue) {
         let Ok(Link { qp: Some(qp), .. }) = self.link(peer) else { return };
         if let Err(error) = qp.refill(queue) {

@@ -1,4 +1,5 @@
-//! Set-up, from a session to queue pairs: each side tells the other how to reach its own, and connects to the other's.
+//! Set-up, from a session to queue pairs: each side tells the other how to reach its own, and connects to the
+//! other's.
 //!
 //! ```text
 //! hello(queue pair, packet number, address) ──────>
@@ -37,7 +38,8 @@ use crate::{FabricError, LaneId, NodeId, Receiver, Transport};
 /// A connected lane and its receiver.
 pub(super) type Connected = (Arc<Lane>, LaneReceiver);
 
-/// Connects every lane to every peer over `port`, which is in `state`. Lost peers are connected again if `reconnects`.
+/// Connects every lane to every peer over `port`, which is in `state`. Lost peers are connected again if
+/// `reconnects`.
 pub(super) fn connect(
     session: &Arc<dyn Transport>,
     (port, state): (Port, PortState),

@@ -1,9 +1,9 @@
 //! The stream of a lane: frames as bytes, bytes as messages, and back.
 //!
 //! What is sent to one peer on one lane is one stream of bytes: each frame's length (`u32`, little-endian,
-//! `1..=MAX_FRAME`, and a byte more on one of several rails), then its bytes, as over TCP. A message carries the next
-//! piece of it, usually one or a few whole frames, which are delivered from where the adapter put them; only a frame
-//! that was cut is copied together.
+//! `1..=MAX_FRAME`, and a byte more on one of several rails), then its bytes, as over TCP. A message carries
+//! the next piece of it, usually one or a few whole frames, which are delivered from where the adapter put
+//! them; only a frame that was cut is copied together.
 
 use crate::MAX_FRAME;
 use crate::transport::ENVELOPE;
@@ -32,8 +32,8 @@ impl Reader {
     /// Gives the frames that `message` completes to `sink`, in order; how many.
     ///
     /// # Errors
-    /// [`BadLength`] at a header that cannot be; the frames before it were delivered, and the rest of the stream
-    /// has no meaning.
+    /// [`BadLength`] at a header that cannot be; the frames before it were delivered, and the rest of the
+    /// stream has no meaning.
     pub(super) fn deliver(
         &mut self,
         message: &[u8],

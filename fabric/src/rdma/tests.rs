@@ -100,7 +100,8 @@ fn fail(nodes: &mut [Node; 2]) {
     work_until(nodes, "losses", |nodes| nodes.iter().zip(before).all(|(node, before)| node.losses > before));
 }
 
-/// Drops the nodes: everything of their devices is given back, and no memory before the queue pairs that were given it.
+/// Drops the nodes: everything of their devices is given back, and no memory before the queue pairs that were
+/// given it.
 fn expect_nothing_left(nodes: [Node; 2]) {
     let devices = nodes.each_ref().map(|node| node.device.clone());
     for device in &devices {

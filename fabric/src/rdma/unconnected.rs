@@ -41,8 +41,8 @@ impl UnconnectedQp {
         }
     }
 
-    /// Gives it its slots and connects it to the queue pair of a hello. An error is the end of a sentence about the
-    /// peer, with what is left of the queue pair.
+    /// Gives it its slots and connects it to the queue pair of a hello. An error is the end of a sentence
+    /// about the peer, with what is left of the queue pair.
     pub(super) fn connect(
         mut self,
         port: &Port,

@@ -1,11 +1,12 @@
 //! The window: how much may be under way.
 //!
-//! The receive slots of a lane are shared out to its peers. Each may send as many messages as it has *credits*, which
-//! come back as its messages are worked through, so that its slots never run out ("receiver not ready" never happens).
-//! Credits travel in the four immediate bytes of every message, or alone when there is nothing to send.
+//! The receive slots of a lane are shared out to its peers. Each may send as many messages as it has
+//! *credits*, which come back as its messages are worked through, so that its slots never run out ("receiver
+//! not ready" never happens). Credits travel in the four immediate bytes of every message, or alone when
+//! there is nothing to send.
 //!
-//! The slots are shared out, and not multiplied, up to `FAIR` peers: their memory does not grow with the machine,
-//! whose total therefore grows with its nodes and not with their square.
+//! The slots are shared out, and not multiplied, up to `FAIR` peers: their memory does not grow with the
+//! machine, whose total therefore grows with its nodes and not with their square.
 
 /// Bytes of a message's data: a page with its head, and a few short frames beside it.
 pub(super) const SLOT: usize = 4096 + 256;
@@ -22,8 +23,8 @@ const LEAST: usize = 8;
 /// Up to that many peers the slots of a lane are shared out.
 #[cfg(test)]
 const FAIR: usize = RECEIVE_SLOTS / LEAST;
-/// Slots for each peer's messages without data: credits alone, of which two can be under way (each returns half of
-/// all), and the farewell.
+/// Slots for each peer's messages without data: credits alone, of which two can be under way (each returns
+/// half of all), and the farewell.
 pub(super) const BESIDE: usize = 3;
 /// Sends that may be finished and not yet seen to be, beyond those that credits allow.
 const UNSEEN: usize = 32;
@@ -98,7 +99,8 @@ mod tests {
         assert_eq!(Window::new(0).receive_slots, 0);
     }
 
-    /// The argument for [`BESIDE`]: whatever the number, two returns of `return_at` use up what a peer can send.
+    /// The argument for [`BESIDE`]: whatever the number, two returns of `return_at` use up what a peer can
+    /// send.
     #[test]
     fn two_returns_under_way_are_the_most() {
         for peers in 1..512 {

@@ -55,8 +55,8 @@ impl Handshake {
         Ok(Handshake { state: builder.build_initiator().map_err(impossible)?, caller: true })
     }
 
-    /// The called side: call [`Handshake::read`], look at [`Handshake::peer`], then [`Handshake::write`]. `peer` is
-    /// who must be calling, or `None` with [`Pattern::CallerUnknown`].
+    /// The called side: call [`Handshake::read`], look at [`Handshake::peer`], then [`Handshake::write`].
+    /// `peer` is who must be calling, or `None` with [`Pattern::CallerUnknown`].
     ///
     /// # Errors
     /// [`SecureError::Impossible`]: the pattern wants a `peer` and there is none.

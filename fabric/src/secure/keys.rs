@@ -37,8 +37,8 @@ impl PrivateKey {
         &self.0
     }
 
-    /// The key that follows from this one, used as a secret, for the purpose that the concatenation of `purpose`
-    /// names: HKDF-SHA256 (RFC 5869).
+    /// The key that follows from this one, used as a secret, for the purpose that the concatenation of
+    /// `purpose` names: HKDF-SHA256 (RFC 5869).
     ///
     /// # Errors
     /// [`SecureError::Impossible`]: never, as so few bytes are asked for.

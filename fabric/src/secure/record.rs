@@ -1,8 +1,9 @@
 //! Records: the sealed messages of a finished session, each direction for itself.
 //!
-//! A record is AES-256-GCM over its text, with the record's number as the nonce (Noise, sections 5.1 and 12.4) and
-//! its head as associated data. After [`REKEY`] records both sides replace the key as section 4.2 (`REKEY`) says, so
-//! that a session may last: 2^20 records of 64 KiB are 2^32 blocks under one key, far below what AES-GCM bears.
+//! A record is AES-256-GCM over its text, with the record's number as the nonce (Noise, sections 5.1 and
+//! 12.4) and its head as associated data. After [`REKEY`] records both sides replace the key as section 4.2
+//! (`REKEY`) says, so that a session may last: 2^20 records of 64 KiB are 2^32 blocks under one key, far
+//! below what AES-GCM bears.
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use zeroize::Zeroizing;

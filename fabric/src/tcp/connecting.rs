@@ -42,8 +42,8 @@ const ANSWER_TIME: Duration = Duration::from_millis(1500);
 
 /// The lanes that connections are for.
 pub(super) trait Lanes {
-    /// The peer is there on the lane: how many of its frames have been received. Nothing more is received over an
-    /// earlier connection from now on.
+    /// The peer is there on the lane: how many of its frames have been received. Nothing more is received
+    /// over an earlier connection from now on.
     ///
     /// # Errors
     /// It may not have the lane; the end of a sentence.
@@ -100,8 +100,8 @@ pub(super) struct Connecting {
     addresses: Vec<Vec<SocketAddr>>,
     /// How many connections are expected to come.
     pub(super) expected: usize,
-    /// Whether a peer that is connected may take its time with the handshake: it may not have come to its mesh yet,
-    /// while its listening socket takes the connection already.
+    /// Whether a peer that is connected may take its time with the handshake: it may not have come to its
+    /// mesh yet, while its listening socket takes the connection already.
     pub(super) patient: bool,
     /// How long a connection may get no acknowledgement.
     silence: Duration,

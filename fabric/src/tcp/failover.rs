@@ -1,4 +1,5 @@
-//! Failover between the rails of a machine that has several: lanes move when a rail dies, and back when it returns.
+//! Failover between the rails of a machine that has several: lanes move when a rail dies, and back when it
+//! returns.
 //!
 //! ```text
 //!              told by the lane's receiver                  a connection over any rail
@@ -8,7 +9,8 @@
 //!      └────────── every second, if that is not the lane's own rail: its own is tried ───────┘
 //! ```
 //!
-//! The node with the higher id connects, as in the mesh. One thread does all this; it sleeps unless something happens.
+//! The node with the higher id connects, as in the mesh. One thread does all this; it sleeps unless something
+//! happens.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;

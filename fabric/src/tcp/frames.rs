@@ -6,7 +6,8 @@ use crate::secure::{Opener, SecureError, TAG};
 /// Bytes in front of each frame: its length, little-endian.
 pub(super) const HEADER: usize = 4;
 
-/// Set in the header of what is no frame but the peer's count of frames received; only lanes that retain frames have it.
+/// Set in the header of what is no frame but the peer's count of frames received; only lanes that retain
+/// frames have it.
 pub(super) const ACKNOWLEDGES: u32 = 1 << 31;
 
 /// The longest frame with its header and its seal.
@@ -133,7 +134,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Feeds `stream` in pieces of at most `chunks` bytes (cyclic), as a socket would, and returns the frames.
+    /// Feeds `stream` in pieces of at most `chunks` bytes (cyclic), as a socket would, and returns the
+    /// frames.
     fn split(stream: &[u8], chunks: &[usize]) -> Result<Vec<Vec<u8>>, BadFrame> {
         let (mut buffer, mut out, mut rest) = (FrameBuffer::new(None, false), Vec::new(), stream);
         for chunk in chunks.iter().cycle() {

@@ -8,9 +8,10 @@
 //! the lane is up <──────────────────────────── confirmation (24, sealed)
 //! ```
 //!
-//! The hello is the handshake's prologue, so what was greeted is what is proven; every field of the accept must have
-//! the one value that it can have. A refusal (128 bytes) instead of an accept is a hint for the operator, not proof of
-//! anything. A confirmation is the number of frames that its sender has received on the lane before.
+//! The hello is the handshake's prologue, so what was greeted is what is proven; every field of the accept
+//! must have the one value that it can have. A refusal (128 bytes) instead of an accept is a hint for the
+//! operator, not proof of anything. A confirmation is the number of frames that its sender has received on
+//! the lane before.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -87,8 +88,8 @@ impl Responder {
         Responder::Hello(Partial::new())
     }
 
-    /// What can be done now without waiting; the lane's keys when all is done. `received` are the frames of the lane
-    /// that this node has received; it is asked once the peer is known to be there.
+    /// What can be done now without waiting; the lane's keys when all is done. `received` are the frames of
+    /// the lane that this node has received; it is asked once the peer is known to be there.
     pub(super) fn step(
         &mut self,
         socket: &TcpStream,
@@ -252,7 +253,8 @@ impl Partial {
         &self.bytes[..self.have]
     }
 
-    /// Reads what has arrived of a message of `N` bytes, never beyond it, because others follow. `Ok(None)`: not all yet.
+    /// Reads what has arrived of a message of `N` bytes, never beyond it, because others follow. `Ok(None)`:
+    /// not all yet.
     fn read<const N: usize>(&mut self, mut socket: &TcpStream) -> Result<Option<[u8; N]>, String> {
         while self.have < N {
             match socket.read(&mut self.bytes[self.have..N]) {

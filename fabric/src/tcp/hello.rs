@@ -11,8 +11,8 @@
 //!        (integers are little-endian)
 //! ```
 //!
-//! A greeting claims; what proves it follows in `handshake`. Until then a greeting may cost its own connection and
-//! nothing else, whatever it says.
+//! A greeting claims; what proves it follows in `handshake`. Until then a greeting may cost its own
+//! connection and nothing else, whatever it says.
 
 use crate::{LaneId, NodeId};
 

@@ -128,10 +128,12 @@ impl Lane {
         }
     }
 
-    /// Wakes the receiver to look for lost peers: where a lane may be without a connection, nothing else would.
+    /// Wakes the receiver to look for lost peers: where a lane may be without a connection, nothing else
+    /// would.
     fn wake_receiver(&self) {
         if self.mailbox.is_some() {
-            // Fails only if it has been rung 2^64 times. Before the mark: whoever sees the mark can clear the descriptor.
+            // Fails only if it has been rung 2^64 times. Before the mark: whoever sees the mark can clear the
+            // descriptor.
             let _ = self.news.write(1);
             self.has_news.store(true, SeqCst);
         }

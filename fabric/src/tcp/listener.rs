@@ -23,8 +23,8 @@ pub const MAX_RAILS: usize = 8;
 pub struct MeshConfig {
     /// This node.
     pub node: NodeId,
-    /// Every node's fabric addresses, by node and rail, this one's included: 1 to [`MAX_NODES`] nodes, each with
-    /// as many rails as this node's [`Listener`].
+    /// Every node's fabric addresses, by node and rail, this one's included: 1 to [`MAX_NODES`] nodes, each
+    /// with as many rails as this node's [`Listener`].
     pub addresses: Vec<Vec<SocketAddr>>,
     /// Lanes to each peer, at least 1; the same on every node.
     pub lanes: u16,
@@ -52,7 +52,8 @@ pub struct MeshKeys {
     pub nodes: Vec<PublicKey>,
 }
 
-/// Bound and listening fabric addresses, one for each rail, from which [`Listener::mesh`] makes the transport.
+/// Bound and listening fabric addresses, one for each rail, from which [`Listener::mesh`] makes the
+/// transport.
 ///
 /// Peers may connect as soon as it is bound; they are answered in [`Listener::mesh`].
 #[derive(Debug)]
@@ -65,8 +66,8 @@ impl Listener {
     /// Binds one address for each rail and listens there; port 0 takes any free port.
     ///
     /// # Errors
-    /// [`FabricError::Setup`] when an address is in use or is not one of this host, and when there is none, or more
-    /// than [`MAX_RAILS`].
+    /// [`FabricError::Setup`] when an address is in use or is not one of this host, and when there is none,
+    /// or more than [`MAX_RAILS`].
     pub fn bind(addresses: &[SocketAddr]) -> Result<Listener, FabricError> {
         if addresses.is_empty() || addresses.len() > MAX_RAILS {
             let count = addresses.len();
@@ -108,17 +109,18 @@ impl Listener {
         &self.addresses
     }
 
-    /// Connects this node to every other, with one connection per lane, the lanes spread over the rails. With one
-    /// rail it then closes the listening socket; with several it keeps them, to move lanes when a rail dies.
+    /// Connects this node to every other, with one connection per lane, the lanes spread over the rails. With
+    /// one rail it then closes the listening socket; with several it keeps them, to move lanes when a rail
+    /// dies.
     ///
-    /// The node with the higher id connects. Connections that do not belong here (another machine, another key,
-    /// another version, a replay, garbage, silence, a lane that is connected already) are closed with a warning in
-    /// the log and disturb nothing.
-    /// On return every connection of this node is up; other nodes may still be connecting among themselves.
+    /// The node with the higher id connects. Connections that do not belong here (another machine, another
+    /// key, another version, a replay, garbage, silence, a lane that is connected already) are closed with a
+    /// warning in the log and disturb nothing. On return every connection of this node is up; other nodes may
+    /// still be connecting among themselves.
     ///
     /// # Errors
-    /// [`FabricError::Setup`] when the time is over (naming the missing peers and what was last seen of them, such as
-    /// another version), and when `config` is out of range.
+    /// [`FabricError::Setup`] when the time is over (naming the missing peers and what was last seen of them,
+    /// such as another version), and when `config` is out of range.
     pub fn mesh(self, config: MeshConfig) -> Result<TcpTransport, FabricError> {
         let nodes = config.addresses.len();
         let rails = self.sockets.len();

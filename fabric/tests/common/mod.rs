@@ -134,9 +134,9 @@ fn frame(i: u64) -> Vec<u8> {
 /// Frames that the slowest of all receivers may be behind its sender.
 const WINDOW: u64 = 200;
 
-/// Two nodes exchange `frames` frames on each of two lanes in each direction, and check that each comes once and in
-/// order. `meanwhile` runs beside; what it is given says how many frames the slowest receiver has, and panics when all
-/// takes too long. With `u64::MAX` frames they go on for some more when it has returned.
+/// Two nodes exchange `frames` frames on each of two lanes in each direction, and check that each comes once
+/// and in order. `meanwhile` runs beside; what it is given says how many frames the slowest receiver has, and
+/// panics when all takes too long. With `u64::MAX` frames they go on for some more when it has returned.
 pub fn traffic(nodes: [&dyn Transport; 2], frames: u64, meanwhile: impl FnOnce(&dyn Fn() -> u64)) {
     // By receiving node and lane: how many frames have come.
     let come: [[AtomicU64; 2]; 2] = Default::default();
@@ -154,7 +154,8 @@ pub fn traffic(nodes: [&dyn Transport; 2], frames: u64, meanwhile: impl FnOnce(&
                         transport.send(peer, lane, &[&frame(sent)]).unwrap();
                         sent += 1;
                     }
-                    // Until something comes, or a moment later: what the other end has received frees the window.
+                    // Until something comes, or a moment later: what the other end has received frees the
+                    // window.
                     if !tap.arm() {
                         readable(tap.fd(), 1);
                     }

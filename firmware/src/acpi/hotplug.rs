@@ -5,9 +5,9 @@
 //! guest lets go of the device ──> SLyy._EJ0 ──> number of the slot into the other register
 //! ```
 //!
-//! Linux serves the notifications with `acpiphp`, which wants an object with `_ADR`, `_EJ0` and `_SUN` for each slot, and
-//! the interrupt with the driver of the Generic Event Device (5.6.9), which stands for the event registers that
-//! hardware-reduced ACPI does not have.
+//! Linux serves the notifications with `acpiphp`, which wants an object with `_ADR`, `_EJ0` and `_SUN` for
+//! each slot, and the interrupt with the driver of the Generic Event Device (5.6.9), which stands for the
+//! event registers that hardware-reduced ACPI does not have.
 
 use super::bridge_name;
 use crate::addresses::{HOTPLUG_GSI, HOTPLUG_PORT};

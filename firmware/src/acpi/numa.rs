@@ -1,4 +1,5 @@
-//! SRAT and SLIT: the CPUs and memory of each node, and the distances between nodes (ACPI 6.5, 5.2.16, 5.2.17).
+//! SRAT and SLIT: the CPUs and memory of each node, and the distances between nodes (ACPI 6.5, 5.2.16,
+//! 5.2.17).
 
 use super::table;
 use crate::layout::Layout;
@@ -54,7 +55,8 @@ pub(super) fn srat(layout: &Layout) -> Vec<u8> {
             body.extend_from_slice(x2apic(node, cpu.apic_id).as_bytes());
         }
         // Linux numbers its nodes as it meets their domains, CPU entries first. A memory-only node before a
-        // node with CPUs would change places with it, so it is met here, by an id of its block that no CPU has.
+        // node with CPUs would change places with it, so it is met here, by an id of its block that no CPU
+        // has.
         if layout.cpus_on(node) == 0 && node < last_with_cpus {
             let unused = (node as u32) << layout.apic_id_shift();
             body.extend_from_slice(x2apic(node, unused).as_bytes());

@@ -150,8 +150,8 @@ fn header(image: &Image, plan: &Plan, cmdline_len: usize) -> setup_header {
     header
 }
 
-/// The whole command line. Ours stands first, so that the operator's may override it and may end in
-/// arguments for init after `--`. Without `reboot=acpi` Linux does not reboot by ACPI's register where ACPI is
+/// The whole command line. Ours stands first, so that the operator's may override it and may end in arguments
+/// for init after `--`. Without `reboot=acpi` Linux does not reboot by ACPI's register where ACPI is
 /// hardware-reduced and there is no EFI, but by a jump to the BIOS.
 fn command_line(theirs: &str, tsc_khz: u32, image: &Image) -> Result<String, FirmwareError> {
     if theirs.contains('\0') {

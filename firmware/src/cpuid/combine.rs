@@ -97,7 +97,8 @@ fn common(entry: &CpuidEntry, others: &[&Table]) -> Option<CpuidEntry> {
             result.ecx = and(|e| e.ecx);
             result.edx = and(|e| e.edx);
         }
-        // A state component whose place differs from node to node, and tiles of different shapes, are of no use.
+        // A state component whose place differs from node to node, and tiles of different shapes, are of no
+        // use.
         (0xd | 0x1d | 0x1e, _) if !equal() => return None,
         (0x8000_0008, _) => {
             let tables: Vec<CpuidEntry> = others.iter().filter_map(same).chain([*entry]).collect();

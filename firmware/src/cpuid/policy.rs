@@ -19,8 +19,8 @@ const MAX_EXTENDED: u32 = 0x8000_0021;
 /// The lowest it may be: 0x8000_0007 promises the invariant TSC.
 const MIN_EXTENDED: u32 = 0x8000_0008;
 
-// Leaf 1 ECX: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, CNXT-ID, SDBG, xTPR, PDCM, DCA, and OSXSAVE, which
-// KVM itself keeps in step with CR4.
+// Leaf 1 ECX: DTES64, MONITOR, DS-CPL, VMX, SMX, EIST, TM2, CNXT-ID, SDBG, xTPR, PDCM, DCA, and OSXSAVE,
+// which KVM itself keeps in step with CR4.
 const F1_ECX_OFF: u32 = bits(&[2, 3, 4, 5, 6, 7, 8, 10, 11, 14, 15, 18, 27]);
 // Leaf 1 ECX: x2APIC, running under a hypervisor. Not the TSC deadline timer: some versions of KVM keep its
 // register to themselves, and the node that finds its own does says so by leaving the bit out.
@@ -36,7 +36,8 @@ const F7_EBX_OFF: u32 = bits(&[1, 2, 4, 11, 12, 14, 15, 25]);
 // Leaf 7.0 ECX: OSPKE (KVM's, as OSXSAVE), WAITPKG, TME, MAWAU (MPX), key locker, bus lock detection, ENQCMD,
 // SGX_LC, PKS.
 const F7_ECX_OFF: u32 = bits(&[4, 5, 13, 17, 18, 19, 20, 21, 23, 24, 29, 30, 31]);
-// Leaf 7.0 EDX: UINTR, RTM_ALWAYS_ABORT, TSX_FORCE_ABORT, hybrid, PCONFIG, architectural LBR, CORE_CAPABILITIES.
+// Leaf 7.0 EDX: UINTR, RTM_ALWAYS_ABORT, TSX_FORCE_ABORT, hybrid, PCONFIG, architectural LBR,
+// CORE_CAPABILITIES.
 const F7_EDX_OFF: u32 = bits(&[5, 11, 13, 15, 18, 19, 30]);
 // Leaf 7.1 EAX: perfmon leaf 0x23, FRED (never tried with interrupts injected from outside KVM), HRESET.
 const F71_EAX_OFF: u32 = bits(&[8, 17, 22]);

@@ -1,5 +1,5 @@
-//! The topology leaves: a CPU's id, and what CPUs share: one package per node, one thread per core, the last-level
-//! cache shared by a node.
+//! The topology leaves: a CPU's id, and what CPUs share: one package per node, one thread per core, the
+//! last-level cache shared by a node.
 
 use super::{CpuidEntry, Table};
 use crate::layout::{CpuPlace, Layout};
@@ -8,8 +8,8 @@ use crate::layout::{CpuPlace, Layout};
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// What CPUID answers on the CPU at `place`: `base` (from [`super::intersect`]) with its APIC id and topology,
-/// and its clock's frequency in kHz.
+/// What CPUID answers on the CPU at `place`: `base` (from [`super::intersect`]) with its APIC id and
+/// topology, and its clock's frequency in kHz.
 pub fn for_vcpu(base: &[CpuidEntry], layout: &Layout, place: &CpuPlace, tsc_khz: u32) -> Vec<CpuidEntry> {
     let mut table = Table { entries: base.to_vec() };
     let cpus = layout.cpus_on(place.node.into()).max(1);

@@ -77,8 +77,8 @@ impl Content {
     }
 }
 
-/// Why an ext4 cannot be read: features of its superblock (Linux, "ext4 Data Structures and Algorithms", s_feature_incompat) by
-/// the names that mke2fs gives them, or what the crate says.
+/// Why an ext4 cannot be read: features of its superblock (Linux, "ext4 Data Structures and Algorithms",
+/// s_feature_incompat) by the names that mke2fs gives them, or what the crate says.
 fn ext4_refusal(disk: &Arc<dyn Source>, start: u64, error: &str) -> String {
     const RECOVER: u32 = 4;
     const NAMES: [(u32, &str); 9] = [

@@ -1,4 +1,5 @@
-//! The limits of a search: everything on a disk is the guest's word, and must not cost the host more than this.
+//! The limits of a search: everything on a disk is the guest's word, and must not cost the host more than
+//! this.
 
 use std::io;
 use std::sync::Arc;
@@ -26,8 +27,8 @@ pub const MOST_EXPANSION: usize = 4 << 20;
 pub const DEEPEST: u32 = 32;
 /// Bytes that are read from a disk while its loader is looked for, without kernel and initrds.
 const SEARCHED: u64 = 256 << 20;
-/// Reads of a disk meanwhile. File systems are read in pieces of 512 bytes and more; a chain of clusters that bites its own tail
-/// would be followed without end otherwise.
+/// Reads of a disk meanwhile. File systems are read in pieces of 512 bytes and more; a chain of clusters that
+/// bites its own tail would be followed without end otherwise.
 const SEARCHES: u64 = 128 << 10;
 /// Bytes that are read in all: kernel and initrds as well, with as much again for their file systems' tables.
 const READ: u64 = SEARCHED + 2 * (LARGEST_KERNEL + LARGEST_INITRDS);

@@ -14,9 +14,9 @@
 //!                              └─────────> kernel, initrds (from the same file system, else from any) ──> BootFiles
 //! ```
 //!
-//! Nothing is written. Nothing on the disk is trusted: every size, count and depth has a limit. Nothing is passed over: a boot
-//! loader's file that is not understood is a refusal that says where, because another kernel, or another command line, could
-//! mount the wrong system.
+//! Nothing is written. Nothing on the disk is trusted: every size, count and depth has a limit. Nothing is
+//! passed over: a boot loader's file that is not understood is a refusal that says where, because another
+//! kernel, or another command line, could mount the wrong system.
 
 pub mod filesystem;
 pub mod limits;
@@ -274,8 +274,8 @@ fn unreadable(survey: &Survey) -> Option<String> {
     (!words.is_empty()).then(|| words.join("; "))
 }
 
-/// Where a file is: on the file system that names it, else on any other, because a loader's own partition may name files of
-/// another.
+/// Where a file is: on the file system that names it, else on any other, because a loader's own partition may
+/// name files of another.
 fn place(volumes: &[Volume], first: usize, path: &str) -> Option<(usize, String)> {
     let others = (0..volumes.len()).filter(|index| *index != first);
     let has = |index: &usize| volumes[*index].system.len_of(path).is_some();

@@ -42,8 +42,8 @@ impl Range {
     }
 }
 
-/// The partitions of a disk in the order of their numbers; the whole disk if it has none. A partition may end behind the end
-/// of a disk that is cut off.
+/// The partitions of a disk in the order of their numbers; the whole disk if it has none. A partition may end
+/// behind the end of a disk that is cut off.
 ///
 /// # Errors
 /// The disk cannot be read, or its partition table makes no sense.
@@ -79,8 +79,8 @@ fn by_gpt(disk: &Arc<dyn Source>, len: u64) -> io::Result<Vec<Range>> {
     Ok(Vec::new())
 }
 
-/// Refuses a GPT header (UEFI specification, table "GPT Header") whose entries are of another size than all programs write,
-/// or more than any disk has.
+/// Refuses a GPT header (UEFI specification, table "GPT Header") whose entries are of another size than all
+/// programs write, or more than any disk has.
 fn check_gpt_header(disk: &dyn Source, at: u64, len: u64) -> io::Result<()> {
     const ENTRY: u32 = 128;
     let mut header = [0; 92];
@@ -115,8 +115,8 @@ fn by_mbr(disk: &dyn Source, len: u64) -> io::Result<Vec<Range>> {
     Ok(found)
 }
 
-/// Follows the chain of extended boot records from `first` on: each has a partition, relative to itself, and the next record,
-/// relative to the first.
+/// Follows the chain of extended boot records from `first` on: each has a partition, relative to itself, and
+/// the next record, relative to the first.
 fn logical(disk: &dyn Source, first: u64, len: u64, found: &mut Vec<Range>) -> io::Result<()> {
     let mut at = first;
     for number in (FIRST_LOGICAL..).take(MOST_PARTITIONS) {
@@ -147,7 +147,8 @@ fn mbr_entries(disk: &dyn Source, at: u64, len: u64) -> io::Result<Option<[MbrEn
     }
     disk.read(&mut sector, at)?;
     let entry = |number: usize| &sector[MBR_ENTRIES + 16 * number..][..16];
-    // A FAT file system on the whole disk ends in the same two bytes; no partition table has such status bytes.
+    // A FAT file system on the whole disk ends in the same two bytes; no partition table has such status
+    // bytes.
     if sector[510..] != [0x55, 0xaa] || (0..4).any(|number| entry(number)[0] & 0x7f != 0) {
         return Ok(None);
     }

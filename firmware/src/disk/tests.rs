@@ -164,7 +164,8 @@ fn grub(script: &str, environment: &str, more: &[(&str, &[u8])]) -> Result<(Stri
     Ok((String::from_utf8(found.kernel).unwrap(), found.cmdline))
 }
 
-/// What Debian's grub-mkconfig writes, shortened, with two kernels in the submenu and an entry of the administrator's.
+/// What Debian's grub-mkconfig writes, shortened, with two kernels in the submenu and an entry of the
+/// administrator's.
 const DEBIAN: &str = r#"
 if [ -s $prefix/grubenv ]; then
   set have_grubenv=true

@@ -50,7 +50,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The map of the machine `spec`, with room for ACPI tables of `acpi` bytes ([`crate::acpi::size_bound`]).
+    /// The map of the machine `spec`, with room for ACPI tables of `acpi` bytes
+    /// ([`crate::acpi::size_bound`]).
     ///
     /// # Errors
     /// What [`MachineSpec::check`] finds wrong with the description.

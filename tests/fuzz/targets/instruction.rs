@@ -1,4 +1,5 @@
-//! Any state of a vCPU, any page tables and any code: what is shipped is one access to the page that was asked for.
+//! Any state of a vCPU, any page tables and any code: what is shipped is one access to the page that was
+//! asked for.
 #![no_main]
 use vmm::instruction::decode::{LONGEST, decode};
 use vmm::instruction::walk::Access;

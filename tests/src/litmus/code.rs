@@ -84,9 +84,9 @@ fn access(access: Access, variant: Variant, loads: &mut usize) -> Vec<u8> {
     }
 }
 
-/// The code of a thread that makes these accesses in every iteration. It runs at any address. With `pauses` it
-/// waits for a random while between two accesses: nodes take so long to pass a page on that they would else
-/// never meet within an iteration.
+/// The code of a thread that makes these accesses in every iteration. It runs at any address. With `pauses`
+/// it waits for a random while between two accesses: nodes take so long to pass a page on that they would
+/// else never meet within an iteration.
 pub fn thread(accesses: &[Access], variant: Variant, pauses: bool) -> Vec<u8> {
     let mut code = begin();
     let mut loads = 0;
@@ -109,8 +109,8 @@ pub fn thread(accesses: &[Access], variant: Variant, pauses: bool) -> Vec<u8> {
     code
 }
 
-/// The code of a thread that increments the counter at rsi until it is r12, and then leaves at rbx how often it
-/// did.
+/// The code of a thread that increments the counter at rsi until it is r12, and then leaves at rbx how often
+/// it did.
 pub fn counter() -> Vec<u8> {
     let count = code64!("30:", "mov eax, 1", "lock xadd [rsi], rax", "inc r8", "cmp rax, r12", "jb 30b");
     [count, code64!("mov [rbx], r8"), code64!("20:", "out 0x80, al", "jmp 20b")].concat()

@@ -136,8 +136,8 @@ impl Machine {
         }
     }
 
-    /// Runs every thread with its registers from its code's beginning, until all are done; how often they left the guest
-    /// before, together.
+    /// Runs every thread with its registers from its code's beginning, until all are done; how often they
+    /// left the guest before, together.
     ///
     /// # Errors
     /// A vCPU left the guest for another reason, or not at all.

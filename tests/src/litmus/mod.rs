@@ -1,4 +1,5 @@
-//! Litmus tests: a few loads and stores on two or more CPUs, run again and again, and which outcomes were seen.
+//! Litmus tests: a few loads and stores on two or more CPUs, run again and again, and which outcomes were
+//! seen.
 //!
 //! An *iteration* runs each thread's accesses once on variables of its own (`x` and `y`, both 0 before), at
 //! the same time by the time stamp counter, give or take a little. What the loads read and what the variables

@@ -1,7 +1,8 @@
 //! The agent: starts jobs on a host and passes their input and output on.
 //!
-//! On an emulated host it is the `testbed` binary itself, on the other end of a virtio-serial port. For jobs on this
-//! machine the same code runs on a thread, on the other end of a socket pair ([`crate::host::Host::local`]).
+//! On an emulated host it is the `testbed` binary itself, on the other end of a virtio-serial port. For jobs
+//! on this machine the same code runs on a thread, on the other end of a socket pair
+//! ([`crate::host::Host::local`]).
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -119,8 +120,8 @@ fn start(id: u32, spawn: &Spawn, writer: &Writer, jobs: &Arc<Mutex<HashMap<u32, 
     let (writer, jobs) = (writer.clone(), jobs.clone());
     std::thread::spawn(move || {
         let code = child.wait().map_or(-1, exit_code);
-        // All output first: the channel closes when the pumps are through. But a grandchild that keeps the pipe open
-        // must not hold the answer back.
+        // All output first: the channel closes when the pumps are through. But a grandchild that keeps the
+        // pipe open must not hold the answer back.
         let _ = pumps.recv_timeout(LATE_OUTPUT);
         jobs.lock().expect("no holder panics").remove(&id);
         send(&writer, id, &Message::Exit(code));

@@ -65,8 +65,8 @@ impl Suite {
         file_of(package, ".deb", into)
     }
 
-    /// Downloads the upstream source of source package `package`, as Debian has it, into `into` and returns the
-    /// archive's path. The suite was opened with its sources.
+    /// Downloads the upstream source of source package `package`, as Debian has it, into `into` and returns
+    /// the archive's path. The suite was opened with its sources.
     ///
     /// # Errors
     /// No such package, or no network.

@@ -14,8 +14,8 @@ pub fn workspace() -> PathBuf {
         .to_owned()
 }
 
-/// Builds the release binaries `gestalt` and `testbed` and returns the directory that has them. Cargo shows its own
-/// progress.
+/// Builds the release binaries `gestalt` and `testbed` and returns the directory that has them. Cargo shows
+/// its own progress.
 ///
 /// # Errors
 /// They do not compile.

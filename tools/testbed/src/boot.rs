@@ -70,8 +70,9 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Seconds from the start of `gestalt run` until the guest is in user space with all its CPUs: to the first
-    /// line from there, or to the mark that says that user space has started the CPUs which the kernel left out.
+    /// Seconds from the start of `gestalt run` until the guest is in user space with all its CPUs: to the
+    /// first line from there, or to the mark that says that user space has started the CPUs which the kernel
+    /// left out.
     pub fn boot_seconds(&self) -> Option<f64> {
         let at =
             |wanted: &str| self.marks.iter().find(|(mark, _)| mark == wanted).map(|(_, at)| at.as_secs_f64());
@@ -134,7 +135,8 @@ impl Boot {
         let started = Instant::now();
         let pid = format!("share/pid-{number}");
         let gestalt = host.bin().join("gestalt").display().to_string();
-        // The shell becomes `gestalt run`: its process id is the session's, and the parent of the local nodes.
+        // The shell becomes `gestalt run`: its process id is the session's, and the parent of the local
+        // nodes.
         let shell = ["/bin/sh", "-c", "echo $$ >\"$0\"; exec \"$@\"", &on_host(&pid)];
         let (file, path) = (file.path().to_string_lossy(), report.path().to_string_lossy());
         let command = [&gestalt, "run", &file, "--report", &path];
@@ -211,7 +213,8 @@ impl Boot {
         host.output(&script, Duration::from_secs(30))
     }
 
-    /// Follows the machine until it ends, or passes the mark that `watch` waits for. `see` gets the console's bytes.
+    /// Follows the machine until it ends, or passes the mark that `watch` waits for. `see` gets the console's
+    /// bytes.
     ///
     /// # Errors
     /// It takes too long, the guest panics or falls silent: the error carries the end of the console.
@@ -263,7 +266,8 @@ impl Boot {
         }
     }
 
-    /// Follows the machine until `done` says so of what was said so far; whether it did before `limit` had passed.
+    /// Follows the machine until `done` says so of what was said so far; whether it did before `limit` had
+    /// passed.
     ///
     /// # Errors
     /// The machine ends meanwhile, or a host is gone.
@@ -363,7 +367,8 @@ fn join(host: &Host, machine: &Machine, index: usize) -> Result<Job> {
     host.spawn(Spawn { argv, ..Spawn::default() })
 }
 
-/// Puts the shell into control group `$0`, anew, where it gets `$1` bytes of memory, and becomes the other arguments.
+/// Puts the shell into control group `$0`, anew, where it gets `$1` bytes of memory, and becomes the other
+/// arguments.
 const LIMITED: &str = "set -e
 mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup
 echo +memory >/sys/fs/cgroup/cgroup.subtree_control

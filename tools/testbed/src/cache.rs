@@ -27,7 +27,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Opens `$GESTALT_CACHE`, else `$XDG_CACHE_HOME/gestalt`, else `~/.cache/gestalt`, else a temporary directory.
+    /// Opens `$GESTALT_CACHE`, else `$XDG_CACHE_HOME/gestalt`, else `~/.cache/gestalt`, else a temporary
+    /// directory.
     ///
     /// # Errors
     /// `$GESTALT_CACHE` is set but cannot be made, or there is not even a temporary directory.
@@ -58,7 +59,8 @@ impl Cache {
         Ok(Self { root: root.canonicalize()?, _temporary: None })
     }
 
-    /// The directory of entry `name` made from `recipe`; `build` fills an empty directory when there is none yet.
+    /// The directory of entry `name` made from `recipe`; `build` fills an empty directory when there is none
+    /// yet.
     ///
     /// # Errors
     /// Those of `build`, which leave no entry behind, and those of the file system.

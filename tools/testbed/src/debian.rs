@@ -6,10 +6,10 @@
 //!         /boot/loader/entries/      names them, and the root by its partition's id
 //! ```
 //!
-//! There is no boot loader on it: [`gestalt run --disk`](firmware's `disk`) finds the entry, and so do others that
-//! follow the Boot Loader Specification. cloud-init makes host keys, users and network at the first start; without a
-//! seed nobody can log in. Nothing here needs a loop device: the tree is made by mmdebstrap, the file system by
-//! `mke2fs -d` at its place in the image.
+//! There is no boot loader on it: [`gestalt run --disk`](firmware's `disk`) finds the entry, and so do others
+//! that follow the Boot Loader Specification. cloud-init makes host keys, users and network at the first
+//! start; without a seed nobody can log in. Nothing here needs a loop device: the tree is made by mmdebstrap,
+//! the file system by `mke2fs -d` at its place in the image.
 
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -69,7 +69,8 @@ pub struct Recipe {
     pub size_mib: u64,
 }
 
-/// Makes the image, or finds it in the cache. Whoever boots it works on a copy: the cached one stays as it is.
+/// Makes the image, or finds it in the cache. Whoever boots it works on a copy: the cached one stays as it
+/// is.
 ///
 /// # Errors
 /// Not root, no network, no such package, or no room (about 2 GiB are needed while it is built).
@@ -155,7 +156,8 @@ fn mke2fs(tree: &Path, image: &Path, size_mib: u64) -> Command {
     command
 }
 
-/// What no package does: the table of file systems, the loader's entry, and no identity that copies would share.
+/// What no package does: the table of file systems, the loader's entry, and no identity that copies would
+/// share.
 fn finish(tree: &Path, partition: &str) -> Result<()> {
     let put = |path: &str, text: &str| -> Result<()> {
         let path = tree.join(path);

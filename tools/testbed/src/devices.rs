@@ -45,8 +45,8 @@ impl Machine {
         text
     }
 
-    /// The image of a disk, as the machine file names it: of every other disk on its host's own file system, and beside
-    /// the machine file otherwise, which emulated hosts see over a network protocol.
+    /// The image of a disk, as the machine file names it: of every other disk on its host's own file system,
+    /// and beside the machine file otherwise, which emulated hosts see over a network protocol.
     fn disk_path(&self, index: usize) -> String {
         match index {
             0 if self.boots_from_disk => BOOT_DISK.into(),
@@ -60,8 +60,8 @@ impl Machine {
         (0..self.disks.len()).map(|index| self.disk_path(index)).collect()
     }
 
-    /// A script for host `host`, run beside the machine file, that makes the empty disks and the TAP interfaces there,
-    /// anew if there are some.
+    /// A script for host `host`, run beside the machine file, that makes the empty disks and the TAP
+    /// interfaces there, anew if there are some.
     pub fn prepare(&self, host: usize) -> String {
         let here = |(_, node): &(usize, &usize)| self.host_of(**node) == host;
         let blank = |(index, _): &(usize, &usize)| !(*index == 0 && self.boots_from_disk);

@@ -1,5 +1,5 @@
-//! Checks of the emulator, each by a program of its own without Linux and without Gestalt: how often it runs code that is
-//! no longer in memory ([`crate::stale`]), and whether it keeps a CPU's flags whole.
+//! Checks of the emulator, each by a program of its own without Linux and without Gestalt: how often it runs
+//! code that is no longer in memory ([`crate::stale`]), and whether it keeps a CPU's flags whole.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -65,8 +65,9 @@ impl Flags {
     }
 }
 
-/// Runs the program that patches itself on so many emulated CPUs (2 to 16) until it has made so many patches, or for `limit`: a busy machine
-/// seldom lets two emulated CPUs run at the same time, and a patch then takes some time slices. Needs gcc and the emulator.
+/// Runs the program that patches itself on so many emulated CPUs (2 to 16) until it has made so many patches,
+/// or for `limit`: a busy machine seldom lets two emulated CPUs run at the same time, and a patch then takes
+/// some time slices. Needs gcc and the emulator.
 ///
 /// # Errors
 /// It cannot be compiled or run, or has not made a hundred patches within `limit`.

@@ -1,8 +1,8 @@
 //! Child processes that cannot outlive this one.
 //!
 //! Every child gets `PR_SET_PDEATHSIG`, so that it dies even when this process is killed with SIGKILL and no
-//! destructor runs. The kernel sends that signal when the *thread* that forked ends, not the process: children that
-//! live long are therefore forked by one thread that never ends ([`spawn_tethered`]).
+//! destructor runs. The kernel sends that signal when the *thread* that forked ends, not the process:
+//! children that live long are therefore forked by one thread that never ends ([`spawn_tethered`]).
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader};
@@ -21,7 +21,8 @@ const ERROR_LINES: usize = 20;
 /// Makes the kernel kill the child with SIGKILL when the forking thread ends.
 pub fn tether(command: &mut Command) -> &mut Command {
     let parent = std::process::id();
-    // SAFETY: prctl, getppid and building an io::Error from a code are async-signal-safe and allocate nothing.
+    // SAFETY: prctl, getppid and building an io::Error from a code are async-signal-safe and allocate
+    // nothing.
     unsafe {
         command.pre_exec(move || {
             if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
@@ -59,7 +60,8 @@ pub fn spawn_tethered(mut command: Command) -> io::Result<Child> {
     answer.recv().expect("the keeper answers every job")
 }
 
-/// Runs a command to its end, shows its lines on `step`, and returns what it printed (stdout and stderr together).
+/// Runs a command to its end, shows its lines on `step`, and returns what it printed (stdout and stderr
+/// together).
 ///
 /// # Errors
 /// The command cannot be started, or fails: then the error carries its last lines.

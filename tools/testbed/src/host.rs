@@ -28,7 +28,8 @@ pub enum Event {
     Exit(i32),
 }
 
-/// How long one file may take to or from a host that has the stage's files as copies: it may be a slow serial line.
+/// How long one file may take to or from a host that has the stage's files as copies: it may be a slow serial
+/// line.
 const COPY_LIMIT: Duration = Duration::from_secs(600);
 
 /// The testbed's end of an agent's stream.
@@ -123,9 +124,9 @@ pub struct Host {
 }
 
 impl Host {
-    /// Talks to an agent over `stream`. `dir` is where the host sees the stage ([`crate::stage::Stage`]), `bin` where
-    /// it has the stage's programs. `shared` is the stage on this machine, or `None` if the host has copies of what was
-    /// on it.
+    /// Talks to an agent over `stream`. `dir` is where the host sees the stage ([`crate::stage::Stage`]),
+    /// `bin` where it has the stage's programs. `shared` is the stage on this machine, or `None` if the host
+    /// has copies of what was on it.
     ///
     /// # Errors
     /// None in practice.
@@ -232,8 +233,8 @@ impl Host {
         }
     }
 
-    /// What this host's kernel and processes are doing, for the error of a test that hangs. Never fails: what cannot
-    /// be found out is said instead.
+    /// What this host's kernel and processes are doing, for the error of a test that hangs. Never fails: what
+    /// cannot be found out is said instead.
     pub fn diagnosis(&self) -> String {
         const SCRIPT: &str = "uptime; ps -eLo pid,tid,psr,stat,pcpu,wchan:24,comm --sort=-pcpu | head -40; \
             for task in $(pgrep gestalt); do for thread in /proc/$task/task/*; do \

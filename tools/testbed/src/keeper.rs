@@ -1,8 +1,9 @@
 //! A virtual machine that stays open on a host, so that the host's kernel need not patch itself.
 //!
-//! KVM switches two code paths of the whole kernel on with the first virtual machine and off with the last: the scheduler's
-//! notifiers (`preempt_notifier_key`, in the middle of `__schedule`) and CPUs without a local APIC in the kernel
-//! (`kvm_has_noapic_vcpu`). Both by patching code that all CPUs run, which an emulator may get wrong: see [`crate::stale`].
+//! KVM switches two code paths of the whole kernel on with the first virtual machine and off with the last:
+//! the scheduler's notifiers (`preempt_notifier_key`, in the middle of `__schedule`) and CPUs without a local
+//! APIC in the kernel (`kvm_has_noapic_vcpu`). Both by patching code that all CPUs run, which an emulator may
+//! get wrong: see [`crate::stale`].
 
 use std::fs::File;
 use std::io;
@@ -33,7 +34,8 @@ impl Keeper {
 
 /// Makes the virtual machine of the default type, or its CPU 0.
 fn create(of: &impl AsRawFd, request: libc::c_ulong) -> io::Result<OwnedFd> {
-    // SAFETY: both requests take an integer, here 0, touch no memory of ours, and return a new descriptor or -1.
+    // SAFETY: both requests take an integer, here 0, touch no memory of ours, and return a new descriptor or
+    // -1.
     let fd = unsafe { libc::ioctl(of.as_raw_fd(), request, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());

@@ -16,7 +16,8 @@ const ATTEMPT: Duration = Duration::from_secs(60);
 /// Between two attempts, and between two looks at whether the machine still runs.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// User data for a guest that shall start quickly: one kind of host key, and a file system that stays as it is.
+/// User data for a guest that shall start quickly: one kind of host key, and a file system that stays as it
+/// is.
 const USER_DATA: &str = "#cloud-config\nssh_genkeytypes: [ed25519]\nmanage_etc_hosts: localhost\n\
                          growpart: {mode: off}\nresize_rootfs: false\n";
 
@@ -27,8 +28,8 @@ pub struct Login<'a> {
     to: String,
 }
 
-/// Makes a key on `host`, and files in `stage`'s `share` from which cloud-init gives network card i the address
-/// 10.9.i.2. Returns the flags of `gestalt run` that pass both on.
+/// Makes a key on `host`, and files in `stage`'s `share` from which cloud-init gives network card i the
+/// address 10.9.i.2. Returns the flags of `gestalt run` that pass both on.
 ///
 /// # Errors
 /// There is no ssh on the host, or no room.

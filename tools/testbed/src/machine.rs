@@ -47,8 +47,8 @@ pub struct Machine {
     pub system: Option<String>,
     /// Further flags of `gestalt run`.
     pub flags: Vec<String>,
-    /// The nodes that have a network card each, in order: card i is TAP interface `gestalt<i>` of its host, which has
-    /// the address 10.9.i.1; the guest takes 10.9.i.2.
+    /// The nodes that have a network card each, in order: card i is TAP interface `gestalt<i>` of its host,
+    /// which has the address 10.9.i.1; the guest takes 10.9.i.2.
     pub cards: Vec<usize>,
     /// Pairs of queues of each card.
     pub card_queues: u32,
@@ -60,11 +60,11 @@ pub struct Machine {
     pub actions: String,
     /// Whether the nodes talk over RDMA; over TCP if not.
     pub rdma: bool,
-    /// What each node may spend on the guest, in MiB. The kernel sees to it as well: every node is then a process of
-    /// its own, in a control group with so much memory and [`PROGRAM_MIB`] more.
+    /// What each node may spend on the guest, in MiB. The kernel sees to it as well: every node is then a
+    /// process of its own, in a control group with so much memory and [`PROGRAM_MIB`] more.
     pub budget_mib: Option<u32>,
-    /// Of how many rails each node has one address: networks beside the hosts' first, which is the coordinator's. With
-    /// 0 the first network is all there is.
+    /// Of how many rails each node has one address: networks beside the hosts' first, which is the
+    /// coordinator's. With 0 the first network is all there is.
     pub rails: usize,
 }
 
@@ -123,11 +123,12 @@ impl Machine {
 
     /// The machine file, with kernel and initramfs below `guest`, a directory of the host.
     ///
-    /// On `emulated` hosts the kernel starts one CPU and user space the others. While it boots the kernel patches itself,
-    /// and other CPUs that run meanwhile may be served stale code: see [`crate::stale`]. And such hosts emulate AMD's
-    /// nested paging, where a page-table walk needs its pages writable, so that nodes share page tables at the speed
-    /// of the fabric. Until the kernel has stopped the ticks of idle CPUs, every tick on every node does so. For the
-    /// same reason a whole system keeps to the first node, except for what is started elsewhere on purpose.
+    /// On `emulated` hosts the kernel starts one CPU and user space the others. While it boots the kernel
+    /// patches itself, and other CPUs that run meanwhile may be served stale code: see [`crate::stale`]. And
+    /// such hosts emulate AMD's nested paging, where a page-table walk needs its pages writable, so that
+    /// nodes share page tables at the speed of the fabric. Until the kernel has stopped the ticks of idle
+    /// CPUs, every tick on every node does so. For the same reason a whole system keeps to the first node,
+    /// except for what is started elsewhere on purpose.
     pub fn file(&self, guest: &str, emulated: bool) -> String {
         let several = self.nodes_with_cpus() > 1;
         // A whole system has nothing that would start other CPUs.
@@ -148,8 +149,8 @@ impl Machine {
             text += &format!("kernel = \"{guest}/{kernel}\"\ninitrd = \"{guest}/initramfs\"\n");
         }
         if emulated {
-            // Bringing the pages that a tick touches takes longer than a tick there: the guest would do nothing
-            // but handle ticks.
+            // Bringing the pages that a tick touches takes longer than a tick there: the guest would do
+            // nothing but handle ticks.
             text += "timer_rest = 8\n";
         }
         if self.rdma {

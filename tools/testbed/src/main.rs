@@ -73,7 +73,8 @@ struct Run {
     /// Run the command on a terminal of its own (the default when this is run on one)
     #[arg(long)]
     terminal: bool,
-    /// Emulate even if this machine has VMX or SVM: with QEMU, which has AMD's SVM, or an Intel host with Bochs
+    /// Emulate even if this machine has VMX or SVM: with QEMU, which has AMD's SVM, or an Intel host with
+    /// Bochs
     #[arg(long, num_args = 0..=1, default_missing_value = "amd", value_name = "PROCESSOR")]
     emulate: Option<Emulate>,
     /// On an Intel host in Bochs, let EPT keep accessed and dirty bits (kvm_intel eptad=1)

@@ -4,8 +4,8 @@ use std::fs;
 
 /// Why Linux guests cannot run directly here, or `None` when they can.
 ///
-/// An openable `/dev/kvm` is not enough: where KVM has no VMX or SVM below it (KVM on PVM), it interprets the guest's
-/// kernel instruction by instruction and Linux never gets through its boot.
+/// An openable `/dev/kvm` is not enough: where KVM has no VMX or SVM below it (KVM on PVM), it interprets the
+/// guest's kernel instruction by instruction and Linux never gets through its boot.
 pub fn needs_rack() -> Option<String> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     if !has_virtualization(&cpuinfo) {

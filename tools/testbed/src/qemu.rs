@@ -1,7 +1,7 @@
 //! One emulated host: the QEMU process that is its hardware.
 //!
-//! TCG emulates AMD's SVM with nested paging, so the Debian inside has a real KVM. The command line keeps to what
-//! both QEMU 7.2 (Debian 12) and 10.0 (Debian 13) understand.
+//! TCG emulates AMD's SVM with nested paging, so the Debian inside has a real KVM. The command line keeps to
+//! what both QEMU 7.2 (Debian 12) and 10.0 (Debian 13) understand.
 
 use std::fs::File;
 use std::io;
@@ -27,8 +27,9 @@ const CONSOLE_LINES: usize = 25;
 #[derive(Clone, Debug)]
 pub struct Hardware {
     /// CPUs that programs run on, at least 1. The host has one more, CPU 0, which is kept from them: see
-    /// `files/host-init.sh`. With 1 a guest of two CPUs has them wait for each other's time slices: on a busy machine
-    /// boots that take half a minute with 2 took minutes, and processes were silent for seconds (`docs/testing.md`).
+    /// `files/host-init.sh`. With 1 a guest of two CPUs has them wait for each other's time slices: on a busy
+    /// machine boots that take half a minute with 2 took minutes, and processes were silent for seconds
+    /// (`docs/testing.md`).
     pub cpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
@@ -38,7 +39,8 @@ pub struct Hardware {
     pub networks: usize,
     /// Whether it has an RDMA device on each network: soft-RoCE on its interface.
     pub rdma: bool,
-    /// Raw images that it has as disks `/dev/vdb`, `/dev/vdc`, ... What it writes to them is forgotten at its end.
+    /// Raw images that it has as disks `/dev/vdb`, `/dev/vdc`, ... What it writes to them is forgotten at its
+    /// end.
     pub disks: Vec<PathBuf>,
 }
 
@@ -74,8 +76,9 @@ impl Qemu {
         let mut command = Command::new(&program);
         command
             .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"])
-            // Five-level paging would only make every emulated page walk longer. CMPXCHG16B breaks the flags of a CPU in QEMU 7.2,
-            // which kills kernels now and then: see `files/broken-flags.c` and `docs/testing.md`.
+            // Five-level paging would only make every emulated page walk longer. CMPXCHG16B breaks the flags
+            // of a CPU in QEMU 7.2, which kills kernels now and then: see `files/broken-flags.c` and
+            // `docs/testing.md`.
             .args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,cx16=off"])
             .args(["-smp", &(hardware.cpus + 1).to_string(), "-m", &hardware.memory_mib.to_string()])
             .arg("-kernel")
@@ -118,7 +121,8 @@ impl Qemu {
         inherit(&mut command, inherited);
         let child = exec::spawn_tethered(command)
             .with_context(|| format!("cannot start {program}: is the package qemu-system-x86 installed?"))?;
-        // QEMU has its own copies of `agent` and `networks` now; ours close here, so that its end shows as EOF.
+        // QEMU has its own copies of `agent` and `networks` now; ours close here, so that its end shows as
+        // EOF.
         Ok((Self { child, console }, ours))
     }
 

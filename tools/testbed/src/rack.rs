@@ -37,7 +37,8 @@ pub struct Rack {
 
 impl Rack {
     /// Boots `count` hosts that see `stage`, and waits until all take jobs. The stage's `bin/` must hold the
-    /// `testbed` binary, which is their agent. If the emulator kills one by stale code, all are booted once more.
+    /// `testbed` binary, which is their agent. If the emulator kills one by stale code, all are booted once
+    /// more.
     ///
     /// # Errors
     /// QEMU is missing or a host does not come up: then the error carries the end of its console.

@@ -1,7 +1,7 @@
 //! A guest's reports on its console, as data.
 //!
-//! The guest's `/init` prints `GESTALT-MARK <event>`, `GESTALT-REPORT <key>=<value>` and `GESTALT-ASK` lines between
-//! whatever else appears there.
+//! The guest's `/init` prints `GESTALT-MARK <event>`, `GESTALT-REPORT <key>=<value>` and `GESTALT-ASK` lines
+//! between whatever else appears there.
 
 use std::collections::BTreeMap;
 

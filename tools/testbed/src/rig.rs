@@ -33,7 +33,8 @@ pub enum Emulator {
 pub struct RigConfig {
     /// How many hosts, at least 1. More than one are always emulated.
     pub hosts: usize,
-    /// Emulate even where this machine could run guests itself, with this; QEMU where hosts must be emulated anyway.
+    /// Emulate even where this machine could run guests itself, with this; QEMU where hosts must be emulated
+    /// anyway.
     pub emulate: Option<Emulator>,
     /// An emulated host's hardware.
     pub hardware: Hardware,
@@ -126,7 +127,8 @@ impl Rig {
         self.hosts().iter().all(|host| host.output("true", ALIVE).is_ok())
     }
 
-    /// Boots new hosts of QEMU's in place of the old. Where this machine is the host, there is nothing to be done.
+    /// Boots new hosts of QEMU's in place of the old. Where this machine is the host, there is nothing to be
+    /// done.
     ///
     /// # Errors
     /// They do not come up; then there are none. Or the host is Bochs's, of which there is only one in a run.
@@ -167,8 +169,8 @@ impl Rig {
         self.emulated.as_deref()
     }
 
-    /// What the hosts are doing, for who has to find out why something failed: threads, kernel stacks and kernel
-    /// log, and the ends of emulated hosts' consoles, which also tell of a host that is gone.
+    /// What the hosts are doing, for who has to find out why something failed: threads, kernel stacks and
+    /// kernel log, and the ends of emulated hosts' consoles, which also tell of a host that is gone.
     pub fn diagnosis(&self) -> String {
         let mut said: Vec<String> = self.hosts().iter().map(Host::diagnosis).collect();
         if let Some(rack) = self.rack() {

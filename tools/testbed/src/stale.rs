@@ -1,16 +1,17 @@
-//! Stale code: a breakpoint that a CPU met although memory no longer held one. A fault of the emulator, told apart from
-//! panics that are somebody else's.
+//! Stale code: a breakpoint that a CPU met although memory no longer held one. A fault of the emulator, told
+//! apart from panics that are somebody else's.
 //!
-//! Linux patches its own code while other CPUs run it: a breakpoint (`int3`) over the first byte, then the rest, then the
-//! first byte, and after each step an interrupt to all CPUs. In QEMU's TCG a store to a page with translated code first
-//! drops the translations and then changes memory (`notdirty_write`, then the store: versions 7.2 to 11.1 alike). Another
-//! CPU may translate in between: it reads the breakpoint, and nothing ever drops that translation. When the patch is long
-//! done its CPUs meet the breakpoint and the kernel dies: `Oops: int3`. The more the emulated CPUs wait for real ones, the
-//! likelier. `cargo xtask emulator-check` shows it with a program of its own, without Linux or Gestalt: [`crate::emulator`].
+//! Linux patches its own code while other CPUs run it: a breakpoint (`int3`) over the first byte, then the
+//! rest, then the first byte, and after each step an interrupt to all CPUs. In QEMU's TCG a store to a page
+//! with translated code first drops the translations and then changes memory (`notdirty_write`, then the
+//! store: versions 7.2 to 11.1 alike). Another CPU may translate in between: it reads the breakpoint, and
+//! nothing ever drops that translation. When the patch is long done its CPUs meet the breakpoint and the
+//! kernel dies: `Oops: int3`. The more the emulated CPUs wait for real ones, the likelier. `cargo xtask
+//! emulator-check` shows it with a program of its own, without Linux or Gestalt: [`crate::emulator`].
 //!
-//! What is done about it: emulated hosts keep a virtual machine open ([`crate::keeper`]) and guests start with one CPU
-//! ([`crate::machine`]), so that kernels patch themselves while nobody else runs. What is left is named, and such a boot
-//! may be repeated on a fresh host; it never counts as passed.
+//! What is done about it: emulated hosts keep a virtual machine open ([`crate::keeper`]) and guests start
+//! with one CPU ([`crate::machine`]), so that kernels patch themselves while nobody else runs. What is left
+//! is named, and such a boot may be repeated on a fresh host; it never counts as passed.
 
 use std::fmt;
 
@@ -48,8 +49,8 @@ impl fmt::Display for StaleCode {
 
 impl std::error::Error for StaleCode {}
 
-/// Where a kernel, of which this is the console, died of an int3 that memory does not hold; `None` if it did not, or if
-/// the bytes in memory were not printed or do show one.
+/// Where a kernel, of which this is the console, died of an int3 that memory does not hold; `None` if it did
+/// not, or if the bytes in memory were not printed or do show one.
 pub fn find(console: &str) -> Option<String> {
     let mut lines = console.lines().skip_while(|line| !line.contains("Oops: int3"));
     lines.next()?;

@@ -1,9 +1,9 @@
 //! The network between emulated hosts: an Ethernet switch made of a few threads.
 //!
-//! Each port is a stream socket on which QEMU (`-netdev stream`) writes frames behind a big-endian 32-bit length. A
-//! frame goes to every other port: with a handful of hosts, learning addresses would save little. A port whose
-//! reader falls behind slows the senders down, which is what TCP above it needs; nothing is dropped, except at a
-//! port that was cut.
+//! Each port is a stream socket on which QEMU (`-netdev stream`) writes frames behind a big-endian 32-bit
+//! length. A frame goes to every other port: with a handful of hosts, learning addresses would save little. A
+//! port whose reader falls behind slows the senders down, which is what TCP above it needs; nothing is
+//! dropped, except at a port that was cut.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;

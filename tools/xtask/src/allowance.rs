@@ -1,4 +1,5 @@
-//! A command that may use so much CPU time: on shared cores seconds of the clock say little about how much was done.
+//! A command that may use so much CPU time: on shared cores seconds of the clock say little about how much
+//! was done.
 
 use std::io::Read;
 use std::process::{Command, ExitStatus, Stdio};

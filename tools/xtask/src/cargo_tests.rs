@@ -19,8 +19,8 @@ pub fn run(tally: &mut Tally) -> Result<()> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command.args(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]).current_dir(workspace());
-    // Cargo names a program on standard error, and what the program says follows on standard output: one pipe for both keeps
-    // them in order.
+    // Cargo names a program on standard error, and what the program says follows on standard output: one pipe
+    // for both keeps them in order.
     let (output, writer) = io::pipe().context("making a pipe")?;
     command.stdout(writer.try_clone()?).stderr(writer);
     let begin = Instant::now();

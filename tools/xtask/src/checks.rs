@@ -1,8 +1,8 @@
-//! `cargo xtask ci-checks`, and the first part of `cargo xtask test`: formatting, lints, documentation, licences, one
-//! version of every rust-vmm crate, the walls between our own.
+//! `cargo xtask ci-checks`, and the first part of `cargo xtask test`: formatting, lints, documentation,
+//! licences, one version of every rust-vmm crate, the walls between our own.
 //!
-//! Advisories are not among them: their database is a git repository that a build machine may not reach. Where it can be
-//! reached, `cargo deny --config tools/deny.toml check advisories` reads it.
+//! Advisories are not among them: their database is a git repository that a build machine may not reach.
+//! Where it can be reached, `cargo deny --config tools/deny.toml check advisories` reads it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,8 @@ use testbed::progress::Step;
 use crate::layers;
 use crate::tally::Tally;
 
-/// Crates of the rust-vmm project. Two versions of one in the same program do not understand each other's types.
+/// Crates of the rust-vmm project. Two versions of one in the same program do not understand each other's
+/// types.
 const RUST_VMM: &[&str] = &[
     "acpi_tables",
     "event-manager",
@@ -123,8 +124,9 @@ fn cargo_deny() -> Result<PathBuf> {
     Ok(root.join("bin/cargo-deny"))
 }
 
-/// Fails if a crate that the workspace uses says that it needs a newer Rust than the workspace says it does. (That the
-/// workspace's own code keeps to it is for clippy's `incompatible_msrv`, and for CI wherever that Rust is installed.)
+/// Fails if a crate that the workspace uses says that it needs a newer Rust than the workspace says it does.
+/// (That the workspace's own code keeps to it is for clippy's `incompatible_msrv`, and for CI wherever that
+/// Rust is installed.)
 fn minimum_rust() -> Result<()> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);

@@ -1,8 +1,8 @@
-//! `cargo xtask devices`: how much faster a disk or a network card is for a CPU of its own node than for one of another,
-//! and how both compare with QEMU, with the same guest, images and interfaces on the same host.
+//! `cargo xtask devices`: how much faster a disk or a network card is for a CPU of its own node than for one
+//! of another, and how both compare with QEMU, with the same guest, images and interfaces on the same host.
 //!
-//! The guest (`throughput` in `files/guest-init.sh`) moves some bytes through each device from each node, three times; the
-//! best counts. QEMU runs it on one node, of course.
+//! The guest (`throughput` in `files/guest-init.sh`) moves some bytes through each device from each node,
+//! three times; the best counts. QEMU runs it on one node, of course.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

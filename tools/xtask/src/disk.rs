@@ -1,5 +1,5 @@
-//! `cargo xtask quickstart -- --disk`: a Debian boots from its own disk over several nodes, somebody logs in over ssh
-//! and uses the disks of all nodes from the CPUs of all nodes.
+//! `cargo xtask quickstart -- --disk`: a Debian boots from its own disk over several nodes, somebody logs in
+//! over ssh and uses the disks of all nodes from the CPUs of all nodes.
 //!
 //! ```text
 //! Debian image -> gestalt run -> ssh -> disk-check.sh: each disk from each node, a striped file system -> poweroff
@@ -58,7 +58,8 @@ struct Report {
     pairs: Vec<Pair>,
     /// Level and members of the striped file system.
     stripe: Option<String>,
-    /// Files of it that were read and found right after it was mounted anew, by the nodes of the reader and the writer.
+    /// Files of it that were read and found right after it was mounted anew, by the nodes of the reader and
+    /// the writer.
     stripe_verified: Vec<(usize, usize)>,
     /// Whether the guest ended by itself and `gestalt run` with 0.
     clean_poweroff: bool,
@@ -82,9 +83,9 @@ struct Pair {
 struct Way {
     /// Until it was read, or on the disk.
     mib_per_second: f64,
-    /// Bytes between nodes for each byte read or written, as the network of the hosts counts them: its headers
-    /// included, and all that the machine does meanwhile; less what two counts in a row differ by. Null over RDMA on
-    /// one host, which no interface counts.
+    /// Bytes between nodes for each byte read or written, as the network of the hosts counts them: its
+    /// headers included, and all that the machine does meanwhile; less what two counts in a row differ by.
+    /// Null over RDMA on one host, which no interface counts.
     moved_per_byte: Option<f64>,
 }
 

@@ -1,5 +1,5 @@
-//! `cargo xtask emulator-check`: whether the installed emulator runs code that is no longer in memory, and whether it
-//! breaks a CPU's flags.
+//! `cargo xtask emulator-check`: whether the installed emulator runs code that is no longer in memory, and
+//! whether it breaks a CPU's flags.
 
 use std::process::Command;
 use std::time::{Duration, Instant};

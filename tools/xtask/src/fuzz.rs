@@ -1,9 +1,11 @@
 //! `cargo xtask fuzz`: runs the fuzz targets of `tests/fuzz`, with the stable compiler and libFuzzer.
 //!
-//! What they find goes to `tests/fuzz/artifacts`; inputs worth keeping to `target/fuzz/corpus`, beside the small corpus
-//! in `tests/fuzz/corpus` that every run begins with. `cargo xtask test` runs each target for [`SHORTLY`].
+//! What they find goes to `tests/fuzz/artifacts`; inputs worth keeping to `target/fuzz/corpus`, beside the
+//! small corpus in `tests/fuzz/corpus` that every run begins with. `cargo xtask test` runs each target for
+//! [`SHORTLY`].
 //!
-//! Time is CPU time: a target that shares its cores with other work gets as much of it as one that has them to itself.
+//! Time is CPU time: a target that shares its cores with other work gets as much of it as one that has them
+//! to itself.
 
 use std::path::Path;
 use std::process::Command;
@@ -20,18 +22,20 @@ use testbed::{exec, setup};
 use crate::allowance::{self, Allowance};
 use crate::report;
 
-/// How long each target runs among the other tests: time for the corpus and thousands of inputs beyond. On a busy machine
-/// it gets less, so that the tests take no longer.
+/// How long each target runs among the other tests: time for the corpus and thousands of inputs beyond. On a
+/// busy machine it gets less, so that the tests take no longer.
 pub const SHORTLY: Span = Span { cpu: 2, wall: 2 };
 
-/// What the compiler does for libFuzzer: counters on every edge, and what is compared with what. As `cargo fuzz` does it,
-/// without a sanitizer: those need the nightly compiler, and this code is safe Rust with overflow checks.
+/// What the compiler does for libFuzzer: counters on every edge, and what is compared with what. As `cargo
+/// fuzz` does it, without a sanitizer: those need the nightly compiler, and this code is safe Rust with
+/// overflow checks.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
      -Cllvm-args=-sanitizer-coverage-trace-compares";
 /// Last lines of a failed target's output that its error carries.
 const REPORT_LINES: usize = 40;
-/// A target that got its time is asked to end between two inputs, and one input takes this many seconds at most.
+/// A target that got its time is asked to end between two inputs, and one input takes this many seconds at
+/// most.
 const INPUT_LIMIT: u32 = 60;
 /// What a target ends within beyond its time by the clock and its last input; then it is killed.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -45,8 +49,8 @@ pub struct Fuzz {
     /// How much CPU time each target gets, in seconds
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
-    /// How long each target may take by the clock, in seconds; one that did not get its CPU time by then counts as failed
-    /// [default: ten times --seconds]
+    /// How long each target may take by the clock, in seconds; one that did not get its CPU time by then
+    /// counts as failed [default: ten times --seconds]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     wall_seconds: Option<u32>,
     /// Only targets whose name contains this
@@ -189,7 +193,8 @@ fn run_one(folder: &Path, built: &Path, name: &str, span: Span) -> Result<Findin
         Allowance {
             cpu: Duration::from_secs(span.cpu.into()),
             wall: Duration::from_secs(u64::from(span.wall) + u64::from(INPUT_LIMIT)) + PATIENCE,
-            // Between two inputs it then prints its statistics and ends with 0. SIGINT would end it amid one, with an error.
+            // Between two inputs it then prints its statistics and ends with 0. SIGINT would end it amid one,
+            // with an error.
             stop: Signal::SIGUSR1,
         },
     )?;

@@ -1,8 +1,8 @@
-//! What a host in Bochs is asked beside the boot of a guest: whether `gestalt doctor` finds it fit, whether micro guests
-//! do what they should on its KVM, and for what nested paging stopped the guest.
+//! What a host in Bochs is asked beside the boot of a guest: whether `gestalt doctor` finds it fit, whether
+//! micro guests do what they should on its KVM, and for what nested paging stopped the guest.
 //!
-//! On Intel the last is the point: with EPT's accessed and dirty bits every walk of the guest's page tables counts as a
-//! write to them, as it always does on AMD, and then nodes cannot share page tables.
+//! On Intel the last is the point: with EPT's accessed and dirty bits every walk of the guest's page tables
+//! counts as a write to them, as it always does on AMD, and then nodes cannot share page tables.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -17,14 +17,15 @@ use testbed::bochs::Processor;
 use testbed::host::{Event, Host};
 use testbed::rig::{Emulator, RigConfig};
 
-/// The doctor and the micro guests take seconds of the host's time; a busy machine needs much longer for these.
+/// The doctor and the micro guests take seconds of the host's time; a busy machine needs much longer for
+/// these.
 const DOCTOR_LIMIT: Duration = Duration::from_secs(600);
 const MICRO_GUESTS_LIMIT: Duration = Duration::from_secs(3600);
 /// The same by the host's own clock.
 const MICRO_GUESTS_SECONDS: u32 = 120;
-/// The tests to run. Those of clocks are left out: one spins two CPUs against each other, and came to no end on a host
-/// of one CPU. And one that spins with interrupts off: the host stood still then, its own time-out with it, as if no interrupt
-/// of the host's ended the guest's stay.
+/// The tests to run. Those of clocks are left out: one spins two CPUs against each other, and came to no end
+/// on a host of one CPU. And one that spins with interrupts off: the host stood still then, its own time-out
+/// with it, as if no interrupt of the host's ended the guest's stay.
 const MICRO_GUESTS: &str = "interrupts:: vcpu:: startup:: nodes:: --skip spins_with_interrupts_off";
 /// A small job on a slow host.
 const SHORT: Duration = Duration::from_secs(300);
@@ -87,7 +88,8 @@ pub struct Study {
 }
 
 impl Study {
-    /// A study, if the rig is to be a host in Bochs. Builds the micro guests, which the host must find beside `gestalt`.
+    /// A study, if the rig is to be a host in Bochs. Builds the micro guests, which the host must find beside
+    /// `gestalt`.
     ///
     /// # Errors
     /// They do not compile.
@@ -200,9 +202,9 @@ impl Violations {
         let mut sum = Self::default();
         for (&code, &count) in causes {
             let has = |bit: u32| code >> bit & 1 == 1;
-            // SDM vol. 3, "Exit Qualification for EPT Violations": 1 a write, 2 a fetch, 7 the linear address is valid,
-            // 8 the access was to its translation and not to a paging structure. APM vol. 2, "Nested Paging":
-            // 1 a write, 4 a fetch, 33 a walk.
+            // SDM vol. 3, "Exit Qualification for EPT Violations": 1 a write, 2 a fetch, 7 the linear address
+            // is valid, 8 the access was to its translation and not to a paging structure. APM vol. 2,
+            // "Nested Paging": 1 a write, 4 a fetch, 33 a walk.
             let (walk, write, fetch) = match processor {
                 Processor::Intel { .. } => (has(7) && !has(8), has(1), has(2)),
                 Processor::Amd => (has(33), has(1), has(4)),
@@ -233,8 +235,8 @@ fn shown(host: &Host, script: &str, limit: Duration) -> Result<(i32, String)> {
     Ok((code, String::from_utf8_lossy(&said).into_owned()))
 }
 
-/// Reads what a test program prints: `test NAME ... ok` or `FAILED` for each test, with what it says itself before the
-/// result, and `test result: ...` at the end.
+/// Reads what a test program prints: `test NAME ... ok` or `FAILED` for each test, with what it says itself
+/// before the result, and `test result: ...` at the end.
 fn micro_guests(said: &str) -> MicroGuests {
     let (mut found, mut skips) = (MicroGuests::default(), false);
     for line in said.lines() {
@@ -254,7 +256,7 @@ fn micro_guests(said: &str) -> MicroGuests {
     found
 }
 
-/// Reads a histogram of the kernel: `{ error_code:              18a } hitcount:        125`, keys in hexadecimal.
+/// Reads a histogram of the kernel: `{ error_code: 18a } hitcount: 125`, keys in hexadecimal.
 fn causes(histogram: &str) -> Result<BTreeMap<u64, u64>> {
     let mut causes = BTreeMap::new();
     for line in histogram.lines().filter(|line| line.starts_with('{')) {

@@ -1,12 +1,12 @@
-//! The walls between the crates: which of them each may depend on. `cargo xtask ci-checks` holds the tree to it, and so do
-//! this crate's tests.
+//! The walls between the crates: which of them each may depend on. `cargo xtask ci-checks` holds the tree to
+//! it, and so do this crate's tests.
 //!
 //! ```text
 //! gestalt ─> vmm ─> devices ─> machine ─> coherence ─> fabric ─> base
 //!                                   └───> firmware
 //! ```
-//! Nothing points up, and what is left out here must not be known there: `fabric` no pages, `coherence` no devices,
-//! `firmware` nothing but bytes, `devices` no KVM.
+//! Nothing points up, and what is left out here must not be known there: `fabric` no pages, `coherence` no
+//! devices, `firmware` nothing but bytes, `devices` no KVM.
 
 use std::collections::BTreeMap;
 use std::process::Command;

@@ -13,9 +13,10 @@
 //! | `emulator-check` | [`emulator_check`] | how often the emulator runs code that is no longer in memory |
 //! | `ci-checks` | [`checks`], [`layers`] | what `test` checks of the sources, and nothing else |
 //!
-//! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the boots of
-//! `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`cargo_tests`] those of `cargo test`, [`skips`] which
-//! of them lack something here, [`tally`] what `test` has found so far, [`report`] the files in `target/report`, [`allowance`] a command with so much CPU time.
+//! [`rails`] are the cut rails of `soak`, [`options`] what tasks that boot have in common, [`scenarios`] the
+//! boots of `test` and `soak`, [`over_rdma`] the fabric's tests on soft-RoCE, [`cargo_tests`] those of `cargo
+//! test`, [`skips`] which of them lack something here, [`tally`] what `test` has found so far, [`report`] the
+//! files in `target/report`, [`allowance`] a command with so much CPU time.
 
 mod allowance;
 mod cargo_tests;
@@ -73,8 +74,8 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    // `cargo xtask quickstart -- --nodes 3` and `cargo xtask quickstart --nodes 3` are the same: no task takes
-    // anything but flags, so a lone `--` says nothing.
+    // `cargo xtask quickstart -- --nodes 3` and `cargo xtask quickstart --nodes 3` are the same: no task
+    // takes anything but flags, so a lone `--` says nothing.
     let args = std::env::args_os().filter(|arg| arg != "--");
     let result = match Cli::parse_from(args).task {
         Task::Quickstart(task) => task.run(),

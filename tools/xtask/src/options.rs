@@ -47,8 +47,8 @@ pub struct Options {
     /// CPUs of each emulated host; 2 if not given, and 1 in Bochs, which emulates CPUs one after the other
     #[arg(long)]
     pub host_cpus: Option<u32>,
-    /// Emulate the hosts even if this machine has VMX or SVM: with QEMU, which has AMD's SVM, or one Intel host, with
-    /// VMX, in Bochs
+    /// Emulate the hosts even if this machine has VMX or SVM: with QEMU, which has AMD's SVM, or one Intel
+    /// host, with VMX, in Bochs
     #[arg(long, num_args = 0..=1, default_missing_value = "amd", value_name = "PROCESSOR")]
     pub emulate: Option<Emulate>,
     /// On an Intel host in Bochs, let EPT keep accessed and dirty bits (kvm_intel eptad=1)
@@ -111,7 +111,8 @@ impl Options {
         self.emulate.map(|emulate| emulate.emulator(self.eptad))
     }
 
-    /// CPUs of a host, and of a node, unless the user says otherwise: Bochs emulates all of them one after the other.
+    /// CPUs of a host, and of a node, unless the user says otherwise: Bochs emulates all of them one after
+    /// the other.
     fn usual_cpus(&self) -> u32 {
         match self.emulator() {
             Some(Emulator::Bochs(_)) => 1,

@@ -18,7 +18,8 @@ use crate::{disk, report};
 
 /// A boot with its checks takes about a minute on an emulated host.
 const LIMIT: Duration = Duration::from_secs(900);
-/// In Bochs it takes minutes of one idle CPU, and the guest may be silent for many of them if the CPU is not idle.
+/// In Bochs it takes minutes of one idle CPU, and the guest may be silent for many of them if the CPU is not
+/// idle.
 const BOCHS_LIMIT: Duration = Duration::from_secs(4 * 3600);
 const BOCHS_SILENCE: Duration = Duration::from_secs(1800);
 /// A person may stay in the guest's shell for long.
@@ -32,7 +33,8 @@ pub struct Quickstart {
     /// Stay at a shell in the guest; leaving it powers the machine off
     #[arg(long)]
     interactive: bool,
-    /// Boot a whole Debian from its own disk, log in over ssh and use a disk of each node from each node's CPUs
+    /// Boot a whole Debian from its own disk, log in over ssh and use a disk of each node from each node's
+    /// CPUs
     #[arg(long, conflicts_with = "interactive")]
     disk: bool,
 }
@@ -51,8 +53,8 @@ struct Report {
     /// What the guest says of each NUMA node.
     numa: Vec<Numa>,
     smp_check: Option<String>,
-    /// From the start of `gestalt run` until the guest is in user space with all its CPUs. In Bochs it is the guest's own
-    /// clock that says so, when it reports: this machine's says nothing of an emulated one's.
+    /// From the start of `gestalt run` until the guest is in user space with all its CPUs. In Bochs it is the
+    /// guest's own clock that says so, when it reports: this machine's says nothing of an emulated one's.
     boot_seconds: Option<f64>,
     remote_read_faults: Option<u64>,
     remote_write_faults: Option<u64>,

@@ -1,5 +1,5 @@
-//! The rails of `cargo xtask soak -- --rails N`: cut and restored in turn under a guest that checks its memory without
-//! end, and cut all at once at last.
+//! The rails of `cargo xtask soak -- --rails N`: cut and restored in turn under a guest that checks its
+//! memory without end, and cut all at once at last.
 //!
 //! ```text
 //! hosts 0 and 1:   first network ── the coordinator's, left alone

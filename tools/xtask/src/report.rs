@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use testbed::artifacts::workspace;
 
-/// Removes `target/report/<name>.json` of an earlier run, so that a run that fails midway does not leave it to be
-/// taken for its own.
+/// Removes `target/report/<name>.json` of an earlier run, so that a run that fails midway does not leave it
+/// to be taken for its own.
 ///
 /// # Errors
 /// It exists and cannot be removed.

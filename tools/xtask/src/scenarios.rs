@@ -39,8 +39,8 @@ pub enum Plan {
     Full,
     /// Boot, take memory and free it: the nodes must give it back. Then the balloon grows and shrinks.
     Vacate,
-    /// Boot, report, use every disk and network card; then a disk comes and goes so many times, now on one node and now
-    /// on another, and a network card once; power off.
+    /// Boot, report, use every disk and network card; then a disk comes and goes so many times, now on one
+    /// node and now on another, and a network card once; power off.
     HotPlug {
         /// How often.
         rounds: usize,
@@ -101,7 +101,8 @@ impl Scenario {
     /// Runs it on hosts that are up.
     ///
     /// # Errors
-    /// The expectation is not met. The error holds a [`testbed::stale::StaleCode`] if the emulator is to blame.
+    /// The expectation is not met. The error holds a [`testbed::stale::StaleCode`] if the emulator is to
+    /// blame.
     pub fn run(&self, rig: &Rig) -> Result<Times> {
         let mut console = String::new();
         self.run_to_the_end(rig, &mut console).map_err(|error| match rig.stale_code(&console) {
@@ -330,8 +331,8 @@ pub fn over_rdma() -> Scenario {
     Scenario::new("two nodes boot over RDMA", machine, Plan::Whole)
 }
 
-/// Each node has a disk and a network card of its own, and others come and go; the CPUs are on the first, which boots
-/// quickly everywhere.
+/// Each node has a disk and a network card of its own, and others come and go; the CPUs are on the first,
+/// which boots quickly everywhere.
 pub fn devices(rounds: usize) -> Scenario {
     let machine = Machine { disks: vec![0, 1], cards: vec![0, 1], ..with_memory_node() };
     Scenario::new("CPUs use the disks and network cards of two nodes", machine, Plan::HotPlug { rounds })
@@ -348,7 +349,8 @@ pub fn devices_of_all() -> Scenario {
     Scenario::new("CPUs of two nodes use both nodes' disks and network cards", machine, Plan::Devices)
 }
 
-/// Nodes that may spend little more than their own part of the guest's memory, by which the kernel, too, holds them.
+/// Nodes that may spend little more than their own part of the guest's memory, by which the kernel, too,
+/// holds them.
 pub fn budgets() -> Scenario {
     let machine = Machine { budget_mib: Some(282), ..Machine::equal(2, 1, 256) };
     Scenario::new("nodes keep to their budgets", machine, Plan::Full)
@@ -378,8 +380,8 @@ pub fn two_hosts_over_rdma() -> Scenario {
     Scenario::new("two hosts boot one guest over RDMA", machine, Plan::Whole)
 }
 
-/// Runs `task` on hosts that are up afterwards too: dead ones are replaced. If the emulator killed a kernel, `task` is run
-/// a second time, on new hosts; that is the only reason to do so, and `reruns` tells of it.
+/// Runs `task` on hosts that are up afterwards too: dead ones are replaced. If the emulator killed a kernel,
+/// `task` is run a second time, on new hosts; that is the only reason to do so, and `reruns` tells of it.
 pub fn on_live_hosts<T>(
     name: &str,
     rig: &mut Rig,

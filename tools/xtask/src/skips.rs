@@ -1,15 +1,15 @@
 //! Tests that skip: they lack something on this host, say so, and show nothing.
 //!
-//! A test says it by a line `skipped: REASON` on its output. `cargo test -- --show-output` prints what passing tests have
-//! said behind their results, each under a line with its name:
+//! A test says it by a line `skipped: REASON` on its output. `cargo test -- --show-output` prints what
+//! passing tests have said behind their results, each under a line with its name:
 //!
 //! ```text
 //! ---- qcow2::tests::other_programs_agree stdout ----
 //! skipped: qemu-img is not installed
 //! ```
 //!
-//! `expected-skips.txt` beside this crate lists those of the development machine; another one is a failure there, because
-//! something has stopped being tested.
+//! `expected-skips.txt` beside this crate lists those of the development machine; another one is a failure
+//! there, because something has stopped being tested.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -52,7 +52,8 @@ pub fn count(skips: &[Skip]) -> usize {
     skips.iter().map(|skip| &skip.test).collect::<BTreeSet<_>>().len()
 }
 
-/// The tests that are expected to skip on the development machine. A line that ends in `*` is for all that begin so.
+/// The tests that are expected to skip on the development machine. A line that ends in `*` is for all that
+/// begin so.
 pub struct Expected(BTreeSet<String>);
 
 impl Expected {

@@ -21,8 +21,8 @@ pub struct Soak {
     /// How many boots in a row, power-off each
     #[arg(long, default_value_t = 20)]
     boots: u32,
-    /// Boot one node with 2 CPUs, and 2 CPUs beside a node of memory, in turn, in place of the machine described: quick
-    /// boots, to count kernels that the emulator kills
+    /// Boot one node with 2 CPUs, and 2 CPUs beside a node of memory, in turn, in place of the machine
+    /// described: quick boots, to count kernels that the emulator kills
     #[arg(long)]
     in_turn: bool,
     /// Run smp-check in each of these boots
@@ -62,7 +62,8 @@ struct Report {
     rails: Option<Trial>,
     /// Median seconds to user space with all CPUs of the boots.
     boot_median_seconds: Option<f64>,
-    /// The same of a machine of one node with as much of everything, on the same hosts, when shapes were booted.
+    /// The same of a machine of one node with as much of everything, on the same hosts, when shapes were
+    /// booted.
     one_node_boot_seconds: Option<f64>,
     /// The first divided by the second.
     ratio_to_one_node: Option<f64>,
@@ -181,8 +182,8 @@ fn kind_of_hosts(emulated: bool) -> &'static str {
     if emulated { "EMULATED" } else { "real" }
 }
 
-/// Runs one after another; where a host is gone or its emulator failed, new ones are booted for the next. Nothing is run
-/// twice: what fails counts.
+/// Runs one after another; where a host is gone or its emulator failed, new ones are booted for the next.
+/// Nothing is run twice: what fails counts.
 fn run_all(scenarios: Vec<Scenario>, rig: &mut Rig, show: bool) -> Result<Vec<Entry>> {
     let mut entries = Vec::new();
     for scenario in scenarios {

@@ -1,5 +1,6 @@
-//! `cargo xtask test`: checks of the sources, unit tests, integration tests, each fuzz target for a moment, guest boots.
-//! Ends with where the time went and the skips with their reasons, and the line `N passed, N failed, N skipped`.
+//! `cargo xtask test`: checks of the sources, unit tests, integration tests, each fuzz target for a moment,
+//! guest boots. Ends with where the time went and the skips with their reasons, and the line `N passed, N
+//! failed, N skipped`.
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,5 @@
-//! The devices of a machine: interrupt controllers, what every PC has, PCI and virtio. Nothing here knows KVM or which
-//! node a CPU is on: interrupts, output and power events leave through closures that the node gives.
+//! The devices of a machine: interrupt controllers, what every PC has, PCI and virtio. Nothing here knows KVM
+//! or which node a CPU is on: interrupts, output and power events leave through closures that the node gives.
 //!
 //! ```text
 //! guest writes a doorbell ─> pci::RootBus ─> virtio::Transport ─ bell ─> a queue's thread ─ I/O ─┐

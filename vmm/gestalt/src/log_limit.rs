@@ -1,4 +1,5 @@
-//! Log lines that a guest or a peer can cause without end: of each kind only so many in a while, and how many were left out.
+//! Log lines that a guest or a peer can cause without end: of each kind only so many in a while, and how many
+//! were left out.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -11,8 +12,8 @@ use tracing_subscriber::layer::{Context, Filter};
 
 /// Lines that one place in the program may write in a [`WHILE`].
 const LINES: u32 = 50;
-/// The target of lines that the coordinator has for whoever runs the machine, from one place of the program, and of which each
-/// counts: what to type on each of many hosts, say.
+/// The target of lines that the coordinator has for whoever runs the machine, from one place of the program,
+/// and of which each counts: what to type on each of many hosts, say.
 pub const OPERATOR: &str = "operator";
 /// How long they are counted together.
 const WHILE: Duration = Duration::from_secs(10);
@@ -57,7 +58,8 @@ impl<K: std::hash::Hash + Eq> Counts<K> {
     }
 }
 
-/// A filter that leaves out what comes too often. Lines for whoever searches for a fault (debug, trace) are not counted.
+/// A filter that leaves out what comes too often. Lines for whoever searches for a fault (debug, trace) are
+/// not counted.
 pub struct LogLimit {
     counts: Mutex<Counts<Identifier>>,
     /// Writes a line about lines.

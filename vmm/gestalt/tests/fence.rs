@@ -1,4 +1,5 @@
-//! A node that stands still while the others give it up, and then goes on, writes nothing more: a process with SIGSTOP.
+//! A node that stands still while the others give it up, and then goes on, writes nothing more: a process
+//! with SIGSTOP.
 
 mod common;
 

@@ -6,12 +6,13 @@
 //! node key = one node's private key and the coordinator's public key
 //! ```
 //!
-//! `gestalt run` has the machine key: it knows what every node's public key must be, without any list. A node has
-//! the machine key too, or, so that no server can pose as another, only its own node key. Without a key file
-//! `gestalt run` draws a machine key for the one run and gives the nodes that it starts theirs through a pipe.
+//! `gestalt run` has the machine key: it knows what every node's public key must be, without any list. A node
+//! has the machine key too, or, so that no server can pose as another, only its own node key. Without a key
+//! file `gestalt run` draws a machine key for the one run and gives the nodes that it starts theirs through a
+//! pipe.
 //!
-//! These keys protect the control connection. Lanes of the fabric have keys of their own, which each node draws afresh for
-//! each run and which the coordinator passes around.
+//! These keys protect the control connection. Lanes of the fabric have keys of their own, which each node
+//! draws afresh for each run and which the coordinator passes around.
 //!
 //! A key file is one line of text, and must be readable by its owner alone:
 //!

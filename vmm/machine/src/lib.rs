@@ -1,5 +1,5 @@
-//! A machine before anything of it runs: its file, the checks, the places of its devices, its keys, and the messages that
-//! coordinator and nodes exchange over the control connection.
+//! A machine before anything of it runs: its file, the checks, the places of its devices, its keys, and the
+//! messages that coordinator and nodes exchange over the control connection.
 //!
 //! ```text
 //! machine.toml ── config::file ──┐
@@ -19,7 +19,8 @@
 //! | [`control`] | what coordinator and node say to each other |
 //! | [`control::wire`], [`control::join`] | the bytes of that, and the node's side of the connection |
 //!
-//! Nothing here needs KVM, a guest's memory or a device: a machine can be read, checked and talked about on any host.
+//! Nothing here needs KVM, a guest's memory or a device: a machine can be read, checked and talked about on
+//! any host.
 
 pub mod config;
 pub mod control;

@@ -1,4 +1,5 @@
-//! One node of a Gestalt machine: KVM, the vCPUs, the clock, and the way of interrupts and device accesses between nodes.
+//! One node of a Gestalt machine: KVM, the vCPUs, the clock, and the way of interrupts and device accesses
+//! between nodes.
 //!
 //! ```text
 //! coordinator ══ control connection ══ node

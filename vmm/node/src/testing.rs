@@ -1,12 +1,12 @@
-//! What micro guests have in common, for tests and benches of this and other crates: their code in assembler, and the host
-//! that they run on. How one begins at CPL 3 is [`crate::vcpu::user_mode`]'s. All of this is there only with the feature
-//! `testing`.
+//! What micro guests have in common, for tests and benches of this and other crates: their code in assembler,
+//! and the host that they run on. How one begins at CPL 3 is [`crate::vcpu::user_mode`]'s. All of this is
+//! there only with the feature `testing`.
 
 use crate::kvm::{HostCpu, caps};
 pub use crate::{code16, code64};
 
-/// The bytes of 16-bit code in Intel syntax, which run at any address. Labels are numbers of two digits or more, used as
-/// `20b`, `20f`.
+/// The bytes of 16-bit code in Intel syntax, which run at any address. Labels are numbers of two digits or
+/// more, used as `20b`, `20f`.
 #[macro_export]
 macro_rules! code16 {
     ($($line:expr),+ $(,)?) => {{

@@ -1,5 +1,5 @@
-//! A panic of a node's main thread ends the node, and the coordinator has its message. A program of its own, because tests
-//! run on other threads.
+//! A panic of a node's main thread ends the node, and the coordinator has its message. A program of its own,
+//! because tests run on other threads.
 
 use std::io::Write;
 use std::process::{Command, exit};

@@ -1,5 +1,5 @@
-//! A thread that panics ends its node: a process that loses a thread of each kind, and whose main thread looks elsewhere.
-//! (`main_panics` is the same for the main thread.)
+//! A thread that panics ends its node: a process that loses a thread of each kind, and whose main thread
+//! looks elsewhere. (`main_panics` is the same for the main thread.)
 
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
@@ -224,8 +224,8 @@ impl Transport for Panics {
     }
 }
 
-/// Vcpus, shards, rails and all other threads have nothing of their own to say here: the hook is the process's. These are the
-/// only ways past it.
+/// Vcpus, shards, rails and all other threads have nothing of their own to say here: the hook is the
+/// process's. These are the only ways past it.
 #[test]
 fn nothing_in_the_tree_passes_by_the_panic_hook() {
     // What sets hooks: this mechanism, and the coordinator's, which is another process.

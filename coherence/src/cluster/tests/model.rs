@@ -38,8 +38,9 @@
 //! | pushing, 2 nodes x 1 page; evictions, devices of both | 25,694 | yes |
 //! | shipping and pushing, 2 nodes x 1 page; evictions | 27,806 | yes |
 //!
-//! "Shipping" is one CPU of each node that adds to the pages, with pages whose classes begin and end at any moment and
-//! CPUs that may want the page instead; "pushing" is CPUs that read and write, with pages that are pushed at times.
+//! "Shipping" is one CPU of each node that adds to the pages, with pages whose classes begin and end at any
+//! moment and CPUs that may want the page instead; "pushing" is CPUs that read and write, with pages that are
+//! pushed at times.
 //!
 //! The larger ones: `cargo test --release -p coherence --lib model -- --ignored --nocapture`, half a minute
 //! to two minutes each.

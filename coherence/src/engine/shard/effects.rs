@@ -1,5 +1,5 @@
-//! The protocol's effects, carried out: on the page tables of the guest view, on the frames, and as messages to other
-//! nodes.
+//! The protocol's effects, carried out: on the page tables of the guest view, on the frames, and as messages
+//! to other nodes.
 
 use crate::trace::{self, Event};
 use fabric::NodeId;
@@ -115,7 +115,8 @@ impl Core {
                 }
             }
             Effect::Clear(page) => {
-                // SAFETY: the protocol clears only pages that are not mapped, and only this shard writes its pages.
+                // SAFETY: the protocol clears only pages that are not mapped, and only this shard writes its
+                // pages.
                 unsafe { self.mapping.memory().fill(page, None) };
             }
             Effect::Punch(first, count) => {
@@ -182,8 +183,8 @@ impl Core {
             _ => (Source::Frame, false),
         };
         let mut outgoing = Outgoing { to, message, source, zero };
-        // SAFETY: the protocol sends frames only of pages that it has unmapped or protected here, or that only this
-        // shard's engine view holds.
+        // SAFETY: the protocol sends frames only of pages that it has unmapped or protected here, or that
+        // only this shard's engine view holds.
         outgoing.zero |= unsafe { outgoing.body(self.mapping.memory()) }.is_some_and(is_zero);
         if message.kind.has_body() {
             let sent = if outgoing.zero { &self.stats.zero_pages_sent } else { &self.stats.pages_sent };

@@ -116,8 +116,8 @@ impl Core {
         self.fetch(window)
     }
 
-    /// A write that came while a read of the page was under way goes on as a miss of its own. (What was asked for ahead
-    /// of its need is no miss: nobody waits for it, and when it comes it may not even be mapped.)
+    /// A write that came while a read of the page was under way goes on as a miss of its own. (What was asked
+    /// for ahead of its need is no miss: nobody waits for it, and when it comes it may not even be mapped.)
     pub(super) fn miss_again(&mut self, page: Page) {
         if self.holds.is_awaited(page) && self.protocol.is_missing(page) && !self.misses.has(page) {
             ShardStats::count(&self.stats.remote_write_faults);

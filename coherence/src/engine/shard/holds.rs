@@ -8,8 +8,8 @@ use std::time::Duration;
 use super::super::chains::{Chain, Chains};
 use crate::page::Page;
 
-/// A thread that waits for a page. One that is called out of its wait stays in the list until the page comes: most
-/// likely it will touch the page again.
+/// A thread that waits for a page. One that is called out of its wait stays in the list until the page comes:
+/// most likely it will touch the page again.
 struct Waiter {
     page: Page,
     thread: u32,
@@ -55,8 +55,8 @@ impl Holds {
         self.chains.now()
     }
 
-    /// The chain of a thread that waits for the page already: it was called out of its wait, for an interrupt, say, and
-    /// is back. It is the same wait.
+    /// The chain of a thread that waits for the page already: it was called out of its wait, for an
+    /// interrupt, say, and is back. It is the same wait.
     pub fn waits_again(&mut self, page: Page, thread: u32) -> Option<Chain> {
         let same = |waiter: &&mut Waiter| waiter.page == page && waiter.thread == thread;
         let waiter = self.waiters.iter_mut().find(same)?;
@@ -96,8 +96,8 @@ impl Holds {
         }
     }
 
-    /// The page does not come: who waited for it waits no more. Their threads. They keep what they have, which their
-    /// instruction needs if it cannot be shipped after all.
+    /// The page does not come: who waited for it waits no more. Their threads. They keep what they have,
+    /// which their instruction needs if it cannot be shipped after all.
     pub fn give_up(&mut self, page: Page, now: u64) -> Vec<u32> {
         let Holds { chains, waiters, .. } = self;
         let mut threads = Vec::new();
@@ -116,8 +116,8 @@ impl Holds {
         self.chains.took(miss);
     }
 
-    /// The page is held from now on: for nobody if it came `ahead` of its need, else for who waited for the page that was
-    /// mapped last, which is this one.
+    /// The page is held from now on: for nobody if it came `ahead` of its need, else for who waited for the
+    /// page that was mapped last, which is this one.
     pub fn hold(&mut self, page: Page, ahead: bool, now: u64) {
         let chain = if ahead { Chain::NONE } else { std::mem::replace(&mut self.winner, Chain::NONE) };
         self.hold_for(page, chain, now);

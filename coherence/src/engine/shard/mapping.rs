@@ -36,7 +36,8 @@ pub struct Mapping {
 struct Row(Option<(Page, u64)>);
 
 impl Row {
-    /// Adds a page. One that does not continue the row begins another; the row that ends with that is returned.
+    /// Adds a page. One that does not continue the row begins another; the row that ends with that is
+    /// returned.
     fn add(&mut self, page: Page, begins_range: bool) -> Row {
         match &mut self.0 {
             Some((first, count)) if first.0 + *count == page.0 && !begins_range => {
@@ -205,9 +206,9 @@ impl Mapping {
         }
     }
 
-    /// Before a Get of `most` pages from `first` on that never left this home: finds out how many of them nobody has
-    /// touched, and makes sure that nobody will without an event. The order is what makes the answer true: the frames are
-    /// in the file before they are unmapped, and looked at after.
+    /// Before a Get of `most` pages from `first` on that never left this home: finds out how many of them
+    /// nobody has touched, and makes sure that nobody will without an event. The order is what makes the
+    /// answer true: the frames are in the file before they are unmapped, and looked at after.
     pub fn surrender(&self, first: Page, most: u8) -> Result<u8, EngineError> {
         let absent = if most == 0 { 0 } else { self.memory.absent(first, u64::from(most)) };
         if absent == 0 {

@@ -46,8 +46,8 @@ use crate::stats::ShardStats;
 use crate::trace::{self, Event};
 use crate::uffd::Uffd;
 
-/// Frames whose pages went away, kept this many at most before they are given back to the host; fewer where the
-/// node has a budget, in which they count.
+/// Frames whose pages went away, kept this many at most before they are given back to the host; fewer where
+/// the node has a budget, in which they count.
 const GARBAGE: usize = 4096;
 
 /// The longest sleep, so that a stuck fault is noticed.
@@ -127,8 +127,8 @@ impl Shard {
         Ok(Shard { core, receiver, spin: config.spin, stuck: config.stuck })
     }
 
-    /// What watches this shard's pages. When it is closed, the kernel lets who touches a page that is not here go
-    /// on with zeroes.
+    /// What watches this shard's pages. When it is closed, the kernel lets who touches a page that is not
+    /// here go on with zeroes.
     pub fn uffd(&self) -> Arc<Uffd> {
         self.core.mapping.uffd().clone()
     }
@@ -280,8 +280,8 @@ impl Core {
         Ok(released)
     }
 
-    /// Whatever waits is watched: who touched a page, whether its miss began then or when it was asked for ahead of its need;
-    /// devices; who gives pages up; and vCPUs whose instructions were shipped.
+    /// Whatever waits is watched: who touched a page, whether its miss began then or when it was asked for
+    /// ahead of its need; devices; who gives pages up; and vCPUs whose instructions were shipped.
     fn check_stuck(&mut self, limit: Duration) -> Result<(), EngineError> {
         let now = Instant::now();
         if now - std::mem::replace(&mut self.looked, now) > 4 * TICK {

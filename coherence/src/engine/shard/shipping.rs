@@ -1,5 +1,5 @@
-//! Shipping: vCPUs of a shard's faults that were called out because their page stays where it is, and what they have done
-//! with it there.
+//! Shipping: vCPUs of a shard's faults that were called out because their page stays where it is, and what
+//! they have done with it there.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +11,8 @@ use crate::page::Page;
 use crate::protocol::{self, Body, Operation};
 use crate::stats::ShardStats;
 
-/// How long a vCPU that was called out may take to look. It takes microseconds, and on a busy host until it has a CPU.
+/// How long a vCPU that was called out may take to look. It takes microseconds, and on a busy host until it
+/// has a CPU.
 pub const PATIENCE: Duration = Duration::from_millis(50);
 
 /// What a shard ships. Nothing until it is told of vCPUs.
@@ -42,8 +43,8 @@ impl Shipping {
         self.called.is_empty()
     }
 
-    /// The page stays where it is: those of `threads`, which waited for it, that can do without are called out. If one
-    /// cannot the page must come.
+    /// The page stays where it is: those of `threads`, which waited for it, that can do without are called
+    /// out. If one cannot the page must come.
     fn call_out(&mut self, page: Page, threads: impl IntoIterator<Item = u32>) {
         for thread in threads {
             if self.vcpus.as_ref().is_some_and(|vcpus| vcpus.call_out(thread, page)) {
@@ -54,8 +55,8 @@ impl Shipping {
         }
     }
 
-    /// A page that must come though it was to stay, one after the other: those of vCPUs that were called out and do not look
-    /// are among them.
+    /// A page that must come though it was to stay, one after the other: those of vCPUs that were called out
+    /// and do not look are among them.
     fn must_come(&mut self) -> Option<Page> {
         if let Some(vcpus) = self.vcpus.as_ref().filter(|_| !self.called.is_empty()) {
             let unshippable = &mut self.unshippable;
@@ -120,8 +121,8 @@ impl Core {
         self.shipping.call_out(page, threads);
     }
 
-    /// Lets the pages come that cannot be done without after all. Rare: so they come to be written, which serves who reads as
-    /// well.
+    /// Lets the pages come that cannot be done without after all. Rare: so they come to be written, which
+    /// serves who reads as well.
     pub(super) fn fetch_unshippable(&mut self) -> Result<(), EngineError> {
         while let Some(page) = self.shipping.must_come() {
             self.protocol.fault(page, true, &mut self.effects);

@@ -1,5 +1,5 @@
-//! The protocol in a cluster under random schedules, and the messages of each operation counted. Beside that [`hostile`]
-//! peers, and what the protocol's [`metadata`] costs.
+//! The protocol in a cluster under random schedules, and the messages of each operation counted. Beside that
+//! [`hostile`] peers, and what the protocol's [`metadata`] costs.
 
 mod hostile;
 mod metadata;
@@ -136,7 +136,8 @@ fn an_untouched_page_that_is_read_may_be_written_at_once() {
     assert_eq!(access(&mut cluster, 1, true), 0);
 }
 
-/// Messages of an operation of a CPU of the node, which is shipped if it may be, and what the byte was before.
+/// Messages of an operation of a CPU of the node, which is shipped if it may be, and what the byte was
+/// before.
 fn operate(cluster: &mut Cluster, node: usize) -> (u64, u8) {
     let mut seen = Vec::new();
     cluster.step_seen(Step::Operate { node, cpu: 5, page: Page(0), write: true }, &mut seen).unwrap();
@@ -187,8 +188,8 @@ fn readers_of_a_pushed_page_have_what_was_written_without_asking() {
             access(&mut cluster, 2 + n, false);
         }
         for _ in 0..3 {
-            // The grant, an invalidation and its answer for each reader and the home, which then asks for the page
-            // and pushes it, and is answered.
+            // The grant, an invalidation and its answer for each reader and the home, which then asks for the
+            // page and pushes it, and is answered.
             let home = access(&mut cluster, 1, true) - 4 * readers as u64;
             assert!((4..=5).contains(&home), "{home}");
             for n in 0..readers {

@@ -1,5 +1,5 @@
-//! Patterns of access to one page, one access after the other, and what the rules make of them: the class that suits
-//! the pattern, soon, and then no more changes.
+//! Patterns of access to one page, one access after the other, and what the rules make of them: the class
+//! that suits the pattern, soon, and then no more changes.
 
 use crate::cluster::{Cluster, Seen, Step};
 use crate::page::Page;

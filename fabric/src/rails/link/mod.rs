@@ -1,7 +1,8 @@
-//! The link of one lane to one peer over several rails, without any I/O: the rail that it is on, and what is to be sent
-//! again.
+//! The link of one lane to one peer over several rails, without any I/O: the rail that it is on, and what is
+//! to be sent again.
 //!
-//! One side *leads*: it chooses the rail. The other follows, and asks for another rail when its own lost the peer.
+//! One side *leads*: it chooses the rail. The other follows, and asks for another rail when its own lost the
+//! peer.
 //!
 //! ```text
 //!                  the rail lost the peer; the follower asks; the lane's own rail is back
@@ -14,11 +15,11 @@
 //!            └── a newer resume, on whatever rail: answered with its own ───┘
 //! ```
 //!
-//! Moves are numbered, so that what is said of an earlier one, and may come late on another rail, is known as such.
-//! Frames on a rail that the lane is not on are ignored: the peer sends them again.
+//! Moves are numbered, so that what is said of an earlier one, and may come late on another rail, is known as
+//! such. Frames on a rail that the lane is not on are ignored: the peer sends them again.
 //!
-//! A rail that was lost and that the transport below has connected again is *tried* before it is used: the leader says
-//! `try` on it, and the follower says it back.
+//! A rail that was lost and that the transport below has connected again is *tried* before it is used: the
+//! leader says `try` on it, and the follower says it back.
 //!
 //! A message is one byte that says what it is, and its body: a frame, or numbers (`u64`, little-endian).
 
@@ -30,7 +31,8 @@ use crate::{LaneId, MAX_BACKLOG};
 const FRAME: u8 = 0;
 /// How many frames have been received.
 const ACKNOWLEDGE: u8 = 1;
-/// A move's number and how many frames have been received: the first message on a rail that the lane moves to.
+/// A move's number and how many frames have been received: the first message on a rail that the lane moves
+/// to.
 const RESUME: u8 = 2;
 /// The peer is not to be heard any more.
 const GIVE_UP: u8 = 3;
@@ -206,7 +208,8 @@ impl Link {
         Ok(())
     }
 
-    /// The follower cannot go on where move number `moved` went, and says so on `rail`; `false` if it cannot say that.
+    /// The follower cannot go on where move number `moved` went, and says so on `rail`; `false` if it cannot
+    /// say that.
     fn asked(&mut self, wire: &impl Wire, rail: usize, moved: u64) -> bool {
         if !self.leads || moved > self.moves {
             return false;
@@ -314,8 +317,8 @@ fn number(bytes: &[u8]) -> u64 {
 
 const OUT_OF_PLACE: &str = "it sent a message that no node sends at that place";
 
-/// A peer that sends what `data` says, on any rail, while rails are lost and return and frames are sent: whether it
-/// follows, then in turn a byte of what, a byte of how much, and the bytes.
+/// A peer that sends what `data` says, on any rail, while rails are lost and return and frames are sent:
+/// whether it follows, then in turn a byte of what, a byte of how much, and the bytes.
 #[cfg(fuzzing)]
 pub fn fuzz(data: &[u8]) {
     const RAILS: usize = 3;

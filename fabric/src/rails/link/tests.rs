@@ -229,8 +229,8 @@ fn nonsense_ends_the_lane_on_both_sides() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Two of three rails fail and return at any moment, for one end or both, with any part of what was under way:
-    /// every frame comes once and in order, both ways, and in the end on the lane's own rail.
+    /// Two of three rails fail and return at any moment, for one end or both, with any part of what was under
+    /// way: every frame comes once and in order, both ways, and in the end on the lane's own rail.
     #[test]
     fn nothing_is_lost_doubled_or_reordered(
         lane in 0..RAILS as u16,

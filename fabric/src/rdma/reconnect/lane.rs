@@ -78,8 +78,8 @@ impl LaneReconnect {
         Ok(())
     }
 
-    /// Takes what has come of the thread's work. Messages of the peers that it returns may come, from their first one
-    /// on. `queue` is the lane's.
+    /// Takes what has come of the thread's work. Messages of the peers that it returns may come, from their
+    /// first one on. `queue` is the lane's.
     pub(crate) fn advance(&mut self, queue: &mut ReceiveQueue) -> Vec<NodeId> {
         let mut installed = Vec::new();
         for outcome in self.outcomes.take() {

@@ -8,7 +8,8 @@
 //!
 //! - `protocol`: what both sides do and say, and when; pure.
 //! - `lane`: a lane's lost peers; carries out what `protocol` decides. It belongs to the lane's receiver.
-//! - `thread`: makes and connects queue pairs, which takes milliseconds, and a second where the network is cut.
+//! - `thread`: makes and connects queue pairs, which takes milliseconds, and a second where the network is
+//!   cut.
 //! - this file: what the thread is told to work on, and where it puts what came of that.
 
 pub(super) mod lane;

@@ -1,7 +1,8 @@
 //! The protocol by which a connection that was lost is made again, seen from one side, without any I/O.
 //!
-//! Both sides end a connection with a goodbye on the session, each with its own, and may begin the next one when both
-//! were said. As the session keeps order, what a peer says belongs to the connection after its last goodbye.
+//! Both sides end a connection with a goodbye on the session, each with its own, and may begin the next one
+//! when both were said. As the session keeps order, what a peer says belongs to the connection after its last
+//! goodbye.
 //!
 //! ```text
 //! Up ── lost ──> Asked ── a queue pair is made ──> Made ── the peer's goodbye: hello ──> Greeted
@@ -274,8 +275,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Whatever fails when, on either side: neither says what the other refuses, and once nothing fails any more
-        /// both are up, each connected to the queue pair that the other uses.
+        /// Whatever fails when, on either side: neither says what the other refuses, and once nothing fails
+        /// any more both are up, each connected to the queue pair that the other uses.
         #[test]
         fn two_sides_always_meet_again(
             events in prop::collection::vec((0..2usize, 0..6u8), 0..200),

@@ -131,7 +131,8 @@ impl Cq {
 
 impl Drop for Cq {
     fn drop(&mut self) {
-        // SAFETY: the queue pairs that use it held it, and every event was acknowledged when it was taken; once.
+        // SAFETY: the queue pairs that use it held it, and every event was acknowledged when it was taken;
+        // once.
         let code = unsafe { (self.context.library().destroy_cq)(self.raw) };
         if code != 0 {
             tracing::warn!(code, "an RDMA completion queue could not be destroyed");

@@ -118,11 +118,13 @@ impl Context {
 
     /// The descriptor that is readable while there is an asynchronous event.
     pub fn async_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the context is open until drop, and so is its descriptor; the field is set once when it is opened.
+        // SAFETY: the context is open until drop, and so is its descriptor; the field is set once when it is
+        // opened.
         unsafe { BorrowedFd::borrow_raw((*self.raw).async_fd) }
     }
 
-    /// The next asynchronous event (its type, and its port if it is about one); `None` when there is none now.
+    /// The next asynchronous event (its type, and its port if it is about one); `None` when there is none
+    /// now.
     ///
     /// # Errors
     /// What the kernel says; `EIO` or the like for a device that was removed.

@@ -1,7 +1,9 @@
-//! A fake adapter for tests: libibverbs' functions, with queue pairs that deliver to each other inside this process.
+//! A fake adapter for tests: libibverbs' functions, with queue pairs that deliver to each other inside this
+//! process.
 //!
-//! It also notices what a real one cannot tell: memory that is deregistered while there is a queue pair that was given
-//! it ([`Usage::dangling`]). Completions of a queue pair stay in their queues when it is destroyed, as real ones may.
+//! It also notices what a real one cannot tell: memory that is deregistered while there is a queue pair that
+//! was given it ([`Usage::dangling`]). Completions of a queue pair stay in their queues when it is destroyed,
+//! as real ones may.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::{c_char, c_int, c_void};
@@ -97,7 +99,8 @@ struct Pair {
 pub fn context() -> SharedContext {
     let events = eventfd();
     let raw = object::<ffi::Context>();
-    // SAFETY: a fresh allocation of that size, nobody else's; the fields written are plain pointers and a number.
+    // SAFETY: a fresh allocation of that size, nobody else's; the fields written are plain pointers and a
+    // number.
     unsafe {
         (*raw).poll_cq = poll_cq;
         (*raw).req_notify_cq = req_notify_cq;
@@ -197,8 +200,8 @@ impl Objects {
         let queue = peer.receive;
         let context = peer.context;
         if self.memory.contains_key(&sge.lkey) {
-            // SAFETY: memory that was given to the pair and is registered, so mapped; its user reads it after the
-            // completion.
+            // SAFETY: memory that was given to the pair and is registered, so mapped; its user reads it after
+            // the completion.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), sge.addr as *mut u8, bytes.len()) };
         } else {
             let what = format!("queue pair {to} received into memory {} that is gone", sge.lkey);
@@ -411,7 +414,8 @@ unsafe extern "C" fn req_notify_cq(queue: *mut ffi::Cq, failed_only: c_int) -> c
 
 unsafe extern "C" fn post_send(pair: *mut ffi::Qp, wr: *mut ffi::SendWr, _: *mut *mut ffi::SendWr) -> c_int {
     let mut objects = base::lock(&OBJECTS);
-    // SAFETY: an open queue pair and one valid request, whose memory, if it has any, is mapped during the call.
+    // SAFETY: an open queue pair and one valid request, whose memory, if it has any, is mapped during the
+    // call.
     let (number, wr, bytes) = unsafe {
         let sge = &*(*wr).sg_list;
         let bytes = match (*wr).num_sge {

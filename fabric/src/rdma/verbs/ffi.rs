@@ -1,7 +1,7 @@
 //! Structures and constants of `<infiniband/verbs.h>` (rdma-core, ABI 1.1 and later, x86-64).
 //!
-//! Only what is used has names; the rest is padding. The layouts have been the same since ABI 1.1 of 2007 and are
-//! part of the library's promise; the asserts below hold them against rdma-core 44.
+//! Only what is used has names; the rest is padding. The layouts have been the same since ABI 1.1 of 2007 and
+//! are part of the library's promise; the asserts below hold them against rdma-core 44.
 
 use std::mem::{offset_of, size_of};
 

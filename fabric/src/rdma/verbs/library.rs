@@ -21,8 +21,8 @@ macro_rules! library {
         impl Library {
             fn load(handle: *mut c_void) -> Result<Library, String> {
                 Ok(Library {
-                    // SAFETY: the symbol of that name is a function of that type: rdma-core keeps the ABI of its
-                    // exported functions (the types are those of its header).
+                    // SAFETY: the symbol of that name is a function of that type: rdma-core keeps the ABI of
+                    // its exported functions (the types are those of its header).
                     $($name: unsafe {
                         std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($type),*) $(-> $result)?>(
                             symbol(handle, concat!("ibv_", stringify!($name), "\0"))?,

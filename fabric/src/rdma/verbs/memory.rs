@@ -57,9 +57,9 @@ impl Drop for Pd {
 
 /// Memory that the device may read, and write at this host's request only, in slots of one size.
 ///
-/// A slot belongs to the device from the moment at which a work request with it is posted until that request's
-/// completion was polled, and to its user otherwise: [`super::send`] and [`super::receive`] hand slots out so. Nobody
-/// else's host can address them: no remote access is granted.
+/// A slot belongs to the device from the moment at which a work request with it is posted until that
+/// request's completion was polled, and to its user otherwise: [`super::send`] and [`super::receive`] hand
+/// slots out so. Nobody else's host can address them: no remote access is granted.
 pub struct Slots {
     memory: NonNull<u8>,
     slot: usize,
@@ -131,7 +131,8 @@ impl Slots {
     /// The slot is the caller's, and nobody else touches it meanwhile.
     pub(super) unsafe fn write(&self, index: usize, at: usize, bytes: &[u8]) {
         assert!(index < self.count && at + bytes.len() <= self.slot, "a slot of this memory");
-        // SAFETY: inside the mapping; the caller's promise; `bytes` is a Rust slice and so no part of the slot.
+        // SAFETY: inside the mapping; the caller's promise; `bytes` is a Rust slice and so no part of the
+        // slot.
         unsafe {
             let to = self.memory.as_ptr().add(index * self.slot + at);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());

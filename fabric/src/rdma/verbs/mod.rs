@@ -5,12 +5,13 @@
 //! - [`context`]: an opened device, its ports, and its asynchronous events.
 //! - [`memory`]: protection domains and registered memory, cut into slots.
 //! - [`completion`]: completion queues and the channel that says that there is something in them.
-//! - [`send`], [`receive`]: the slots of messages, and the queues that say what was sent and what has arrived.
+//! - [`send`], [`receive`]: the slots of messages, and the queues that say what was sent and what has
+//!   arrived.
 //! - [`queue`]: reliable-connected queue pairs.
 //!
-//! Each type owns what it was made from (a queue pair its queues and its slots, they their device), so nothing is
-//! destroyed before what uses it, in whatever order Rust drops them. Outside of this module no promise is to be kept:
-//! there is nothing `unsafe` in what it offers.
+//! Each type owns what it was made from (a queue pair its queues and its slots, they their device), so
+//! nothing is destroyed before what uses it, in whatever order Rust drops them. Outside of this module no
+//! promise is to be kept: there is nothing `unsafe` in what it offers.
 
 pub(super) mod completion;
 pub(super) mod context;

@@ -39,11 +39,11 @@ pub struct Route {
     pub send_psn: u32,
 }
 
-/// How long the peer's adapter may take to acknowledge, as the exponent of 4.096 us: 134 ms (IBA vol. 1, 9.7.6.1.3;
-/// adapters may take up to four times that).
+/// How long the peer's adapter may take to acknowledge, as the exponent of 4.096 us: 134 ms (IBA vol. 1,
+/// 9.7.6.1.3; adapters may take up to four times that).
 const ACK_TIMEOUT: u8 = 15;
-/// Transmissions beyond the first before the connection fails: a second, and four where adapters take so long. Not 7,
-/// the most that there is: to soft-RoCE (Linux, rxe_comp.c) that means without end.
+/// Transmissions beyond the first before the connection fails: a second, and four where adapters take so
+/// long. Not 7, the most that there is: to soft-RoCE (Linux, rxe_comp.c) that means without end.
 pub const RETRIES: u8 = 6;
 /// The same where there is another rail to go on over: half of that.
 pub const RAIL_RETRIES: u8 = 3;
@@ -121,8 +121,8 @@ unsafe impl Send for Qp {}
 unsafe impl Sync for Qp {}
 
 impl Qp {
-    /// A queue pair with room for `depth` unfinished sends and `receives` slots, which copies messages up to `inline`
-    /// bytes if the device can. What it has sent is reported under the number `user`.
+    /// A queue pair with room for `depth` unfinished sends and `receives` slots, which copies messages up to
+    /// `inline` bytes if the device can. What it has sent is reported under the number `user`.
     ///
     /// # Errors
     /// What the kernel says.
@@ -236,13 +236,13 @@ impl Qp {
             return Ok(());
         }
         let mut bad = std::ptr::null_mut();
-        // SAFETY: a chain of valid requests, which the call copies; the caller's promise for the memory, which stays as
-        // long as this has its share.
+        // SAFETY: a chain of valid requests, which the call copies; the caller's promise for the memory,
+        // which stays as long as this has its share.
         check(unsafe { ((*(*self.raw).context).post_recv)(self.raw, next, &mut bad) })
     }
 
-    /// Connects it, bound as it is, to the peer's queue pair; both directions work afterwards. Blocks for a second where
-    /// RoCE does not find the peer.
+    /// Connects it, bound as it is, to the peer's queue pair; both directions work afterwards. Blocks for a
+    /// second where RoCE does not find the peer.
     ///
     /// # Errors
     /// The step that failed, and what the kernel says of it.
@@ -327,7 +327,8 @@ impl Qp {
         };
         self.in_flight.push_back(Flight { slot, signaled: message.signaled });
         let mut bad = std::ptr::null_mut();
-        // SAFETY: one valid request, which the call copies with its inline data; a slot is kept until it was sent.
+        // SAFETY: one valid request, which the call copies with its inline data; a slot is kept until it was
+        // sent.
         check(unsafe { ((*(*self.raw).context).post_send)(self.raw, &mut wr, &mut bad) })
     }
 
@@ -355,7 +356,8 @@ impl Qp {
         }
     }
 
-    /// Destroys it; its memory can be used again. If it cannot be destroyed, its memory stays as it is for good.
+    /// Destroys it; its memory can be used again. If it cannot be destroyed, its memory stays as it is for
+    /// good.
     pub fn destroy(mut self) -> Remains {
         self.end()
     }

@@ -6,11 +6,12 @@
 //!                         └── renew <── SpentShare <── Qp::destroy <──────────────────────────────────┘
 //! ```
 //!
-//! A [`Share`] is the right to receive into a part of the slots. It cannot be cloned, and a queue pair keeps it until it
-//! is destroyed: so no slot is ever given to two queue pairs, and the memory outlives all of them. Completions of a queue
-//! pair that was destroyed may still be in the queue; they carry the generation of its share and are passed over once the
-//! share was renewed. Renewing, giving slots back and taking messages all need the one [`ReceiveQueue`] for themselves,
-//! so none of that happens while somebody reads a message.
+//! A [`Share`] is the right to receive into a part of the slots. It cannot be cloned, and a queue pair keeps
+//! it until it is destroyed: so no slot is ever given to two queue pairs, and the memory outlives all of
+//! them. Completions of a queue pair that was destroyed may still be in the queue; they carry the generation
+//! of its share and are passed over once the share was renewed. Renewing, giving slots back and taking
+//! messages all need the one [`ReceiveQueue`] for themselves, so none of that happens while somebody reads a
+//! message.
 
 use std::io;
 use std::ops::Range;
@@ -74,8 +75,8 @@ impl ReceiveMemory {
 }
 
 impl ReceiveQueue {
-    /// A queue for all `slots`, whose events go to `channel` under the number `tag`, and the shares of `share` slots each
-    /// that there are.
+    /// A queue for all `slots`, whose events go to `channel` under the number `tag`, and the shares of
+    /// `share` slots each that there are.
     ///
     /// # Errors
     /// What the kernel says.
@@ -113,8 +114,8 @@ impl ReceiveQueue {
         &self.memory
     }
 
-    /// Fetches completions from the device unless there are some; whether there are any. Slots of messages that were
-    /// taken before and not given back are not used again by their queue pairs.
+    /// Fetches completions from the device unless there are some; whether there are any. Slots of messages
+    /// that were taken before and not given back are not used again by their queue pairs.
     ///
     /// # Errors
     /// The queue overran or the device is gone.
@@ -148,15 +149,17 @@ impl ReceiveQueue {
                 let (with_immediate, len) = (wc.wc_flags & WC_WITH_IMM != 0, wc.byte_len as usize);
                 received.immediate = with_immediate.then(|| u32::from_be(wc.imm_data));
                 self.taken.push(slot);
-                // SAFETY: the completion says that the device is done with the slot. It gets the slot again after
-                // `untake`, or with the whole share after `renew`, and both need `self`, which is borrowed meanwhile.
+                // SAFETY: the completion says that the device is done with the slot. It gets the slot again
+                // after `untake`, or with the whole share after `renew`, and both need `self`, which is
+                // borrowed meanwhile.
                 received.bytes = unsafe { self.memory.slots.read(usize::from(slot), len) };
             }
             return Some(received);
         }
     }
 
-    /// The slots of `share` whose messages were taken, and how many they are. They are their queue pair's again.
+    /// The slots of `share` whose messages were taken, and how many they are. They are their queue pair's
+    /// again.
     pub(super) fn untake(&mut self, share: &Share) -> ([u16; BATCH], usize) {
         let (mut slots, mut count) = ([0; BATCH], 0);
         if self.is_current(share) {

@@ -1,7 +1,8 @@
-//! The sending side of queue pairs: the slots that messages are put into, and the queue that says which were sent.
+//! The sending side of queue pairs: the slots that messages are put into, and the queue that says which were
+//! sent.
 //!
-//! A [`SendSlot`] cannot be cloned. Whoever has it may write to it; a queue pair that a message is posted on keeps it
-//! until a [`Sent`] says that the device has read it, or until the queue pair is destroyed.
+//! A [`SendSlot`] cannot be cloned. Whoever has it may write to it; a queue pair that a message is posted on
+//! keeps it until a [`Sent`] says that the device has read it, or until the queue pair is destroyed.
 
 use std::io;
 use std::sync::Arc;
@@ -35,7 +36,8 @@ impl SendSlot {
 
     /// Appends to the message, which must fit.
     pub fn append(&mut self, bytes: &[u8]) {
-        // SAFETY: this is the slot's only owner, and no work request has it: a queue pair has the `SendSlot` by then.
+        // SAFETY: this is the slot's only owner, and no work request has it: a queue pair has the `SendSlot`
+        // by then.
         unsafe { self.memory.write(self.index, self.len, bytes) };
         self.len += bytes.len();
     }

@@ -140,7 +140,8 @@ impl Link {
         self.lock_incoming().socket.is_none() && self.lock().lost.is_none()
     }
 
-    /// Receives and sends nothing more over the present connection; how many frames have been received by now.
+    /// Receives and sends nothing more over the present connection; how many frames have been received by
+    /// now.
     ///
     /// # Errors
     /// The peer is lost, or the lane cannot move.
@@ -156,7 +157,8 @@ impl Link {
         Ok(inn.received)
     }
 
-    /// Goes on over a new connection with a peer that has told how much it has; [`Link::suspend`] came before.
+    /// Goes on over a new connection with a peer that has told how much it has; [`Link::suspend`] came
+    /// before.
     pub(in super::super) fn resume(
         &self,
         epoll: &Epoll,

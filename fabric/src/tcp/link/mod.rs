@@ -52,8 +52,8 @@ pub(super) struct Link {
 pub(super) struct Outgoing {
     /// The present connection; `None` while the lane moves to another rail.
     pub(super) socket: Option<Arc<TcpStream>>,
-    /// Seals frames, if they are to be sealed. Ordering: frames go to the socket, or to the backlog, in the order in
-    /// which they were sealed.
+    /// Seals frames, if they are to be sealed. Ordering: frames go to the socket, or to the backlog, in the
+    /// order in which they were sealed.
     pub(super) sealer: Option<Sealer>,
     /// Where frames are sealed; kept so that no frame needs an allocation.
     sealed: Vec<u8>,
@@ -66,9 +66,9 @@ pub(super) struct Outgoing {
 }
 
 impl Outgoing {
-    /// Appends the frame in `parts`, of `len` bytes together, to what is sealed, as it is to travel. The copy is the
-    /// one that sealing in place needs; in the clear it costs about what the kernel takes to gather three parts a
-    /// frame. `Err` is why the peer must be given up.
+    /// Appends the frame in `parts`, of `len` bytes together, to what is sealed, as it is to travel. The copy
+    /// is the one that sealing in place needs; in the clear it costs about what the kernel takes to gather
+    /// three parts a frame. `Err` is why the peer must be given up.
     fn seal(&mut self, header: [u8; HEADER], len: usize, parts: &[&[u8]]) -> Result<(), String> {
         self.sealed.reserve(HEADER + len + TAG);
         self.sealed.extend_from_slice(&header);
@@ -95,8 +95,8 @@ impl Outgoing {
 }
 
 impl Link {
-    /// A lane over its first connection. Frames travel in the clear if `plaintext`, and are retained if it has
-    /// `several_rails`.
+    /// A lane over its first connection. Frames travel in the clear if `plaintext`, and are retained if it
+    /// has `several_rails`.
     pub(super) fn new(peer: NodeId, connection: Connection, plaintext: bool, several_rails: bool) -> Link {
         let socket = Arc::new(connection.socket);
         let (sealer, opener) = connection.met.streams(plaintext);
@@ -133,8 +133,8 @@ impl Link {
         }
     }
 
-    /// Sends frames with as few system calls as [`SEALED_AT_ONCE`] allows, as [`Link::send`] would one after the
-    /// other; how many bytes they made.
+    /// Sends frames with as few system calls as [`SEALED_AT_ONCE`] allows, as [`Link::send`] would one after
+    /// the other; how many bytes they made.
     pub(super) fn send_all(&self, epoll: &Epoll, frames: &[[&[u8]; 2]]) -> Result<usize, FabricError> {
         let out = &mut *self.usable()?;
         let (mut total, tag) = (0, if out.sealer.is_some() { TAG } else { 0 });
@@ -215,8 +215,8 @@ impl Link {
         kept
     }
 
-    /// The connection failed: the lane moves if it can, and else the peer is lost. The receiver sees the end of the
-    /// connection and does what is to be done.
+    /// The connection failed: the lane moves if it can, and else the peer is lost. The receiver sees the end
+    /// of the connection and does what is to be done.
     fn failed(&self, out: &mut Outgoing, error: Errno) -> Result<(), FabricError> {
         if out.retained.is_none() {
             return Err(self.lose(out, broken(error)));

@@ -1,4 +1,5 @@
-//! The configurations of boot loaders: which kernels there are, which one starts when nobody chooses, and its command line.
+//! The configurations of boot loaders: which kernels there are, which one starts when nobody chooses, and its
+//! command line.
 //!
 //! | file | whose |
 //! |---|---|
@@ -6,7 +7,8 @@
 //! | [`grub`] | grub.cfg |
 //! | this one | which of them a file system has; `/vmlinuz`, the link that Debian keeps |
 //!
-//! Each either says what its boot loader would start, or refuses: what is not understood is never passed over.
+//! Each either says what its boot loader would start, or refuses: what is not understood is never passed
+//! over.
 
 pub mod grub;
 pub mod specification;
@@ -58,8 +60,8 @@ pub struct Found {
 }
 
 impl Loader<'_> {
-    /// What would be booted; `None` if there is nothing of a boot loader. `root` is what the kernel would be told of this
-    /// file system's device.
+    /// What would be booted; `None` if there is nothing of a boot loader. `root` is what the kernel would be
+    /// told of this file system's device.
     pub fn find(&self, root: &str) -> Option<Found> {
         let script = GRUB.iter().find(|path| self.system.len_of(path).is_some());
         let entries = self.specification_entries();
@@ -116,7 +118,8 @@ impl Loader<'_> {
         all.any(|system| system.len_of(path).is_some())
     }
 
-    /// GRUB's environment block at `path`. On machines with UEFI it is often a link to the EFI system partition.
+    /// GRUB's environment block at `path`. On machines with UEFI it is often a link to the EFI system
+    /// partition.
     fn read_environment(&self, path: &str) -> Option<String> {
         self.system.read_text(path).or_else(|| {
             let on = |system: &&FileSystem| {

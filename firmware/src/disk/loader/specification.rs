@@ -1,5 +1,5 @@
-//! Entries of the Boot Loader Specification (uapi-group.org, "Type #1"): `loader/entries/*.conf`, in the order in which a boot
-//! loader shows them.
+//! Entries of the Boot Loader Specification (uapi-group.org, "Type #1"): `loader/entries/*.conf`, in the
+//! order in which a boot loader shows them.
 
 use std::cmp::Ordering;
 

@@ -1,7 +1,8 @@
-//! The disk that an emulated Intel host boots from: a FAT file system with SYSLINUX, a kernel and an initramfs.
+//! The disk that an emulated Intel host boots from: a FAT file system with SYSLINUX, a kernel and an
+//! initramfs.
 //!
-//! There is no partition table: the file system begins at the first sector, which is the boot sector that the BIOS
-//! runs.
+//! There is no partition table: the file system begins at the first sector, which is the boot sector that the
+//! BIOS runs.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +18,8 @@ const SECTORS: &str = "32";
 /// MiB beyond the files: the file system's own and SYSLINUX.
 const SLACK_MIB: u64 = 8;
 
-/// Writes the disk to `image`. `append` is the kernel's command line; files are made beside the image for a while.
+/// Writes the disk to `image`. `append` is the kernel's command line; files are made beside the image for a
+/// while.
 ///
 /// # Errors
 /// The package syslinux or mtools is missing, or there is no room.

@@ -1,4 +1,5 @@
-//! The whole of an emulated Intel host as one initramfs: busybox, KVM's modules, and copies of what is on the stage.
+//! The whole of an emulated Intel host as one initramfs: busybox, KVM's modules, and copies of what is on the
+//! stage.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,8 +16,8 @@ use crate::stage::IN_HOST;
 
 const INIT: &str = include_str!("../../files/bochs-init.sh");
 
-/// Puts it together. `stage` is copied to where other hosts see it; the programs in its `bin/` are stripped, and bring
-/// the libraries that they are linked to. `modules` are the host kernel's.
+/// Puts it together. `stage` is copied to where other hosts see it; the programs in its `bin/` are stripped,
+/// and bring the libraries that they are linked to. `modules` are the host kernel's.
 ///
 /// # Errors
 /// A file is missing, or a program is linked to a library that this machine does not have.
@@ -74,7 +75,8 @@ fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
         .with_context(|| format!("finding the libraries of {}", program.display()))
 }
 
-/// Reads what `ldd` prints: `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x...)`, and the loader without an arrow.
+/// Reads what `ldd` prints: `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x...)`, and the loader without an
+/// arrow.
 fn linked(listing: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for line in listing.lines() {

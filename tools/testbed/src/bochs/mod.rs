@@ -3,9 +3,9 @@
 //! - [`program`] is Bochs itself. [`disk`] is what it boots, and [`initramfs`] what is on it: the whole host.
 //! - [`BochsHost`] is one running host.
 //!
-//! Time there follows instructions: one tick for each instruction of a CPU, whatever this machine is busy with. So
-//! results repeat, and two runs can be compared by the host's own clock. There is no virtio: the agent's stream is a
-//! serial line, and the host has copies of what is on the stage when it starts.
+//! Time there follows instructions: one tick for each instruction of a CPU, whatever this machine is busy
+//! with. So results repeat, and two runs can be compared by the host's own clock. There is no virtio: the
+//! agent's stream is a serial line, and the host has copies of what is on the stage when it starts.
 //!
 //! ```text
 //! Host -> TCP on loopback -> Bochs's COM2 -> /dev/ttyS1 -> `testbed agent --serial /dev/ttyS1`
@@ -35,7 +35,8 @@ use crate::progress::Step;
 use crate::qemu::Hardware;
 use crate::stage::{IN_HOST, Stage};
 
-/// Instructions of a CPU in a second of the host's time. This machine takes about three seconds for one such second.
+/// Instructions of a CPU in a second of the host's time. This machine takes about three seconds for one such
+/// second.
 const HZ: u32 = 200_000_000;
 /// Until Bochs opens its serial lines, which it does at its start.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -51,7 +52,8 @@ const CONSOLE_LINES: usize = 25;
 pub enum Processor {
     /// Intel's, with VMX and EPT.
     Intel {
-        /// Whether EPT keeps accessed and dirty bits, for which walks of the guest's page tables count as writes.
+        /// Whether EPT keeps accessed and dirty bits, for which walks of the guest's page tables count as
+        /// writes.
         accessed_dirty: bool,
     },
     /// AMD's, with SVM and nested paging, whose walks always count as writes.
@@ -94,12 +96,12 @@ pub struct BochsHost {
 }
 
 impl BochsHost {
-    /// Boots a host with copies of what is on `stage`, and waits until it takes jobs. The stage's `bin/` must hold the
-    /// `testbed` binary, which is its agent.
+    /// Boots a host with copies of what is on `stage`, and waits until it takes jobs. The stage's `bin/` must
+    /// hold the `testbed` binary, which is its agent.
     ///
     /// # Errors
-    /// `hardware` asks for what there is not; something cannot be fetched or built; the host does not come up, and
-    /// then the error carries the end of its console.
+    /// `hardware` asks for what there is not; something cannot be fetched or built; the host does not come
+    /// up, and then the error carries the end of its console.
     pub fn start(cache: &Cache, processor: Processor, hardware: &Hardware, stage: &Stage) -> Result<Self> {
         ensure!(
             hardware.networks <= 1 && !hardware.rdma && hardware.disks.is_empty(),
@@ -236,7 +238,8 @@ fn configuration(
 ) -> String {
     let (bios, vga_bios) = (program.bios.display(), program.vga_bios.display());
     let (model, cpus, memory) = (processor.model(), hardware.cpus, hardware.memory_mib);
-    // Bochs takes no more from its host. What does not fit goes to a file, and hardly anything is touched that would not.
+    // Bochs takes no more from its host. What does not fit goes to a file, and hardly anything is touched
+    // that would not.
     let resident = memory.min(MOST_RESIDENT_MIB);
     let (disk, console) = (disk.display(), console.display());
     format!(

@@ -1,7 +1,7 @@
 //! Bochs itself, built from Debian's source, and the firmware that it runs.
 //!
-//! Debian's own binary would do, but it is slower (the debugger and instrumentation are in it), needs a display, and
-//! brings a desktop's libraries with it. The build takes some three minutes of one CPU, once.
+//! Debian's own binary would do, but it is slower (the debugger and instrumentation are in it), needs a
+//! display, and brings a desktop's libraries with it. The build takes some three minutes of one CPU, once.
 
 use std::fs;
 use std::path::{Path, PathBuf};

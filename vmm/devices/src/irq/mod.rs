@@ -10,9 +10,10 @@
 //! | [`vectors`] | a set of interrupt vectors |
 //!
 //! The way of one inter-processor interrupt: the guest writes the ICR, KVM exits, the vCPU's thread calls
-//! [`lapic::Lapic::write_msr`] and gets [`Effect::Ipi`]; the node's router asks [`route::resolve`] for the CPUs and hands
-//! each either to a local vCPU's mailbox or to the fabric. The receiving vCPU's thread calls
-//! [`lapic::Lapic::post`], and before it enters the guest again [`lapic::Lapic::acknowledge`] gives the vector to inject.
+//! [`lapic::Lapic::write_msr`] and gets [`Effect::Ipi`]; the node's router asks [`route::resolve`] for the
+//! CPUs and hands each either to a local vCPU's mailbox or to the fabric. The receiving vCPU's thread calls
+//! [`lapic::Lapic::post`], and before it enters the guest again [`lapic::Lapic::acknowledge`] gives the
+//! vector to inject.
 //!
 //! ```text
 //!   device line -> IoApic::set_pin --\
@@ -36,8 +37,8 @@ use serde::{Deserialize, Serialize};
 pub enum Destination {
     /// The one CPU with this x2APIC id.
     Physical(u32),
-    /// The CPUs of one cluster: bits 31..16 are the cluster (id bits 19..4), bits 15..0 a mask over id bits 3..0
-    /// (SDM vol. 3, 11.12.10.2).
+    /// The CPUs of one cluster: bits 31..16 are the cluster (id bits 19..4), bits 15..0 a mask over id bits
+    /// 3..0 (SDM vol. 3, 11.12.10.2).
     Logical(u32),
     /// Every CPU, the sender too.
     All,

@@ -2,11 +2,12 @@
 
 use super::{Destination, Message, Mode};
 
-/// The message that a write of `data` to `address` means; none if that is no interrupt this machine can take (not
-/// 0xfee?????, remappable format, SMI, ExtINT, a level de-assert).
+/// The message that a write of `data` to `address` means; none if that is no interrupt this machine can take
+/// (not 0xfee?????, remappable format, SMI, ExtINT, a level de-assert).
 ///
-/// Bits 11..5 of the address are bits 14..8 of the destination id, which a guest uses that knows the hypervisor's
-/// extended destination ids (KVM_FEATURE_MSI_EXT_DEST_ID). A destination of 255 means CPU 255, as everywhere in x2APIC mode.
+/// Bits 11..5 of the address are bits 14..8 of the destination id, which a guest uses that knows the
+/// hypervisor's extended destination ids (KVM_FEATURE_MSI_EXT_DEST_ID). A destination of 255 means CPU 255,
+/// as everywhere in x2APIC mode.
 pub fn decode(address: u64, data: u32) -> Option<Message> {
     const REMAPPABLE: u64 = 1 << 4;
     const REDIRECTION_HINT: u64 = 1 << 3;
@@ -31,8 +32,8 @@ pub fn decode(address: u64, data: u32) -> Option<Message> {
     Some(Message { dest: destination(id, logical), mode })
 }
 
-/// The three delivery-mode bits (the lowest of `code`) that MSI data and I/O APIC entries share; none for SMI, ExtINT and
-/// the reserved ones.
+/// The three delivery-mode bits (the lowest of `code`) that MSI data and I/O APIC entries share; none for
+/// SMI, ExtINT and the reserved ones.
 pub(super) fn delivery_mode(code: u32, vector: u8, level: bool) -> Option<Mode> {
     match code & 7 {
         0 => Some(Mode::Fixed { vector, level }),

@@ -2,8 +2,8 @@
 
 use super::{Destination, Mode};
 
-/// The logical x2APIC id of the CPU with x2APIC id `apic_id` (SDM vol. 3, 11.12.10.2): cluster in bits 31..16, one bit of
-/// 15..0.
+/// The logical x2APIC id of the CPU with x2APIC id `apic_id` (SDM vol. 3, 11.12.10.2): cluster in bits
+/// 31..16, one bit of 15..0.
 pub fn logical_id(apic_id: u32) -> u32 {
     ((apic_id >> 4) & 0xffff) << 16 | 1 << (apic_id & 0xf)
 }
@@ -23,8 +23,8 @@ pub fn matches(dest: &Destination, from: Option<u32>, apic_id: u32) -> bool {
 
 /// The CPUs that get a message, as ascending indices into `apic_ids`.
 ///
-/// A lowest-priority message goes to exactly one CPU that `dest` means, if there is any: the vector picks it, so the choice
-/// is the same on every node and different vectors land on different CPUs.
+/// A lowest-priority message goes to exactly one CPU that `dest` means, if there is any: the vector picks it,
+/// so the choice is the same on every node and different vectors land on different CPUs.
 pub fn resolve(dest: &Destination, mode: &Mode, from: Option<u32>, apic_ids: &[u32]) -> Vec<usize> {
     let matching = || (0..apic_ids.len()).filter(|index| matches(dest, from, apic_ids[*index]));
     match *mode {

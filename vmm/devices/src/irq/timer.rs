@@ -1,7 +1,7 @@
 //! The local APIC's timer (SDM vol. 3, 11.5.4): when it fires next, in guest TSC ticks.
 //!
-//! The timer's input clock is the TSC itself: with divisor 1 the current count falls by one each tick. It knows nothing of
-//! vectors or masks; [`super::lapic::Lapic`] decides what an expiry means.
+//! The timer's input clock is the TSC itself: with divisor 1 the current count falls by one each tick. It
+//! knows nothing of vectors or masks; [`super::lapic::Lapic`] decides what an expiry means.
 
 /// How the timer counts: LVT timer register, bits 18..17.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +38,8 @@ impl Timer {
         self.mode
     }
 
-    /// Changes how it counts. Going to or from deadline mode stops the timer; between the two others it goes on counting.
+    /// Changes how it counts. Going to or from deadline mode stops the timer; between the two others it goes
+    /// on counting.
     pub fn set_mode(&mut self, mode: TimerMode) {
         if (self.mode == TimerMode::Deadline) != (mode == TimerMode::Deadline) {
             self.initial = 0;
@@ -77,8 +78,8 @@ impl Timer {
         self.divide
     }
 
-    /// Writes the divide configuration register (bits other than 3, 1 and 0 are dropped). A running count keeps its value
-    /// and goes on at the new rate.
+    /// Writes the divide configuration register (bits other than 3, 1 and 0 are dropped). A running count
+    /// keeps its value and goes on at the new rate.
     pub fn set_divide(&mut self, value: u32, now: u64) {
         let count = u64::from(self.current(now));
         self.divide = value & 0b1011;
@@ -92,8 +93,8 @@ impl Timer {
         self.next.filter(|next| self.mode == TimerMode::Deadline && *next > now).unwrap_or(0)
     }
 
-    /// Arms the timer for TSC `deadline`, which may have passed already (it then expires at once); 0 disarms. Ignored
-    /// outside deadline mode.
+    /// Arms the timer for TSC `deadline`, which may have passed already (it then expires at once); 0 disarms.
+    /// Ignored outside deadline mode.
     pub fn set_deadline(&mut self, deadline: u64) {
         if self.mode == TimerMode::Deadline {
             self.next = (deadline != 0).then_some(deadline);
@@ -105,8 +106,8 @@ impl Timer {
         self.next
     }
 
-    /// Whether the timer expired by `now`. It then stops, or in periodic mode goes on to its first expiry after `now`:
-    /// periods that passed unseen count as one expiry.
+    /// Whether the timer expired by `now`. It then stops, or in periodic mode goes on to its first expiry
+    /// after `now`: periods that passed unseen count as one expiry.
     pub fn expire(&mut self, now: u64) -> bool {
         let Some(next) = self.next.filter(|next| *next <= now) else { return false };
         self.next = match self.mode {

@@ -62,8 +62,8 @@ impl ConfigSpace {
         this
     }
 
-    /// Appends a capability: `body` is what follows its id and the pointer to the next one, `writable` has the bits of
-    /// it that the guest may change (missing bytes: none). Returns its offset.
+    /// Appends a capability: `body` is what follows its id and the pointer to the next one, `writable` has
+    /// the bits of it that the guest may change (missing bytes: none). Returns its offset.
     ///
     /// # Panics
     /// If there is no room left, which is a mistake of this program: devices are fixed.

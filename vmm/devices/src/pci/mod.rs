@@ -6,8 +6,8 @@
 //! | [`config_space`] | the 256 bytes that describe a device: identity, capabilities, where its registers are |
 //! | [`msix`] | interrupts as messages (MSI-X): table, masks, pending bits |
 //!
-//! Bus `n` is node `n`'s ([`firmware::pci`]): any node can tell from an address whose it is, and forwards the access
-//! there (the router). Each device has one function with one range of registers ("BAR 0") of
+//! Bus `n` is node `n`'s ([`firmware::pci`]): any node can tell from an address whose it is, and forwards the
+//! access there (the router). Each device has one function with one range of registers ("BAR 0") of
 //! [`REGISTERS`] bytes, laid out alike in all of them:
 //!
 //! ```text
@@ -18,8 +18,8 @@
 //!  0x6000  nothing
 //! ```
 //!
-//! The ranges have addresses from the start ([`RootBus::registers_of`]) and the guest may move them inside the bus's
-//! window. There are no interrupt pins and no I/O ports.
+//! The ranges have addresses from the start ([`RootBus::registers_of`]) and the guest may move them inside
+//! the bus's window. There are no interrupt pins and no I/O ports.
 
 pub mod config_space;
 pub mod msix;
@@ -51,7 +51,8 @@ pub fn is_doorbell(gpa: u64) -> bool {
         && DOORBELLS.contains(&(gpa % REGISTERS))
 }
 
-/// A PCI device with one function. Its methods are called by vCPU threads and must not wait for anything slow.
+/// A PCI device with one function. Its methods are called by vCPU threads and must not wait for anything
+/// slow.
 ///
 /// The guest chooses offsets and lengths: every offset must be answered, within the ranges given.
 pub trait Function: Send + Sync {

@@ -41,7 +41,8 @@ impl Msix {
         Msix { table: vec![masked; vectors], pending: vec![false; vectors], control: 0 }
     }
 
-    /// What follows the capability's id and pointer: message control, and where table and pending bits are in BAR 0.
+    /// What follows the capability's id and pointer: message control, and where table and pending bits are in
+    /// BAR 0.
     pub fn capability(&self) -> [u8; 10] {
         let mut body = [0; 10];
         body[..2].copy_from_slice(&(self.table.len() as u16 - 1).to_le_bytes());
@@ -136,8 +137,8 @@ impl Msix {
     }
 }
 
-/// A device's interrupts: its [`Msix`], shared by whoever raises them and whoever serves the registers, and the way
-/// to the CPUs. A message goes straight to the node of the CPU that it names.
+/// A device's interrupts: its [`Msix`], shared by whoever raises them and whoever serves the registers, and
+/// the way to the CPUs. A message goes straight to the node of the CPU that it names.
 pub struct Interrupts {
     msix: Mutex<Msix>,
     deliver: Box<dyn Fn(Message) + Send + Sync>,

@@ -78,8 +78,8 @@ impl Bus {
         }
     }
 
-    /// The guest reads. Bytes that no device has read as 0xff; an access over a device's end is split there. True if some
-    /// device answered.
+    /// The guest reads. Bytes that no device has read as 0xff; an access over a device's end is split there.
+    /// True if some device answered.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         let mut answered = false;
         let mut done = 0;
@@ -98,8 +98,8 @@ impl Bus {
         answered
     }
 
-    /// The guest writes. Bytes that no device has are dropped; an access over a device's end is split there. True if some
-    /// device took part of it.
+    /// The guest writes. Bytes that no device has are dropped; an access over a device's end is split there.
+    /// True if some device took part of it.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         let mut answered = false;
         let mut done = 0;

@@ -1,5 +1,5 @@
-//! Through these ports node 0 tells the guest which PCI devices have come and which should go, and the guest says which
-//! it has let go of. The other side is AML in the DSDT (`firmware::acpi`).
+//! Through these ports node 0 tells the guest which PCI devices have come and which should go, and the guest
+//! says which it has let go of. The other side is AML in the DSDT (`firmware::acpi`).
 //!
 //! ```text
 //!  announce(slot, Come | Leave) ──> queue ── line up ──> guest reads EVENT until it is 0 ──> line down
@@ -23,8 +23,8 @@ pub const LEN: u64 = 8;
 /// Bit of an event that makes it differ from "none".
 const VALID: u32 = 1 << 31;
 
-/// The ports. `line` sets the level of the interrupt line; `gone` is told what the guest has let go of, on the thread of
-/// the CPU that says so.
+/// The ports. `line` sets the level of the interrupt line; `gone` is told what the guest has let go of, on
+/// the thread of the CPU that says so.
 pub struct HotPlug {
     events: VecDeque<(SlotId, Change)>,
     line: Box<dyn Fn(bool) + Send>,

@@ -6,9 +6,9 @@ use crate::irq::ioapic::IoApic;
 
 /// The I/O APIC on the memory-mapped bus (one page at 0xfec00000).
 ///
-/// Share it ([`super::bus::share`]): devices raise their pins, and the router reports finished vectors, through the same
-/// lock. Messages are handed on with the lock held, so they arrive in the order in which they arose; `route` must not call
-/// back into the I/O APIC.
+/// Share it ([`super::bus::share`]): devices raise their pins, and the router reports finished vectors,
+/// through the same lock. Messages are handed on with the lock held, so they arrive in the order in which
+/// they arose; `route` must not call back into the I/O APIC.
 pub struct IoApicDevice {
     ioapic: IoApic,
     route: Box<dyn Fn(Message) + Send>,

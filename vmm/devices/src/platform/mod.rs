@@ -9,9 +9,9 @@
 //! | [`rtc`] | the real-time clock |
 //! | [`power`] | ACPI power-off and reset |
 //!
-//! None of them knows KVM, threads or clocks: interrupts, output, time and power events go through closures that the node
-//! gives. Each device has its own lock. A device calls its closures with its lock held, so the order is device, then
-//! I/O APIC, then router, and nothing calls back.
+//! None of them knows KVM, threads or clocks: interrupts, output, time and power events go through closures
+//! that the node gives. Each device has its own lock. A device calls its closures with its lock held, so the
+//! order is device, then I/O APIC, then router, and nothing calls back.
 
 pub mod bus;
 pub mod hotplug;
@@ -22,8 +22,8 @@ pub mod serial;
 
 /// A device with registers on a bus.
 ///
-/// Offsets count from the device's first port or address and `offset + data.len()` stays within its range; otherwise the
-/// guest chooses them, so every offset and every length must be answered.
+/// Offsets count from the device's first port or address and `offset + data.len()` stays within its range;
+/// otherwise the guest chooses them, so every offset and every length must be answered.
 pub trait BusDevice: Send {
     /// The guest reads `data.len()` bytes at `offset`; every byte must be filled.
     fn read(&mut self, offset: u64, data: &mut [u8]);

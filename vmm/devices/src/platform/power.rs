@@ -1,4 +1,5 @@
-//! Power-off and reset as hardware-reduced ACPI has them (ACPI 6.5, 4.8.3.6 and 4.8.3.7): three one-byte ports.
+//! Power-off and reset as hardware-reduced ACPI has them (ACPI 6.5, 4.8.3.6 and 4.8.3.7): three one-byte
+//! ports.
 
 use super::{BusDevice, offsets};
 
@@ -31,9 +32,9 @@ pub struct Power {
 }
 
 impl Power {
-    /// `power_off` is what the guest writes to the sleep control register for S5 (SLP_TYP from the DSDT's `\_S5` at bit 2,
-    /// SLP_EN at bit 5), `reset` what the FADT names as the reset value. `event` is called for each request, on the thread
-    /// of the CPU that made it.
+    /// `power_off` is what the guest writes to the sleep control register for S5 (SLP_TYP from the DSDT's
+    /// `\_S5` at bit 2, SLP_EN at bit 5), `reset` what the FADT names as the reset value. `event` is called
+    /// for each request, on the thread of the CPU that made it.
     pub fn new(power_off: u8, reset: u8, event: impl Fn(PowerEvent) + Send + 'static) -> Self {
         Self { power_off, reset, event: Box::new(event) }
     }

@@ -52,23 +52,24 @@ impl SerialEvents for Room {
 
 /// The serial port at 0x3f8, eight ports.
 ///
-/// Output goes to `W` byte by byte, each flushed; batching is `W`'s affair. Output that `W` refuses is counted and dropped,
-/// because the guest cannot be stopped for it.
+/// Output goes to `W` byte by byte, each flushed; batching is `W`'s affair. Output that `W` refuses is
+/// counted and dropped, because the guest cannot be stopped for it.
 pub struct Com1<W: Write + Send> {
     uart: Serial<Line, Room, W>,
     lost: u64,
 }
 
 impl<W: Write + Send> Com1<W> {
-    /// `interrupt` must pulse the port's line. `room` is called, once for each [`Com1::enqueue`] that took less than it was
-    /// given, when the guest has read what was there. Both are called with the device's lock held: they must not touch
-    /// this device, so `room` should only wake whoever feeds the input.
+    /// `interrupt` must pulse the port's line. `room` is called, once for each [`Com1::enqueue`] that took
+    /// less than it was given, when the guest has read what was there. Both are called with the device's lock
+    /// held: they must not touch this device, so `room` should only wake whoever feeds the input.
     pub fn new(interrupt: impl Fn() + Send + 'static, room: impl Fn() + Send + 'static, out: W) -> Self {
         let room = Room { owed: AtomicBool::new(false), call: Box::new(room) };
         Self { uart: Serial::with_events(Line(Box::new(interrupt)), room, out), lost: 0 }
     }
 
-    /// Gives the guest input. Returns how many bytes were taken; keep the rest until `room` is called, then offer it again.
+    /// Gives the guest input. Returns how many bytes were taken; keep the rest until `room` is called, then
+    /// offer it again.
     #[must_use = "bytes that were not taken must be offered again"]
     pub fn enqueue(&mut self, input: &[u8]) -> usize {
         let taken = match self.uart.enqueue_raw_bytes(input) {

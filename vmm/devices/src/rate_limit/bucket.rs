@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-/// How much may be done at once after a rest, in time at the bucket's rate. Long enough for a thread to wake late, and
-/// short enough for a limit to hold over a second.
+/// How much may be done at once after a rest, in time at the bucket's rate. Long enough for a thread to wake
+/// late, and short enough for a limit to hold over a second.
 pub const BURST: Duration = Duration::from_millis(50);
 
 /// Keeps a rate. Times are since any moment that stays the same.
 ///
-/// It is the "virtual scheduling" form of a bucket (ITU-T I.371, Annex A): instead of tokens it keeps the moment by
-/// which all that was taken is paid for. What is taken may be larger than the bucket: then the next one waits longer.
+/// It is the "virtual scheduling" form of a bucket (ITU-T I.371, Annex A): instead of tokens it keeps the
+/// moment by which all that was taken is paid for. What is taken may be larger than the bucket: then the next
+/// one waits longer.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Bucket {
     rate: u64,

@@ -12,7 +12,8 @@ use machine::config::limits::Limits;
 /// How often a waiting thread checks whether its device is being stopped.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Holds a device to its limits, which may change at any time, and to its part of what several devices may do.
+/// Holds a device to its limits, which may change at any time, and to its part of what several devices may
+/// do.
 pub struct Limiter {
     start: Instant,
     pool: Option<Member>,
@@ -84,8 +85,8 @@ impl Limiter {
         lock(&self.state).limits
     }
 
-    /// Returns when one more request, of `bytes` bytes, may be done, or at most 20 ms after `stopped` says so.
-    /// `idle` is called before the thread sleeps.
+    /// Returns when one more request, of `bytes` bytes, may be done, or at most 20 ms after `stopped` says
+    /// so. `idle` is called before the thread sleeps.
     pub fn admit(&self, bytes: u64, stopped: impl Fn() -> bool, idle: impl Fn()) {
         if !self.limited.load(Ordering::Relaxed) {
             return;

@@ -1,7 +1,8 @@
 //! The split of a rate that devices have in common, without a clock.
 //!
-//! It is a hierarchical token bucket (Devera's HTB, of Linux's traffic control) of two levels. Each device has a bucket
-//! that fills at its part of the rate, and all of them together have one that fills at the whole rate:
+//! It is a hierarchical token bucket (Devera's HTB, of Linux's traffic control) of two levels. Each device
+//! has a bucket that fills at its part of the rate, and all of them together have one that fills at the whole
+//! rate:
 //!
 //! ```text
 //!   request of a device ── is there room in its own bucket? ── yes ──> it goes, paid from its own and the common one
@@ -10,10 +11,10 @@
 //!                                  └── no ──> it waits
 //! ```
 //!
-//! What a device is guaranteed is never lent in advance: who was idle, or came late, goes by its own bucket at once, and
-//! those who borrowed wait until the common one has recovered. A device's part is its share among the shares of all
-//! devices that have asked for something within [`IDLE`], so that what idle ones do not need is split by shares too;
-//! what one that is not idle leaves goes to whoever comes first.
+//! What a device is guaranteed is never lent in advance: who was idle, or came late, goes by its own bucket
+//! at once, and those who borrowed wait until the common one has recovered. A device's part is its share
+//! among the shares of all devices that have asked for something within [`IDLE`], so that what idle ones do
+//! not need is split by shares too; what one that is not idle leaves goes to whoever comes first.
 
 use std::time::Duration;
 
@@ -130,8 +131,8 @@ mod tests {
         Wants { piece, think: Duration::ZERO, during: 0..u64::MAX, next: Duration::ZERO, done: 0 }
     }
 
-    /// Lets devices, which are called by their place, take what they may from second `from` to second `to`; what they
-    /// took each second.
+    /// Lets devices, which are called by their place, take what they may from second `from` to second `to`;
+    /// what they took each second.
     fn run(split: &mut Split, devices: &mut [Wants], from: u64, to: u64) -> Vec<f64> {
         let mut now = Duration::from_secs(from);
         devices.iter_mut().for_each(|device| device.done = 0);

@@ -1,12 +1,13 @@
 //! Memory balloon (5.5): memory that the guest does not use costs its nodes nothing.
 //!
-//! *Reporting*: the driver reports memory that is free; its pages are given up before the report is answered, and the
-//! guest may use them again from then on: they are zero. *Inflating*: the owner asks for memory by the balloon's size,
-//! which may change at any time ([`Account`]); the driver takes it from the guest's programs and puts its pages into the
-//! balloon. *Deflating* needs nothing here: a page that is touched again is there again.
+//! *Reporting*: the driver reports memory that is free; its pages are given up before the report is answered,
+//! and the guest may use them again from then on: they are zero. *Inflating*: the owner asks for memory by
+//! the balloon's size, which may change at any time ([`Account`]); the driver takes it from the guest's
+//! programs and puts its pages into the balloon. *Deflating* needs nothing here: a page that is touched again
+//! is there again.
 //!
-//! The driver's word alone is what gives a page up, and what it gives up is the guest's: a driver that lies loses the
-//! guest's own memory.
+//! The driver's word alone is what gives a page up, and what it gives up is the guest's: a driver that lies
+//! loses the guest's own memory.
 
 use std::io;
 use std::ops::Range;
@@ -151,8 +152,8 @@ impl VirtioDevice for Balloon {
     }
 }
 
-/// Gives up what `pages` finds in each request. One whose pages were not given up is never answered, for it may yet be: the
-/// guest must not use them meanwhile. (The engine has ended then, and ends the node.)
+/// Gives up what `pages` finds in each request. One whose pages were not given up is never answered, for it
+/// may yet be: the guest must not use them meanwhile. (The engine has ended then, and ends the node.)
 fn serve(queue: LiveQueue, pages: impl Fn(&Chain, &GuestRam) -> Vec<Range<u64>>) {
     let (ram, signals) = (queue.memory().clone(), queue.signals().clone());
     queue.serve_or_keep(|chain| match ram.discard(&whole_pages(pages(chain, &ram))) {

@@ -106,7 +106,8 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    /// The pieces as system calls take them. Good for as long as the memory is mapped, which the borrow ensures.
+    /// The pieces as system calls take them. Good for as long as the memory is mapped, which the borrow
+    /// ensures.
     pub fn iovecs(&self) -> Vec<libc::iovec> {
         let iovec = |piece: &VolatileSlice| libc::iovec {
             iov_base: piece.ptr_guard_mut().as_ptr().cast(),

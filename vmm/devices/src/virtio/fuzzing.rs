@@ -1,6 +1,6 @@
-//! The bodies of the fuzz targets in `tests/fuzz`, and of the property tests: each kind of device, and a driver that may do
-//! anything to it ([`super::testing::hostile`]). Only memory, sockets and a file in memory are behind the devices. Built for
-//! tests only.
+//! The bodies of the fuzz targets in `tests/fuzz`, and of the property tests: each kind of device, and a
+//! driver that may do anything to it ([`super::testing::hostile`]). Only memory, sockets and a file in memory
+//! are behind the devices. Built for tests only.
 
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -1,5 +1,5 @@
-//! Virtio 1.x devices over PCI ("Virtual I/O Device Version 1.3"), on the node that has the disk, the network card,
-//! the randomness.
+//! Virtio 1.x devices over PCI ("Virtual I/O Device Version 1.3"), on the node that has the disk, the network
+//! card, the randomness.
 //!
 //! | file | concept |
 //! |---|---|
@@ -16,12 +16,13 @@
 //! | [`entropy`] | random numbers |
 //! | [`balloon`] | memory that the guest does not use |
 //!
-//! The way of one request: the driver, on any node, puts a chain of buffers into the queue and writes the doorbell ->
-//! the write reaches the device's node (the router; nobody waits for it) and rings the queue's bell ->
-//! the queue's worker thread wakes, reads the ring through the *guest view* of memory, where each page that this node
-//! does not hold raises a fault that the coherence engine answers, as for a vCPU -> it does the I/O, for which data that
-//! are elsewhere are read and written where they are ([`memory`]), puts the chain into the used ring and raises the queue's MSI-X vector -> the
-//! message goes straight to the node of the CPU that it names.
+//! The way of one request: the driver, on any node, puts a chain of buffers into the queue and writes the
+//! doorbell -> the write reaches the device's node (the router; nobody waits for it) and rings the queue's
+//! bell -> the queue's worker thread wakes, reads the ring through the *guest view* of memory, where each
+//! page that this node does not hold raises a fault that the coherence engine answers, as for a vCPU -> it
+//! does the I/O, for which data that are elsewhere are read and written where they are ([`memory`]), puts the
+//! chain into the used ring and raises the queue's MSI-X vector -> the message goes straight to the node of
+//! the CPU that it names.
 //!
 //! ```text
 //!   status 0 ── ACKNOWLEDGE, DRIVER ── FEATURES_OK ── DRIVER_OK: activate() ── workers run
@@ -29,9 +30,9 @@
 //!      └──────── workers have ended <── stop <── status := 0 ───────────────────┘
 //! ```
 //!
-//! Vcpu threads only touch registers: they never wait for a worker, for guest memory or for I/O. A worker that touches guest
-//! memory, and may wait for a page of it, holds no lock that a vCPU thread or an engine takes; those of one queue share the
-//! lock of its rings ([`shared_queue`]).
+//! Vcpu threads only touch registers: they never wait for a worker, for guest memory or for I/O. A worker
+//! that touches guest memory, and may wait for a page of it, holds no lock that a vCPU thread or an engine
+//! takes; those of one queue share the lock of its rings ([`shared_queue`]).
 
 pub mod balloon;
 pub mod block;
@@ -87,8 +88,8 @@ pub trait VirtioDevice: Send {
         let _ = (offset, data);
     }
 
-    /// The driver is ready: start threads that serve the queues. Called again after each reset, once all threads of
-    /// the last time have ended.
+    /// The driver is ready: start threads that serve the queues. Called again after each reset, once all
+    /// threads of the last time have ended.
     ///
     /// # Errors
     /// What keeps the threads from starting; the driver is told that the device needs a reset.

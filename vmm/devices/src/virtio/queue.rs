@@ -181,8 +181,8 @@ impl LiveQueue {
         !self.stopped()
     }
 
-    /// Sleeps until the bell rings, which is silenced then, or one of `files` is ready for the events beside it (poll(2)),
-    /// or `limit` is over; what each of them is ready for.
+    /// Sleeps until the bell rings, which is silenced then, or one of `files` is ready for the events beside
+    /// it (poll(2)), or `limit` is over; what each of them is ready for.
     pub fn sleep(&self, files: &[(RawFd, i16)], limit: Option<Duration>) -> Vec<i16> {
         self.idle();
         let wanted = std::iter::once((self.bell.as_raw_fd(), libc::POLLIN)).chain(files.iter().copied());
@@ -190,7 +190,8 @@ impl LiveQueue {
             wanted.map(|(fd, events)| libc::pollfd { fd, events, revents: 0 }).collect();
         // Rounded up: a limit of less than a millisecond is to be slept as well.
         let limit = limit.map_or(-1, |limit| i32::try_from(limit.as_millis() + 1).unwrap_or(i32::MAX));
-        // SAFETY: the kernel reads and writes as many entries as there are; a descriptor that is not open is an answer.
+        // SAFETY: the kernel reads and writes as many entries as there are; a descriptor that is not open is
+        // an answer.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit) };
         // Interrupted at worst, and then looking for news does no harm.
         if fds[0].revents != 0 {
@@ -204,8 +205,8 @@ impl LiveQueue {
         self.context.memory.idle();
     }
 
-    /// The next request; none any more once the machine has ended. `memory` is what [`LiveQueue::memory`] gives, cloned.
-    /// Waits as long as the others may have given this node up.
+    /// The next request; none any more once the machine has ended. `memory` is what [`LiveQueue::memory`]
+    /// gives, cloned. Waits as long as the others may have given this node up.
     ///
     /// # Errors
     /// A driver that breaks the rules.
@@ -267,14 +268,14 @@ impl LiveQueue {
         self.queue.disable_notification(self.context.memory.map()).map_err(QueueError::Ring)
     }
 
-    /// Serves the queue until it is stopped: `handle` does a request and says how many bytes it wrote. A driver that
-    /// breaks the rules stops the device.
+    /// Serves the queue until it is stopped: `handle` does a request and says how many bytes it wrote. A
+    /// driver that breaks the rules stops the device.
     pub fn serve(self, mut handle: impl FnMut(&mut Chain) -> u32) {
         self.serve_or_keep(|chain| Some(handle(chain)));
     }
 
-    /// The same for requests that may not be done: where `handle` says `None` the request is not given back, and nothing is
-    /// served any more.
+    /// The same for requests that may not be done: where `handle` says `None` the request is not given back,
+    /// and nothing is served any more.
     pub fn serve_or_keep(mut self, mut handle: impl FnMut(&mut Chain) -> Option<u32>) {
         if let Err(error) = self.serve_until_stopped(&mut handle) {
             self.signals().give_up(&error.to_string());

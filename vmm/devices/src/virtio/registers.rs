@@ -87,8 +87,8 @@ pub struct Registers {
 }
 
 impl Registers {
-    /// The registers of a device that offers `offered` features, has queues of at most these sizes and `vectors`
-    /// interrupt vectors.
+    /// The registers of a device that offers `offered` features, has queues of at most these sizes and
+    /// `vectors` interrupt vectors.
     pub fn new(offered: u64, queues: &[u16], vectors: u16) -> Registers {
         let queue = |&max: &u16| QueueSetup {
             max,

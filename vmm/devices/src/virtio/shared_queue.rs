@@ -4,8 +4,8 @@
 //!  one thread has the turn:  pop ── none: ask for a bell, sleep ── pop ── a request: pass the turn on
 //!  the others:               do their requests, give them back, wait for the turn
 //! ```
-//! The rings are locked only while they are looked at. Requests are given back in the order in which they are done, as
-//! the standard allows (2.7.8).
+//! The rings are locked only while they are looked at. Requests are given back in the order in which they are
+//! done, as the standard allows (2.7.8).
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, TryLockError};
@@ -37,9 +37,9 @@ impl SharedQueue {
         }
     }
 
-    /// Serves the queue, with all others who do, until it is stopped: `handle` does a request and says how many bytes it
-    /// wrote; or `None`, and then the request is not given back and the caller serves no more. A driver that breaks the rules
-    /// stops the device.
+    /// Serves the queue, with all others who do, until it is stopped: `handle` does a request and says how
+    /// many bytes it wrote; or `None`, and then the request is not given back and the caller serves no more.
+    /// A driver that breaks the rules stops the device.
     pub fn serve(self, mut handle: impl FnMut(&mut Chain) -> Option<u32>) {
         if let Err(error) = self.serve_until_stopped(&mut handle) {
             lock(&self.rings).signals().give_up(&error.to_string());

@@ -1,4 +1,5 @@
-//! `gestalt completions`: what makes a shell complete `gestalt`'s commands and flags, from what the command line says of itself.
+//! `gestalt completions`: what makes a shell complete `gestalt`'s commands and flags, from what the command
+//! line says of itself.
 
 use std::io::Write;
 

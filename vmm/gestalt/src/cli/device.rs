@@ -35,8 +35,8 @@ enum DeviceCommand {
     },
     /// Give a disk or network card other limits or another share, or a balloon another size
     ///
-    /// The limits of a disk or network card are iops=NUMBER and bandwidth=SIZE, or none for either; its share=NUMBER is of what
-    /// its node's devices may do; and a balloon takes size=SIZE from the guest.
+    /// The limits of a disk or network card are iops=NUMBER and bandwidth=SIZE, or none for either; its
+    /// share=NUMBER is of what its node's devices may do; and a balloon takes size=SIZE from the guest.
     Set {
         /// Its name
         name: String,

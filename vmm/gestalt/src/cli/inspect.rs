@@ -1,4 +1,5 @@
-//! `gestalt inspect`: what is on a disk, which entries its boot loader has, and what would boot, how, and why.
+//! `gestalt inspect`: what is on a disk, which entries its boot loader has, and what would boot, how, and
+//! why.
 
 use std::path::PathBuf;
 
@@ -14,7 +15,8 @@ const NOTHING: u8 = 1;
 pub struct InspectArgs {
     /// A raw image, a block device, or a qcow2 image (by its name)
     image: PathBuf,
-    /// Say it as JSON: partitions, entries, boots (kernel, initrd, cmdline, from) or null, refused (a sentence) or null
+    /// Say it as JSON: partitions, entries, boots (kernel, initrd, cmdline, from) or null, refused (a
+    /// sentence) or null
     #[arg(long)]
     json: bool,
 }

@@ -1,4 +1,5 @@
-//! `gestalt man`: the manual, a page for the program and for each of its commands, from what the command line says of itself.
+//! `gestalt man`: the manual, a page for the program and for each of its commands, from what the command line
+//! says of itself.
 
 use std::fs;
 use std::io;
@@ -11,7 +12,8 @@ use clap_mangen::Man;
 /// Arguments of `gestalt man`.
 #[derive(Debug, Args)]
 pub struct ManArgs {
-    /// The folder for gestalt.1, gestalt-run.1 and so on, such as /usr/local/share/man/man1; made if it is not there
+    /// The folder for gestalt.1, gestalt-run.1 and so on, such as /usr/local/share/man/man1; made if it is
+    /// not there
     #[arg(value_hint = ValueHint::DirPath)]
     dir: PathBuf,
 }

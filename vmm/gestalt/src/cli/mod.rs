@@ -121,7 +121,8 @@ mod tests {
         Cli::command()
     }
 
-    /// Every command that is not hidden, as its words from `gestalt` on and the sentence that it says of itself.
+    /// Every command that is not hidden, as its words from `gestalt` on and the sentence that it says of
+    /// itself.
     pub fn commands() -> Vec<(Vec<String>, String)> {
         fn add(command: &clap::Command, before: &[String], all: &mut Vec<(Vec<String>, String)>) {
             let words = [before, &[command.get_name().to_string()]].concat();

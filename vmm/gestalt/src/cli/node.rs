@@ -32,8 +32,8 @@ pub struct NodeArgs {
     /// The node's key, or the machine's, of `gestalt key`; - reads it from standard input
     #[arg(long, value_name = "FILE")]
     key: PathBuf,
-    /// Where other nodes reach this one, once for each rail; default: what the machine file says, or else the address
-    /// that the coordinator is reached from
+    /// Where other nodes reach this one, once for each rail; default: what the machine file says, or else the
+    /// address that the coordinator is reached from
     #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = parse_fabric)]
     fabric_listen: Vec<SocketAddr>,
     /// How long to try if nobody answers

@@ -111,16 +111,18 @@ pub struct RunArgs {
     /// What each node may hold of the guest's memory: its own and copies of the others'; default: no limit
     #[arg(long, conflicts_with_all = ["machine", "node"], value_parser = parse_size)]
     budget: Option<u64>,
-    /// One node: name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS[:PORT]], and what its devices
-    /// may do together: [,disk_bandwidth=SIZE][,disk_iops=NUMBER][,net_bandwidth=SIZE]; give it once per node, and
-    /// fabric= once per rail
+    /// One node: name=n0,cpus=2,memory=1G[,budget=1200M][,where=remote][,fabric=ADDRESS[:PORT]], and what its
+    /// devices may do together: [,disk_bandwidth=SIZE][,disk_iops=NUMBER][,net_bandwidth=SIZE]; give it once
+    /// per node, and fabric= once per rail
     #[arg(long, conflicts_with = "machine", value_parser = parse_node)]
     node: Vec<NodeConfig>,
-    /// A disk: PATH[,node=NAME][,name=NAME][,readonly][,unlocked][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
+    /// A disk:
+    /// PATH[,node=NAME][,name=NAME][,readonly][,unlocked][,serial=TEXT][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
     /// [,share=NUMBER]; give it once per disk
     #[arg(long, value_name = "PATH[,KEY=VALUE..]", value_parser = parse_disk)]
     disk: Vec<DeviceRequest>,
-    /// A network card: tap=NAME[,node=NAME][,name=NAME][,mac=ADDRESS][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
+    /// A network card:
+    /// tap=NAME[,node=NAME][,name=NAME][,mac=ADDRESS][,queues=NUMBER][,iops=NUMBER][,bandwidth=SIZE]
     /// [,share=NUMBER]; give it once per card
     #[arg(long, value_name = "tap=NAME[,KEY=VALUE..]", value_parser = parse_net)]
     net: Vec<DeviceRequest>,
@@ -139,10 +141,12 @@ pub struct RunArgs {
     /// Give the guest the host's random numbers
     #[arg(long)]
     entropy: bool,
-    /// A second console, at a Unix socket made on its node's host: SOCKET[,node=NAME]; give it once per console
+    /// A second console, at a Unix socket made on its node's host: SOCKET[,node=NAME]; give it once per
+    /// console
     #[arg(long, value_name = "SOCKET[,node=NAME]", value_parser = parse_console)]
     console: Vec<DeviceRequest>,
-    /// A channel to a program in the guest, such as an agent: NAME=SOCKET[,node=NAME]; give it once per channel
+    /// A channel to a program in the guest, such as an agent: NAME=SOCKET[,node=NAME]; give it once per
+    /// channel
     #[arg(long, value_name = "NAME=SOCKET[,node=NAME]", value_parser = parse_channel)]
     channel: Vec<DeviceRequest>,
     /// Take back memory that the guest does not use, and SIZE (default 0) that it does: [SIZE][,node=NAME]
@@ -396,7 +400,8 @@ mod tests {
     use super::*;
     use clap::{Command, FromArgMatches};
 
-    /// As far as [`run`] goes before it touches what a machine names: kernel, key and disks are not on the host of a test.
+    /// As far as [`run`] goes before it touches what a machine names: kernel, key and disks are not on the
+    /// host of a test.
     #[test]
     fn every_example_is_accepted_and_told_of() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use crate::terminal;
 
-/// Dumps that are kept of one node, over all starts of the machine; each has [`MAX_FRAME`](machine::control::wire::MAX_FRAME)
-/// bytes at most.
+/// Dumps that are kept of one node, over all starts of the machine; each has
+/// [`MAX_FRAME`](machine::control::wire::MAX_FRAME) bytes at most.
 pub const MOST: u32 = 8;
 
 /// The nodes' dumps.

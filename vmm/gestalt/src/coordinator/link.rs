@@ -22,7 +22,8 @@ pub struct Link {
 }
 
 impl Link {
-    /// Starts the threads of a session over `stream`. `silence` bounds how long a write may block; `tell` gets the events.
+    /// Starts the threads of a session over `stream`. `silence` bounds how long a write may block; `tell`
+    /// gets the events.
     ///
     /// # Errors
     /// What the system says to the socket options, the second descriptor or the threads.

@@ -28,7 +28,8 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Starts to accept; `admitted` gets every peer that proved to be one of the nodes, from threads of its own.
+    /// Starts to accept; `admitted` gets every peer that proved to be one of the nodes, from threads of its
+    /// own.
     ///
     /// # Errors
     /// What the system says.

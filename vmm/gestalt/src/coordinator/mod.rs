@@ -8,10 +8,13 @@
 //! typed bytes, the clock ──┘            └──> processes (spawn, kill)
 //! ```
 //!
-//! - [`wire`]: bytes on the connection; [`machine::control`] has both sides' words. [`link`] and [`listener`] are our side.
+//! - [`wire`]: bytes on the connection; [`machine::control`] has both sides' words. [`link`] and [`listener`]
+//!   are our side.
 //! - [`hotplug`]: devices that come, go and change while the machine runs; pure, too.
-//! - [`session`]: all decisions, pure; [`event`]: what goes in and out. [`cause`]: which sign of a failure is its cause.
-//! - [`spawn`]: processes of local nodes. [`report`]: counters at the end. [`dumps`]: what nodes leave behind.
+//! - [`session`]: all decisions, pure; [`event`]: what goes in and out. [`cause`]: which sign of a failure is
+//!   its cause.
+//! - [`spawn`]: processes of local nodes. [`report`]: counters at the end. [`dumps`]: what nodes leave
+//!   behind.
 //! - [`Coordinator`]: the loop in the middle of the picture.
 
 pub mod cause;

@@ -72,8 +72,8 @@ impl Spawner for ProcessSpawner {
     }
 }
 
-/// Starts a process that ends with the calling thread; lines of its stderr come out of ours as `[name] line`. It finds
-/// `input`, at most a page, on its standard input.
+/// Starts a process that ends with the calling thread; lines of its stderr come out of ours as `[name] line`.
+/// It finds `input`, at most a page, on its standard input.
 ///
 /// # Errors
 /// What the system says.

@@ -4,8 +4,8 @@
 
 /// Makers of real x86-64 CPUs, as CPUID leaf 0 names them (sandpile.org, "Vendor ID").
 const CPU_MAKERS: &[&str] = &["GenuineIntel", "AuthenticAMD", "HygonGenuine", "CentaurHauls", "  Shanghai  "];
-/// Hypervisors that run their guests on the CPU itself, as CPUID leaf 0x40000000 names them: KVM, Hyper-V, VMware, Xen,
-/// bhyve, VirtualBox, ACRN. QEMU's own translation is `TCGTCGTCGTCG`.
+/// Hypervisors that run their guests on the CPU itself, as CPUID leaf 0x40000000 names them: KVM, Hyper-V,
+/// VMware, Xen, bhyve, VirtualBox, ACRN. QEMU's own translation is `TCGTCGTCGTCG`.
 const HYPERVISORS: &[&str] = &[
     "KVMKVMKVM",
     "Microsoft Hv",

@@ -68,7 +68,8 @@ pub struct KvmFacts {
     /// Whether the CPU translates guest addresses itself (EPT, NPT); unknown if the module does not say.
     pub nested_paging: Option<bool>,
     /// Whether KVM lets EPT keep accessed and dirty bits, which makes every page walk a write to the guest's
-    /// page tables (SDM vol. 3, "Accessed and Dirty Flags for EPT"); unknown if the module does not say, as on AMD CPUs.
+    /// page tables (SDM vol. 3, "Accessed and Dirty Flags for EPT"); unknown if the module does not say, as
+    /// on AMD CPUs.
     pub ept_accessed_dirty: Option<bool>,
 }
 

@@ -38,8 +38,8 @@ pub fn host() -> HostFacts {
     }
 }
 
-/// Whether this host's CPUs are emulated or without hardware virtualization, so that timings say nothing about real
-/// servers.
+/// Whether this host's CPUs are emulated or without hardware virtualization, so that timings say nothing
+/// about real servers.
 pub fn emulated() -> bool {
     let flags = cpu_flags();
     let has = |flag: &str| flags.iter().any(|known| known == flag);

@@ -30,7 +30,8 @@ pub fn continue_protected() -> Result<(), String> {
     uffd.register(start, PAGE_SIZE as u64, Mode::Home).map_err(|error| format!("registering: {error}"))?;
     let toucher = Toucher::start(memory)?;
     let result = answer(&uffd, start);
-    // Whatever happened, the other thread must not wait forever: without the watch it takes the page as it is.
+    // Whatever happened, the other thread must not wait forever: without the watch it takes the page as it
+    // is.
     drop(uffd);
     let seen = toucher.finish();
     result?;

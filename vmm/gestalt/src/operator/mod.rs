@@ -12,7 +12,8 @@
 //! | [`server`] | the side of `gestalt run` |
 //! | [`client`] | the side of the command |
 //!
-//! One connection carries one request and its answer. Only the user that runs the machine, and root, is heard.
+//! One connection carries one request and its answer. Only the user that runs the machine, and root, is
+//! heard.
 
 pub mod client;
 pub mod place;

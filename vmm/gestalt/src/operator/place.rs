@@ -1,4 +1,5 @@
-//! The places of the sockets of this user's machines: in a folder that only the user can enter, named after the machine.
+//! The places of the sockets of this user's machines: in a folder that only the user can enter, named after
+//! the machine.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -13,8 +14,9 @@ const END: &str = ".sock";
 /// Names another folder.
 pub const FOLDER: &str = "GESTALT_RUN_DIR";
 
-/// The folder: what [`FOLDER`] says, or else `/run/gestalt` for root, and for others `gestalt` in `$XDG_RUNTIME_DIR` or
-/// `/tmp/gestalt-UID`. (Root's does not depend on whether it is a session, a service or `sudo` that asks.)
+/// The folder: what [`FOLDER`] says, or else `/run/gestalt` for root, and for others `gestalt` in
+/// `$XDG_RUNTIME_DIR` or `/tmp/gestalt-UID`. (Root's does not depend on whether it is a session, a service or
+/// `sudo` that asks.)
 pub fn folder() -> PathBuf {
     let user = Uid::effective();
     let given = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|dir| dir.is_absolute());

@@ -69,7 +69,8 @@ pub fn prepare(control: &Control) -> Result<(), ControlError> {
     control.wait_go(PATIENCE)
 }
 
-/// A node that does what is asked of its devices, and whose guest lets go of them at once. It says `hello\r\n`, echoes what is typed, switches off at `!` and reboots at `@`.
+/// A node that does what is asked of its devices, and whose guest lets go of them at once. It says
+/// `hello\r\n`, echoes what is typed, switches off at `!` and reboots at `@`.
 pub fn echo_guest(assignment: &Assignment, control: &Control) -> Result<Exit, ControlError> {
     prepare(control)?;
     if assignment.node == 0 {

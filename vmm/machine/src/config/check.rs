@@ -17,8 +17,8 @@ use super::{
 };
 use crate::control::Machine;
 
-/// A machine whose description has been checked, with every device in its place; what a coordinator starts. It reads like
-/// its [`MachineConfig`], and nothing changes it any more.
+/// A machine whose description has been checked, with every device in its place; what a coordinator starts.
+/// It reads like its [`MachineConfig`], and nothing changes it any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckedMachine {
     config: MachineConfig,
@@ -83,8 +83,8 @@ impl CheckedMachine {
 }
 
 impl MachineConfig {
-    /// Checks whether such a machine can be started, as far as that can be said without touching a host, and gives every
-    /// device its place.
+    /// Checks whether such a machine can be started, as far as that can be said without touching a host, and
+    /// gives every device its place.
     ///
     /// # Errors
     /// One sentence: what is wrong and what to do.

@@ -1,5 +1,5 @@
-//! Limits of a device: requests and bytes each second, of its own or as its part of what the devices of a node may do
-//! together. The crate `devices` enforces them.
+//! Limits of a device: requests and bytes each second, of its own or as its part of what the devices of a
+//! node may do together. The crate `devices` enforces them.
 //!
 //! ```text
 //!  --disk x.img,iops=500,bandwidth=20M   gestalt device set disk0 iops=none

@@ -46,8 +46,8 @@ pub const DEFAULT_HOLD: Duration = Duration::from_micros(100);
 pub const MAX_HOLD: Duration = Duration::from_millis(100);
 /// The most that [`MachineConfig::timer_rest`] may be.
 pub const MAX_TIMER_REST: u32 = 64;
-/// CPUs of the largest node for each coherence shard, unless the machine file says how many shards there are: one
-/// userfaultfd does not serve more than a few CPUs that fault all the time.
+/// CPUs of the largest node for each coherence shard, unless the machine file says how many shards there are:
+/// one userfaultfd does not serve more than a few CPUs that fault all the time.
 pub const CPUS_PER_SHARD: u32 = 8;
 /// The most shards that are chosen without being asked for.
 pub const MOST_DEFAULT_SHARDS: u16 = 16;
@@ -93,15 +93,15 @@ pub enum NodeHost {
 pub struct NodeConfig {
     /// Name, CPUs and memory.
     pub spec: NodeSpec,
-    /// What it may hold for the guest at most, in bytes: its own memory and copies of the others'. `None`: as much
-    /// as comes.
+    /// What it may hold for the guest at most, in bytes: its own memory and copies of the others'. `None`: as
+    /// much as comes.
     pub budget: Option<u64>,
     /// What its devices may do all together.
     pub capacity: Capacity,
     /// Where it runs.
     pub host: NodeHost,
-    /// Where its fabric listens, an address for each rail. Without any it is the one that its control connection
-    /// comes from, which is loopback as long as everything is on one host.
+    /// Where its fabric listens, an address for each rail. Without any it is the one that its control
+    /// connection comes from, which is loopback as long as everything is on one host.
     pub fabric_listen: Vec<SocketAddr>,
 }
 
@@ -123,7 +123,8 @@ impl NodeConfig {
 pub struct MachineConfig {
     /// For messages and reports.
     pub name: String,
-    /// The guest kernel (bzImage or ELF), a path on node 0's host. Empty: what the first disk of node 0 would boot.
+    /// The guest kernel (bzImage or ELF), a path on node 0's host. Empty: what the first disk of node 0 would
+    /// boot.
     pub kernel: PathBuf,
     /// The initial ramdisk, a path on node 0's host.
     pub initrd: Option<PathBuf>,
@@ -144,13 +145,13 @@ pub struct MachineConfig {
     pub shards: Option<u16>,
     /// How long a node keeps a page that it just won.
     pub hold: Duration,
-    /// After a timer interrupt its CPU is left alone for so many times as long as it took. For emulated hosts, where one
-    /// may take longer than a tick; 0 on real servers: each interrupt comes at its time.
+    /// After a timer interrupt its CPU is left alone for so many times as long as it took. For emulated
+    /// hosts, where one may take longer than a tick; 0 on real servers: each interrupt comes at its time.
     pub timer_rest: u32,
     /// Whether instructions may be carried out where their operand is, instead of moving its page.
     pub ship: ShipMode,
-    /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can give to
-    /// nodes on its own host only.
+    /// The file with the machine's key. Without one, `gestalt run` draws a key for the one run, which it can
+    /// give to nodes on its own host only.
     pub key: Option<PathBuf>,
     /// Whether the fabric's frames travel in the clear.
     pub plaintext_fabric: bool,

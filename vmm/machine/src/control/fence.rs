@@ -6,15 +6,17 @@
 //!    ^                                                                │                                             for ever
 //!    └──────────────────────── s + lease is over ─────────────────────┘
 //! ```
-//! A node that stands still (SIGSTOP, a suspended host) is given up by the others after [`Machine::silence`], and a new
-//! machine may use its disks. When it goes on, its threads know nothing of that; the clock does. So it is a *lease*: each
-//! heartbeat carries the time at which it was sent, by this node's clock, and the coordinator sends it back. The coordinator
-//! has then heard this node at that time or later, and gives it up no earlier than a silence after it. What was under way
-//! when the node stood still brings back an old time, and extends nothing.
+//! A node that stands still (SIGSTOP, a suspended host) is given up by the others after [`Machine::silence`],
+//! and a new machine may use its disks. When it goes on, its threads know nothing of that; the clock does. So
+//! it is a *lease*: each heartbeat carries the time at which it was sent, by this node's clock, and the
+//! coordinator sends it back. The coordinator has then heard this node at that time or later, and gives it up
+//! no earlier than a silence after it. What was under way when the node stood still brings back an old time,
+//! and extends nothing.
 //!
-//! The lease is shorter than the silence: peers heard this node's last heartbeat up to half a second before, and clocks do
-//! not run alike. Between asking the fence and the write itself a thread can still be stopped, for one write; and a host that
-//! is itself a virtual machine may have a clock that stands still with it. Only the storage can refuse such a write.
+//! The lease is shorter than the silence: peers heard this node's last heartbeat up to half a second before,
+//! and clocks do not run alike. Between asking the fence and the write itself a thread can still be stopped,
+//! for one write; and a host that is itself a virtual machine may have a clock that stands still with it.
+//! Only the storage can refuse such a write.
 //!
 //! [`Machine::silence`]: super::Machine::silence
 
@@ -74,7 +76,8 @@ impl Fence {
         }
     }
 
-    /// One of a node that others give up when they have heard nothing of it for `silence`; they have just heard it.
+    /// One of a node that others give up when they have heard nothing of it for `silence`; they have just
+    /// heard it.
     pub fn leased(silence: Duration) -> Fence {
         let fence = Fence { until: AtomicU64::new(1), lease: silence * 3 / 4, ..Fence::open() };
         fence.renew(now());

@@ -235,8 +235,8 @@ fn read(
     }
 }
 
-/// Writes until the node has dropped its handles or the connection fails. A heartbeat goes at its time, whatever else there is
-/// to say: it keeps the fence open.
+/// Writes until the node has dropped its handles or the connection fails. A heartbeat goes at its time,
+/// whatever else there is to say: it keeps the fence open.
 fn write(
     mut stream: TcpStream,
     mut sender: wire::Sender,

@@ -58,7 +58,8 @@ pub struct Machine {
     pub budgets: Vec<Option<u64>>,
     /// What each node's devices may do all together, by node index.
     pub capacities: Vec<Capacity>,
-    /// The guest kernel (bzImage or ELF), a path on node 0's host. Empty: what the first disk of node 0 would boot.
+    /// The guest kernel (bzImage or ELF), a path on node 0's host. Empty: what the first disk of node 0 would
+    /// boot.
     pub kernel: PathBuf,
     /// The initial ramdisk, a path on node 0's host.
     pub initrd: Option<PathBuf>,
@@ -174,7 +175,8 @@ pub struct SlotId {
     pub slot: u8,
 }
 
-/// The news of a slot for the guest. Its number is what the AML notifies the slot's object of (ACPI 6.5, 5.6.6).
+/// The news of a slot for the guest. Its number is what the AML notifies the slot's object of (ACPI 6.5,
+/// 5.6.6).
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
     /// A device has come: "device check".
@@ -288,8 +290,8 @@ pub enum ToCoordinator {
 /// A message from the coordinator to a node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum FromCoordinator {
-    /// Consumed by [`Control`] itself; never returned by it. The answer to [`ToCoordinator::Heartbeat`], with its time; or 0,
-    /// when there has been nothing to say.
+    /// Consumed by [`Control`] itself; never returned by it. The answer to [`ToCoordinator::Heartbeat`], with
+    /// its time; or 0, when there has been nothing to say.
     Heartbeat(u64),
     /// All nodes have joined.
     Start(Start),
@@ -343,7 +345,8 @@ pub enum Outgoing {
     Flush(Sender<()>),
 }
 
-/// The room that a message of the guest's has among those that wait for the connection; given back when it is dropped.
+/// The room that a message of the guest's has among those that wait for the connection; given back when it is
+/// dropped.
 #[derive(Debug)]
 pub struct Room(Receiver<()>);
 
@@ -446,8 +449,8 @@ impl Control {
         }
     }
 
-    /// What the coordinator says, to select on together with other channels. It closes when the coordinator is
-    /// gone; [`Control::recv_timeout`] then says why.
+    /// What the coordinator says, to select on together with other channels. It closes when the coordinator
+    /// is gone; [`Control::recv_timeout`] then says why.
     pub fn incoming(&self) -> &Receiver<FromCoordinator> {
         &self.incoming
     }

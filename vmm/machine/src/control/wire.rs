@@ -13,8 +13,8 @@
 //! ```
 //!
 //! The preamble and a refusal of it never change their form, so that peers of different versions can tell
-//! each other so. The preamble is the handshake's prologue. A refusal that is not sealed proves nothing: it is for the
-//! operator to read.
+//! each other so. The preamble is the handshake's prologue. A refusal that is not sealed proves nothing: it
+//! is for the operator to read.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -314,7 +314,8 @@ fn check_preamble(bytes: &[u8]) -> Result<(), WireError> {
     Err(WireError::Version { theirs: format!("{printable} (protocol {protocol})") })
 }
 
-/// The node's side of the handshake, within [`HANDSHAKE_TIME`]; the answer, and the session if the node is in.
+/// The node's side of the handshake, within [`HANDSHAKE_TIME`]; the answer, and the session if the node is
+/// in.
 ///
 /// # Errors
 /// What the coordinator does wrong, as a clause about it.
@@ -358,8 +359,8 @@ fn printable(text: &[u8]) -> String {
     String::from_utf8_lossy(text).chars().filter(|c| !c.is_control()).take(1000).collect()
 }
 
-/// The coordinator's side of the handshake up to its answer, within [`HANDSHAKE_TIME`]. Who said the hello has the
-/// key of the node that it wants to be, and said it now.
+/// The coordinator's side of the handshake up to its answer, within [`HANDSHAKE_TIME`]. Who said the hello
+/// has the key of the node that it wants to be, and said it now.
 ///
 /// # Errors
 /// What the stranger does wrong, as a clause about it. It has been told.

@@ -17,14 +17,15 @@ pub enum Action {
     Step(u64),
     /// This node is ahead, by what is surely more than drift: node 0 must move its offset forward to this.
     Tell(u64),
-    /// The clocks are further apart than [`MAX_STEP_S`]: by this many ticks, negative when this node is ahead.
+    /// The clocks are further apart than [`MAX_STEP_S`]: by this many ticks, negative when this node is
+    /// ahead.
     Absurd(i64),
 }
 
 /// Offsets that make this node's guest TSC equal node 0's.
 ///
-/// `host` bounds "node 0's host TSC minus ours", `theirs` and `ours` are the guest offsets (modulo 2^64), `khz`
-/// the machine's frequency.
+/// `host` bounds "node 0's host TSC minus ours", `theirs` and `ours` are the guest offsets (modulo 2^64),
+/// `khz` the machine's frequency.
 pub fn decide(host: Bounds, theirs: u64, ours: u64, khz: u64) -> Action {
     let skew = skew(host, theirs, ours);
     let least = (khz * MIN_STEP_NS / 1_000_000).max(host.error() / 2);
@@ -137,8 +138,8 @@ mod tests {
                         prop_assert!(now[node] > last[node]);
                     }
                     let apart = (now[node].wrapping_sub(now[0]) as i64).unsigned_abs() as f64 / hz;
-                    // Half of the worst asymmetry (25 us), half of the worst bound (30 us plus drift while the
-                    // rate is still unknown: 500 ppm for 20 ms), and the step still on its way.
+                    // Half of the worst asymmetry (25 us), half of the worst bound (30 us plus drift while
+                    // the rate is still unknown: 500 ppm for 20 ms), and the step still on its way.
                     prop_assert!(apart < 100e-6, "{apart}");
                 }
                 last = now;

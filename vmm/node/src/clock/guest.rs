@@ -24,8 +24,8 @@ pub struct ClockStats {
 
 /// One node's guest TSC: what its vCPUs' RDTSC reads, and what their timers run by.
 ///
-/// A step is published here; vCPUs in the guest are then called out (`on_step`) and take the new offset before
-/// they enter again. Those that are not in the guest see it on their way in.
+/// A step is published here; vCPUs in the guest are then called out (`on_step`) and take the new offset
+/// before they enter again. Those that are not in the guest see it on their way in.
 pub struct GuestClock {
     khz: u64,
     scale: Scale,

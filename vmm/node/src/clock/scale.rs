@@ -1,10 +1,11 @@
 //! The ratio of the guest's TSC frequency to the host's, as KVM and the hardware apply it.
 
-/// Relative difference of frequencies, in parts per million, that stepping corrects. It is also the default of
-/// KVM's `tsc_tolerance_ppm`: KVM does not scale for less, whatever it is told.
+/// Relative difference of frequencies, in parts per million, that stepping corrects. It is also the default
+/// of KVM's `tsc_tolerance_ppm`: KVM does not scale for less, whatever it is told.
 pub const STEPPABLE_PPM: u64 = 250;
 
-/// `guest = host * multiplier >> shift`, before the offset is added (SDM vol. 3, 26.6.5; APM vol. 2, 15.30.5).
+/// `guest = host * multiplier >> shift`, before the offset is added (SDM vol. 3, 26.6.5; APM vol. 2,
+/// 15.30.5).
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Scale {
     multiplier: u64,

@@ -18,7 +18,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use super::answer;
 use super::wire::Head;
 
-/// Address space: the largest kernel and initrds, each once more while it is put together, and room for tables.
+/// Address space: the largest kernel and initrds, each once more while it is put together, and room for
+/// tables.
 const ADDRESS_SPACE: u64 = 5 << 30;
 /// CPU time in seconds.
 const CPU_SECONDS: u64 = 60;
@@ -64,8 +65,8 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// Looks into the disk on standard input, named `path`, and answers on standard output; `survey` asks for what is on it instead
-/// of what it boots. The process's exit code.
+/// Looks into the disk on standard input, named `path`, and answers on standard output; `survey` asks for
+/// what is on it instead of what it boots. The process's exit code.
 pub fn run(path: &Path, survey: bool) -> u8 {
     let stdout = io::stdout();
     let mut pipe = io::BufWriter::with_capacity(1 << 20, stdout.lock());
@@ -93,8 +94,8 @@ fn look(path: &Path, survey: bool) -> Result<(Head, Vec<Vec<u8>>), String> {
     Ok((head, vec![found.kernel, found.initrd]))
 }
 
-/// Gives up everything that a search does not need. Namespaces are taken where the host lets a process have them; the filter
-/// of system calls does not depend on them.
+/// Gives up everything that a search does not need. Namespaces are taken where the host lets a process have
+/// them; the filter of system calls does not depend on them.
 fn confine() -> Result<(), String> {
     let failed = |what: &str, error: nix::Error| format!("{what}: {error}");
     prctl::set_pdeathsig(Signal::SIGKILL).map_err(|error| failed("parent-death signal", error))?;

@@ -1,8 +1,8 @@
 //! Looking into a disk for what it boots, in a child process that can do nothing else.
 //!
-//! What is on a disk is the guest's word: file systems, a boot loader's script, compressed images. It is read by a process of
-//! its own, which may read one descriptor, write one pipe and use so much memory and time; whatever it is made to do, it
-//! cannot do more. Its answer is checked like a peer's.
+//! What is on a disk is the guest's word: file systems, a boot loader's script, compressed images. It is read
+//! by a process of its own, which may read one descriptor, write one pipe and use so much memory and time;
+//! whatever it is made to do, it cannot do more. Its answer is checked like a peer's.
 //!
 //! ```text
 //!  node, or gestalt inspect                          child: gestalt disk-search
@@ -35,7 +35,8 @@ use wire::{Head, LARGEST_HEAD, LARGEST_SURVEY};
 /// How long a child may take in all; its CPU time is limited besides.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// The hidden command of `gestalt` that is the child, followed by the image's name and, for a survey only, [`SURVEY`].
+/// The hidden command of `gestalt` that is the child, followed by the image's name and, for a survey only,
+/// [`SURVEY`].
 pub const COMMAND: &str = "disk-search";
 /// Asks the child for what is on the disk instead of what it boots.
 pub const SURVEY: &str = "--survey";
@@ -85,7 +86,8 @@ impl Extracted {
 /// Finds what the disk at `path` boots, in a child process.
 ///
 /// # Errors
-/// The image cannot be opened, nothing on it can be booted, or the child did what it may not; a sentence each.
+/// The image cannot be opened, nothing on it can be booted, or the child did what it may not; a sentence
+/// each.
 pub fn find(path: &Path) -> anyhow::Result<Found> {
     let mut answer = Answer::of(path, &[])?;
     let result = answer.found();

@@ -8,7 +8,8 @@ use super::register::Part;
 
 /// The second half of a shipped instruction: everything but its access to memory.
 ///
-/// It holds the registers' values that the instruction used, so it must be given the same CPU that was decoded for.
+/// It holds the registers' values that the instruction used, so it must be given the same CPU that was
+/// decoded for.
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
 pub struct Completion {
     pub(super) effect: Effect,
@@ -26,7 +27,8 @@ pub(super) enum Effect {
     Load { to: Part },
     /// `to` becomes `old`, sign-extended: movsx, movsxd.
     LoadSigned { to: Part },
-    /// As [`Effect::Load`] if the condition holds; else `to` becomes itself, which clears the upper half if it is 4 bytes long.
+    /// As [`Effect::Load`] if the condition holds; else `to` becomes itself, which clears the upper half if
+    /// it is 4 bytes long.
     LoadIf { to: Part, holds: bool },
     /// `sum = old + other`: xadd. `to` becomes `old`.
     ExchangeAdd { to: Part, other: u64 },
@@ -38,7 +40,8 @@ pub(super) enum Effect {
     Bit { index: u32 },
     /// The accumulator was compared with `old`, and becomes `old` if they differ.
     CompareExchange { accumulator: u64 },
-    /// RDX:RAX, or their lower halves, were compared with `old`, and become `old` if they differ. Only ZF changes.
+    /// RDX:RAX, or their lower halves, were compared with `old`, and become `old` if they differ. Only ZF
+    /// changes.
     CompareExchangePair { pair: u128 },
 }
 
@@ -84,9 +87,9 @@ impl Completion {
         self.next
     }
 
-    /// Completes the instruction on the CPU: registers, flags and RIP are set as it sets them, RFLAGS.RF is cleared, and the
-    /// shadow in which interrupts wait ends. `answer` is the operation's. All of it must reach the vCPU: the registers, and the
-    /// end of a shadow (`KVM_VCPUEVENT_VALID_SHADOW`).
+    /// Completes the instruction on the CPU: registers, flags and RIP are set as it sets them, RFLAGS.RF is
+    /// cleared, and the shadow in which interrupts wait ends. `answer` is the operation's. All of it must
+    /// reach the vCPU: the registers, and the end of a shadow (`KVM_VCPUEVENT_VALID_SHADOW`).
     pub fn finish(&self, answer: u128, cpu: &mut Cpu) {
         let bits = 8 * self.width.bytes() as u32;
         let old = (answer & self.width.mask()) as u64;

@@ -49,8 +49,8 @@ pub struct Cpu {
 const AC: u64 = 1 << 18;
 
 impl Cpu {
-    /// From what KVM tells of a stopped vCPU. `dr7` is from its debug registers; the guest's CPUID says what addresses it has.
-    /// PKRU and IA32_PKRS are left unknown.
+    /// From what KVM tells of a stopped vCPU. `dr7` is from its debug registers; the guest's CPUID says what
+    /// addresses it has. PKRU and IA32_PKRS are left unknown.
     pub fn from_kvm(
         regs: &kvm_regs,
         sregs: &kvm_sregs,

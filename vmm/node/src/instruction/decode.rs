@@ -44,8 +44,9 @@ struct Plan {
     displacement: i64,
 }
 
-/// Decodes the instruction at the CPU's RIP, with whose bytes `code` begins. The CPU's state beyond what the instruction
-/// reads, and translations, are not looked at. Nothing is allocated, but for the decoder's tables at a process's first call.
+/// Decodes the instruction at the CPU's RIP, with whose bytes `code` begins. The CPU's state beyond what the
+/// instruction reads, and translations, are not looked at. Nothing is allocated, but for the decoder's tables
+/// at a process's first call.
 ///
 /// # Errors
 /// [`Refusal::Truncated`] if `code` ends too early; else why it is not shipped.
@@ -94,7 +95,8 @@ fn plan(instruction: &Instruction, memory: u32, width: Width, cpu: &Cpu) -> Opti
     let carry = cpu.rflags & CF;
     let load = |effect| Some(plan_of(Action::Load, 0, effect));
     let store = |value| Some(plan_of(Action::Store, value, Effect::Nothing));
-    // Of two operands, of which the first one becomes the result, unless there is no `change`, which does that in memory.
+    // Of two operands, of which the first one becomes the result, unless there is no `change`, which does
+    // that in memory.
     let arithmetic = |alu, change: Option<(Action, u64)>, other| {
         let (old_is, to) = match memory {
             0 => (Side::First, None),

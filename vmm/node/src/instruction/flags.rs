@@ -17,7 +17,8 @@ pub const STATUS: u64 = CF | PF | AF | ZF | SF | OF;
 /// Resume: the next instruction breakpoint is passed over. Every instruction clears it.
 pub const RF: u64 = 1 << 16;
 
-/// `a + b + carry` in `bits` bits: the sum and the status flags. `a` and `b` have no bits beyond those, `carry` is 0 or 1.
+/// `a + b + carry` in `bits` bits: the sum and the status flags. `a` and `b` have no bits beyond those,
+/// `carry` is 0 or 1.
 pub fn add(bits: u32, a: u64, b: u64, carry: u64) -> (u64, u64) {
     let wide = u128::from(a) + u128::from(b) + u128::from(carry);
     let sum = wide as u64 & mask(bits);
@@ -33,7 +34,8 @@ pub fn subtract(bits: u32, a: u64, b: u64, borrow: u64) -> (u64, u64) {
     (difference, arithmetic(bits, borrows, a ^ b ^ difference, overflow) | of_result(bits, difference))
 }
 
-/// The status flags of a bitwise operation's result: CF and OF are 0, and so is AF, which manuals leave undefined.
+/// The status flags of a bitwise operation's result: CF and OF are 0, and so is AF, which manuals leave
+/// undefined.
 pub fn of_result(bits: u32, result: u64) -> u64 {
     let sign = if result >> (bits - 1) & 1 != 0 { SF } else { 0 };
     let zero = if result == 0 { ZF } else { 0 };

@@ -16,9 +16,9 @@
 //!   Completion::finish  registers, flags, RIP; RF and the interrupt shadow end
 //!   Cpu::to_kvm         and the end of a shadow with KVM_SET_VCPU_EVENTS; KVM_RUN goes on with the next instruction
 //! ```
-//! A refusal leaves everything as it was: the page moves, and the CPU carries the instruction out itself. Between the walk and
-//! the end of the operation the vCPU stands still, so that no TLB shootdown or stop is answered in between: to the others the
-//! operation happens where the CPU would have done it.
+//! A refusal leaves everything as it was: the page moves, and the CPU carries the instruction out itself.
+//! Between the walk and the end of the operation the vCPU stands still, so that no TLB shootdown or stop is
+//! answered in between: to the others the operation happens where the CPU would have done it.
 //!
 //! | module | what it does |
 //! |---|---|
@@ -64,7 +64,8 @@ const TF: u64 = 1 << 8;
 /// DR7: any of the four breakpoints is enabled, locally or globally.
 const BREAKPOINTS: u64 = 0xff;
 
-/// Plans how the instruction at the CPU's RIP is shipped, of which the page at guest-physical address `page` is waited for.
+/// Plans how the instruction at the CPU's RIP is shipped, of which the page at guest-physical address `page`
+/// is waited for.
 ///
 /// # Errors
 /// Why the page must move instead.

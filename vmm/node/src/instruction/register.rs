@@ -34,8 +34,8 @@ impl Part {
 
     /// The part that a decoded operand names, if it is one of a general register.
     pub(super) fn named(register: Register) -> Option<Part> {
-        // The decoder numbers registers of a kind one after the other: AL, CL, DL, BL, AH to BH, SPL to DIL, R8L to R15L, then
-        // AX to R15W, EAX to R15D, RAX to R15. A test goes through all of them.
+        // The decoder numbers registers of a kind one after the other: AL, CL, DL, BL, AH to BH, SPL to DIL,
+        // R8L to R15L, then AX to R15W, EAX to R15D, RAX to R15. A test goes through all of them.
         let at = |first: Register| (register as usize).checked_sub(first as usize).filter(|&n| n < 16);
         let part = |number: usize, size| Some(Part { number: number as u8, size });
         if let Some(n) = (register as usize).checked_sub(Register::AL as usize).filter(|&n| n < 20) {
@@ -66,8 +66,8 @@ impl Part {
         }
     }
 
-    /// Puts a value's lowest bits there. As in 64-bit mode, 4 bytes clear the register's upper half, and 1 and 2 bytes leave
-    /// the rest as it was.
+    /// Puts a value's lowest bits there. As in 64-bit mode, 4 bytes clear the register's upper half, and 1
+    /// and 2 bytes leave the rest as it was.
     pub(super) fn write(self, general: &mut [u64; 16], value: u64) {
         let whole = &mut general[usize::from(self.number)];
         *whole = match self.size {

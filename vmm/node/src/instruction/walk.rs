@@ -1,17 +1,20 @@
 //! The walk through a guest's page tables from a linear address to a physical one, with all the CPU's checks.
 //!
-//! 4 and 5 levels, pages of 4 KiB, 2 MiB and 1 GiB (SDM vol. 3, 5.5 to 5.8; AMD's manual vol. 2, 5.3 to 5.6). The walk is pure:
-//! it sets no Accessed or Dirty bit, but tells whether they are set. A walk from memory is as good as the CPU's own: a CPU
-//! may forget a translation at any time, and must not use a stale one after a shootdown, which a stopped vCPU has not answered.
+//! 4 and 5 levels, pages of 4 KiB, 2 MiB and 1 GiB (SDM vol. 3, 5.5 to 5.8; AMD's manual vol. 2, 5.3 to 5.6).
+//! The walk is pure: it sets no Accessed or Dirty bit, but tells whether they are set. A walk from memory is
+//! as good as the CPU's own: a CPU may forget a translation at any time, and must not use a stale one after a
+//! shootdown, which a stopped vCPU has not answered.
 
 use thiserror::Error;
 
 /// Guest-physical memory, as far as this node may read it now.
 pub trait GuestPhysical {
-    /// The 8 bytes at an address, a multiple of 8, in one load. `None` if they are not RAM or this node may not read them now.
+    /// The 8 bytes at an address, a multiple of 8, in one load. `None` if they are not RAM or this node may
+    /// not read them now.
     fn read_u64(&self, address: u64) -> Option<u64>;
 
-    /// Fills `bytes`, which lie in one page, from `address` on. False if they are not RAM or this node may not read them now.
+    /// Fills `bytes`, which lie in one page, from `address` on. False if they are not RAM or this node may
+    /// not read them now.
     fn read(&self, address: u64, bytes: &mut [u8]) -> bool;
 }
 
@@ -20,7 +23,8 @@ pub trait GuestPhysical {
 pub enum Privilege {
     /// An instruction at CPL 3.
     User,
-    /// An instruction at CPL 0 to 2, or an implicit access: to a descriptor table or the TSS, at whatever CPL.
+    /// An instruction at CPL 0 to 2, or an implicit access: to a descriptor table or the TSS, at whatever
+    /// CPL.
     Supervisor {
         /// RFLAGS.AC, which lifts SMAP. Never for an implicit access.
         may_access_user_pages: bool,
@@ -74,7 +78,8 @@ pub struct Translation {
     pub dirty: bool,
 }
 
-/// Why there is no translation. All but the last four are page faults or general-protection faults on the CPU.
+/// Why there is no translation. All but the last four are page faults or general-protection faults on the
+/// CPU.
 #[derive(Copy, Clone, Debug, Eq, PartialEq, Hash, Error)]
 pub enum Fault {
     /// The address's upper bits are not copies of its highest valid one.
@@ -110,8 +115,8 @@ pub enum Fault {
     /// No paging, or that of 32-bit modes.
     #[error("the CPU is not in long mode")]
     Mode,
-    /// CR4 or EFER switches something on that may have a say and that this walker does not know: LASS, AMD's segment limits in
-    /// long mode, or newer.
+    /// CR4 or EFER switches something on that may have a say and that this walker does not know: LASS, AMD's
+    /// segment limits in long mode, or newer.
     #[error("the CPU has rules for addresses that are not known here")]
     Control,
     /// This node may not read an entry now, or it is not RAM.
@@ -135,8 +140,9 @@ const SMAP: u64 = 1 << 21;
 const PKE: u64 = 1 << 22;
 /// CR4: supervisor pages have protection keys.
 const PKS: u64 = 1 << 24;
-/// CR4: the bits above, and those that have no say in what data an address without metadata leads to: up to SMXE, FSGSBASE,
-/// PCIDE, OSXSAVE, KL, CET (shadow stacks are read-only to all but calls), UINTR, LAM_SUP, FRED.
+/// CR4: the bits above, and those that have no say in what data an address without metadata leads to: up to
+/// SMXE, FSGSBASE, PCIDE, OSXSAVE, KL, CET (shadow stacks are read-only to all but calls), UINTR, LAM_SUP,
+/// FRED.
 const KNOWN: u64 = 0x1_13ff_7fff;
 /// EFER: long mode is active.
 const LMA: u64 = 1 << 10;

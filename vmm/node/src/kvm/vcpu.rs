@@ -64,7 +64,8 @@ pub enum Exit {
     },
     /// KVM gave up; details in [`Vcpu::internal_error_data`].
     InternalError {
-        /// `KVM_INTERNAL_ERROR_*`: 1 emulation, 2 simultaneous exceptions, 3 event delivery, 4 unexpected exit.
+        /// `KVM_INTERNAL_ERROR_*`: 1 emulation, 2 simultaneous exceptions, 3 event delivery, 4 unexpected
+        /// exit.
         suberror: u32,
     },
     /// The guest asked KVM for power-off, reset or reported a crash.
@@ -428,8 +429,8 @@ impl Vcpu {
         self.fd.set_sregs(sregs).map_err(KvmError::call("write system registers"))
     }
 
-    /// Enables the register state of XCR0's bits, as XSETBV does (Intel's manual, volume 1, section 13.3). After
-    /// [`Vcpu::set_cpuid`], which says what there is.
+    /// Enables the register state of XCR0's bits, as XSETBV does (Intel's manual, volume 1, section 13.3).
+    /// After [`Vcpu::set_cpuid`], which says what there is.
     ///
     /// # Errors
     /// What `KVM_SET_XCRS` answers.

@@ -72,8 +72,8 @@ impl Vm {
     }
 }
 
-/// Denied accesses come to us. x2APIC MSRs (0x800..) need no filter, and KVM ignores one: without an in-kernel
-/// local APIC it refuses them itself, which arrives as "invalid".
+/// Denied accesses come to us. x2APIC MSRs (0x800..) need no filter, and KVM ignores one: without an
+/// in-kernel local APIC it refuses them itself, which arrives as "invalid".
 fn filter_msrs(fd: &VmFd) -> Result<(), KvmError> {
     // KVM copies the bitmap in units of 8 bytes.
     const DENIED: [u8; 8] = [0; 8];

@@ -19,7 +19,8 @@ pub struct BootPaths {
 }
 
 impl BootPaths {
-    /// What `machine` boots; `find` looks into its disk if that says so, as [`crate::disk_search::find`] does.
+    /// What `machine` boots; `find` looks into its disk if that says so, as [`crate::disk_search::find`]
+    /// does.
     ///
     /// # Errors
     /// There is no kernel on the disk that should have one.

@@ -41,7 +41,8 @@ impl Write for ConsoleOut {
     }
 }
 
-/// Starts the thread that gathers output and hands it to `sink`, which may take its time; it ends when the writer is dropped.
+/// Starts the thread that gathers output and hands it to `sink`, which may take its time; it ends when the
+/// writer is dropped.
 ///
 /// # Errors
 /// What the operating system says of a new thread.

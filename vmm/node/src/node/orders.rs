@@ -1,5 +1,5 @@
-//! Orders of the coordinator to this node's devices while the machine runs: one after the other, on a thread of their
-//! own, since a host may take its time over a file.
+//! Orders of the coordinator to this node's devices while the machine runs: one after the other, on a thread
+//! of their own, since a host may take its time over a file.
 
 use std::sync::Arc;
 

@@ -7,13 +7,14 @@ use crossbeam::channel::Sender;
 use super::Event;
 use machine::control::{Control, ToCoordinator};
 
-/// How long a node that has lost a thread gets to end in good order, with a dump: the coordinator tells it to end.
+/// How long a node that has lost a thread gets to end in good order, with a dump: the coordinator tells it to
+/// end.
 pub const GRACE: Duration = Duration::from_secs(5);
 /// How long last words to the coordinator may take.
 const FLUSH: Duration = Duration::from_millis(500);
 
-/// From now on a panic of any thread of this process is an [`Event::Failed`]. Whatever becomes of that, the coordinator has
-/// been told and the process has ended after `grace`.
+/// From now on a panic of any thread of this process is an [`Event::Failed`]. Whatever becomes of that, the
+/// coordinator has been told and the process has ended after `grace`.
 pub fn end_node(control: &Control, events: &Sender<Event>, grace: Duration) {
     let (control, events) = (control.clone(), events.clone());
     base::panic::on_first_panic(move |why| {

@@ -331,8 +331,8 @@ fn heartbeat(router: &Arc<Router>) -> anyhow::Result<Sender<()>> {
     Ok(stop)
 }
 
-/// What is needed to ship instructions, if they are. A host that cannot call a vCPU out ships none; the others' may still
-/// be carried out there.
+/// What is needed to ship instructions, if they are. A host that cannot call a vCPU out ships none; the
+/// others' may still be carried out there.
 fn ship(
     mode: ShipMode,
     can_call_out: bool,

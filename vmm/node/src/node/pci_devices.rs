@@ -1,4 +1,5 @@
-//! This node's PCI bus with the devices that live here; they may come, go and get other limits while the machine runs.
+//! This node's PCI bus with the devices that live here; they may come, go and get other limits while the
+//! machine runs.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -56,8 +57,8 @@ enum Handles {
 }
 
 impl PciDevices {
-    /// The bus of node `node`, with nothing on it; `None` for a node beyond the last bus. All devices on it may do what
-    /// `capacity` says.
+    /// The bus of node `node`, with nothing on it; `None` for a node beyond the last bus. All devices on it
+    /// may do what `capacity` says.
     pub fn new(
         node: u16,
         capacity: Capacity,

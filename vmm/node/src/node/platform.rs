@@ -31,8 +31,8 @@ pub struct Platform {
 
 impl Platform {
     /// COM1, the real-time clock, ACPI's registers and the I/O APIC. `route` delivers what the I/O APIC
-    /// sends, `room` learns when COM1 can take more input, `power` what the guest wants of the power, `ejected` which PCI
-    /// device it has let go of.
+    /// sends, `room` learns when COM1 can take more input, `power` what the guest wants of the power,
+    /// `ejected` which PCI device it has let go of.
     ///
     /// # Errors
     /// [`BusError`] if two devices claim an address.

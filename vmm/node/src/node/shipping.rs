@@ -1,14 +1,15 @@
-//! Shipping instructions: between a vCPU that was called out of its wait, the decoder, and the coherence engine.
+//! Shipping instructions: between a vCPU that was called out of its wait, the decoder, and the coherence
+//! engine.
 //!
 //! ```text
 //!  engine: the page stays ── call_out ──> the vCPU leaves KVM_RUN
 //!                                         begin: instruction::ship ─> Engine::operate
 //!  engine: answered ───────── kick ─────> poll: Completion::finish ─> registers
 //! ```
-//! What the decoder reads of the guest, page tables and code, it reads from pages that this node maps at that moment. One
-//! that has just gone is as good as one that a CPU has in its TLB: the vCPU stands still and has answered no shootdown
-//! since. So it is enough that a page was mapped during the whole of the reading, which the shard's count of pages that it
-//! took away shows.
+//! What the decoder reads of the guest, page tables and code, it reads from pages that this node maps at that
+//! moment. One that has just gone is as good as one that a CPU has in its TLB: the vCPU stands still and has
+//! answered no shootdown since. So it is enough that a page was mapped during the whole of the reading, which
+//! the shard's count of pages that it took away shows.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -183,7 +184,8 @@ impl GuestPhysical for Shipping {
 
     fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
         let Some((page, offset)) = self.place(address) else { return false };
-        // Order: mapped after the count was taken, and the count the same after the reading: mapped all the while.
+        // Order: mapped after the count was taken, and the count the same after the reading: mapped all the
+        // while.
         let before = self.engine.withdrawals(page);
         let read = self.memory.is_mapped(page) && self.memory.read_at(page, offset, bytes);
         fence(Ordering::Acquire);

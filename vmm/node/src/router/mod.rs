@@ -1,12 +1,14 @@
 //! Between this node's CPUs and devices and those of the others: lane 0 of the fabric.
 //!
-//! The way of one interrupt to another node: a local APIC says [`devices::irq::Effect::Ipi`] -> [`Router::deliver`]
-//! finds the CPUs -> those here get it in their mailboxes, and each other node that has some gets one
-//! [`NodeMsg::Interrupt`] -> its [`lane`] thread decodes, checks and posts it to the mailboxes there.
+//! The way of one interrupt to another node: a local APIC says [`devices::irq::Effect::Ipi`] ->
+//! [`Router::deliver`] finds the CPUs -> those here get it in their mailboxes, and each other node that has
+//! some gets one [`NodeMsg::Interrupt`] -> its [`lane`] thread decodes, checks and posts it to the mailboxes
+//! there.
 //!
-//! The way of one port access from node 2: KVM exits -> [`remote::AllDevices`] finds by [`place`] that node 0 has the
-//! port, sends it [`NodeMsg::Access`] and waits -> node 0's lane thread hands it to the [`remote::DeviceServer`]
-//! thread -> the bus -> a [`NodeMsg::Reply`] -> node 2's lane thread wakes the vCPU thread.
+//! The way of one port access from node 2: KVM exits -> [`remote::AllDevices`] finds by [`place`] that node 0
+//! has the port, sends it [`NodeMsg::Access`] and waits -> node 0's lane thread hands it to the
+//! [`remote::DeviceServer`] thread -> the bus -> a [`NodeMsg::Reply`] -> node 2's lane thread wakes the vCPU
+//! thread.
 //!
 //! | file | concept |
 //! |---|---|
@@ -70,8 +72,8 @@ pub struct Router {
 }
 
 impl Router {
-    /// A router for the CPUs `cpus` of the whole machine ([`firmware::layout::Layout::cpus`]), of which `table`
-    /// has those of this node.
+    /// A router for the CPUs `cpus` of the whole machine ([`firmware::layout::Layout::cpus`]), of which
+    /// `table` has those of this node.
     pub fn new(
         cpus: &[CpuPlace],
         table: Arc<Table>,
@@ -154,8 +156,8 @@ impl Router {
         self.deliver(&message.dest, &message.mode, None);
     }
 
-    /// Delivers an interrupt to every CPU that `dest` means; `from` is the sending CPU's APIC id. Destinations
-    /// that do not exist get nothing, as on hardware.
+    /// Delivers an interrupt to every CPU that `dest` means; `from` is the sending CPU's APIC id.
+    /// Destinations that do not exist get nothing, as on hardware.
     pub fn deliver(&self, dest: &Destination, mode: &Mode, from: Option<u32>) {
         let signal = match *mode {
             Mode::Fixed { vector, level } | Mode::LowestPriority { vector, level } => {

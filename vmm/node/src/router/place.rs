@@ -1,4 +1,5 @@
-//! The places of devices: the node that has the device at an address, the same answer at every node, without asking anybody.
+//! The places of devices: the node that has the device at an address, the same answer at every node, without
+//! asking anybody.
 
 use fabric::NodeId;
 use firmware::pci::bus_of;
@@ -16,7 +17,8 @@ pub struct Place {
 }
 
 impl Place {
-    /// The place of `addr` in a machine with `buses` PCI buses: bus `n` is at node `n`, everything else at node 0.
+    /// The place of `addr` in a machine with `buses` PCI buses: bus `n` is at node `n`, everything else at
+    /// node 0.
     pub fn of(buses: usize, space: Space, addr: u64) -> Place {
         match bus_of(addr).filter(|bus| space == Space::Memory && usize::from(*bus) < buses) {
             Some(bus) => Place { node: NodeId(bus.into()), doorbell: is_doorbell(addr) },

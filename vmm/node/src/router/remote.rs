@@ -116,8 +116,8 @@ pub struct DeviceQueue {
 }
 
 impl DeviceQueue {
-    /// Queues an access; a doorbell, which nobody waits for and which never blocks, is rung at once. `false` if no
-    /// correct node sends it: more than one of each CPU, or posted to anything but a doorbell.
+    /// Queues an access; a doorbell, which nobody waits for and which never blocks, is rung at once. `false`
+    /// if no correct node sends it: more than one of each CPU, or posted to anything but a doorbell.
     pub fn push(&self, from: NodeId, access: Access) -> bool {
         if access.posted {
             let doorbell = access.memory && bus_of(access.addr).is_some() && is_doorbell(access.addr);
@@ -137,13 +137,13 @@ impl DeviceQueue {
     }
 }
 
-/// All devices of the machine as the vCPUs of one node reach them: its own at once, those of other nodes by message
-/// ([`Place`] says which is which).
+/// All devices of the machine as the vCPUs of one node reach them: its own at once, those of other nodes by
+/// message ([`Place`] says which is which).
 ///
 /// A write waits for its answer too, as OUT does on a processor: registers that are selected by one write and
-/// used by the next (real-time clock, I/O APIC) are guarded by guest locks in coherent memory, and a lock that
-/// is released before its writes arrive would let another node's accesses in between. Doorbells need no such
-/// order, and are posted.
+/// used by the next (real-time clock, I/O APIC) are guarded by guest locks in coherent memory, and a lock
+/// that is released before its writes arrive would let another node's accesses in between. Doorbells need no
+/// such order, and are posted.
 pub struct AllDevices {
     router: Arc<Router>,
     buses: usize,

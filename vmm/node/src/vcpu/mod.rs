@@ -16,13 +16,15 @@
 //! signal stays pending, so that a kick is never lost, whatever the thread was about to do.
 //!
 //! The way of one interrupt: `post` sets a bit in the mailbox -> the thread drains the mailbox into its local
-//! APIC -> [`devices::irq::lapic::Lapic::acknowledge`] picks the vector -> KVM_INTERRUPT -> the guest's handler.
+//! APIC -> [`devices::irq::lapic::Lapic::acknowledge`] picks the vector -> KVM_INTERRUPT -> the guest's
+//! handler.
 //!
-//! A wait for a page is not a trap: the kick ends it like any stay in the guest, with nothing done of the instruction
-//! that needs the page. The thread then does what it was called for, and enters again; the guest takes its interrupt,
-//! or touches the page again, which the engine knows as the same wait. An interrupt that cannot be taken yet calls out
-//! once. ([`waiting`] tells on which hosts. Accesses of KVM's own emulator wait to their end everywhere, and once
-//! kicked they spin there; on CPUs with VMX or SVM it makes few: device accesses and string I/O.)
+//! A wait for a page is not a trap: the kick ends it like any stay in the guest, with nothing done of the
+//! instruction that needs the page. The thread then does what it was called for, and enters again; the guest
+//! takes its interrupt, or touches the page again, which the engine knows as the same wait. An interrupt that
+//! cannot be taken yet calls out once. ([`waiting`] tells on which hosts. Accesses of KVM's own emulator wait
+//! to their end everywhere, and once kicked they spin there; on CPUs with VMX or SVM it makes few: device
+//! accesses and string I/O.)
 //!
 //! | file | concept |
 //! |---|---|
@@ -82,7 +84,8 @@ pub enum Space {
 /// Where device accesses go. The call returns when the access is done; after the machine's end reads give
 /// 0xff bytes.
 pub trait Devices: Send + Sync {
-    /// vCPU `cpu` (its number within this node) reads `data.len()` bytes: 1, 2, 4, or in memory space any up to 8.
+    /// vCPU `cpu` (its number within this node) reads `data.len()` bytes: 1, 2, 4, or in memory space any up
+    /// to 8.
     fn read(&self, cpu: u32, space: Space, addr: u64, data: &mut [u8]);
     /// vCPU `cpu` writes `data`.
     fn write(&self, cpu: u32, space: Space, addr: u64, data: &[u8]);

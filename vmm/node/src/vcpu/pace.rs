@@ -1,11 +1,12 @@
 //! Timer interrupts leave the guest time for its work, on hosts where a tick takes longer than its period.
 //!
-//! A tick touches pages that all CPUs share, page tables above all. On emulated hosts bringing them takes longer than a
-//! tick's period, the next interrupt is due when the last has been taken, and the guest does nothing but handle ticks. So
-//! there, after a timer interrupt, the next one waits `rest` times as long as the last one took from when it was due to its
-//! end-of-interrupt, at most [`LONGEST`]. Halted CPUs rest as well: their ticks take the pages from the others. (With rests
-//! of 2 s at most all CPUs of two nodes were online after 73 s, and after 90 s if halted ones did not rest: one boot each.)
-//! Real servers have a `rest` of 0: every interrupt comes at its time.
+//! A tick touches pages that all CPUs share, page tables above all. On emulated hosts bringing them takes
+//! longer than a tick's period, the next interrupt is due when the last has been taken, and the guest does
+//! nothing but handle ticks. So there, after a timer interrupt, the next one waits `rest` times as long as
+//! the last one took from when it was due to its end-of-interrupt, at most [`LONGEST`]. Halted CPUs rest as
+//! well: their ticks take the pages from the others. (With rests of 2 s at most all CPUs of two nodes were
+//! online after 73 s, and after 90 s if halted ones did not rest: one boot each.) Real servers have a `rest`
+//! of 0: every interrupt comes at its time.
 
 /// The longest rest, in milliseconds: Linux's RCU complains after 21 seconds.
 const LONGEST: u64 = 4_000;

@@ -24,8 +24,8 @@ use devices::irq::lapic::Lapic;
 /// Longest uninterrupted sleep. Wake-ups are not lost; this only bounds what a mistake would cost.
 pub(super) const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 /// How long a vCPU waits for the others to leave the guest before it takes on a stepped clock. A thread that
-/// has been kicked and has not left by then is not running guest code: it is waiting for a host CPU, or for a page
-/// that KVM's emulator needs, and KVM sees the pending kick before it goes on.
+/// has been kicked and has not left by then is not running guest code: it is waiting for a host CPU, or for a
+/// page that KVM's emulator needs, and KVM sees the pending kick before it goes on.
 const STEP_WAIT_NS: u64 = 200_000;
 /// Exits that completing one instruction may make: string I/O in pieces, an access split over two pages.
 const MAX_COMPLETIONS: usize = 4096;
@@ -460,7 +460,8 @@ fn set_offset(kvm: &Vcpu, env: &Environment, offset: u64) -> Result<(), KvmError
     if env.clock.is_fixed() { Ok(()) } else { kvm.set_tsc_offset(offset) }
 }
 
-/// Fails unless the vCPU's TSC is the node's clock: that KVM scales as this program believes it does, above all.
+/// Fails unless the vCPU's TSC is the node's clock: that KVM scales as this program believes it does, above
+/// all.
 fn check_clock(kvm: &Vcpu, env: &Environment, offset: u64) -> Result<(), KvmError> {
     // Rounding differs by a tick or two between the two ways of scaling.
     const ROUNDING: u64 = 16;

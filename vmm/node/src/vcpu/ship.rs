@@ -7,9 +7,10 @@
 //!      └─ under way ── Shipment::poll, after each kick ──> done: the registers are set
 //!                                                     └──> not done: the vCPU enters again
 //! ```
-//! The registers change only when the answer is here. Until then the vCPU stands still: it shows its registers to who asks
-//! and ends if it must; a pause waits for the answer, so that nobody sees the instruction done in memory and not in the
-//! registers. Interrupts are taken at the next entry, before the instruction or after it, as they come.
+//! The registers change only when the answer is here. Until then the vCPU stands still: it shows its
+//! registers to who asks and ends if it must; a pause waits for the answer, so that nobody sees the
+//! instruction done in memory and not in the registers. Interrupts are taken at the next entry, before the
+//! instruction or after it, as they come.
 //!
 //! A node has a [`Shipper`] only where the machine ships (`ship` in the machine file).
 
@@ -23,8 +24,8 @@ use super::signal;
 use super::table::{State, Wish, count};
 use crate::kvm::KvmError;
 
-/// So many instructions in a row that were not done elsewhere, since their pages were just moving, and the next has its
-/// page.
+/// So many instructions in a row that were not done elsewhere, since their pages were just moving, and the
+/// next has its page.
 const TRIES: u32 = 4;
 
 /// A vCPU outside the guest, between two instructions as far as the guest can tell.
@@ -42,8 +43,8 @@ pub struct Stopped {
 
 /// Carries instructions out where their operands are.
 pub trait Shipper: Send + Sync {
-    /// Begins to carry out the instruction at which vCPU `cpu` (its number within this node) stands, waiting for `page`.
-    /// When there is an answer the vCPU is kicked. `None`: the page moves instead, or has come.
+    /// Begins to carry out the instruction at which vCPU `cpu` (its number within this node) stands, waiting
+    /// for `page`. When there is an answer the vCPU is kicked. `None`: the page moves instead, or has come.
     fn begin(&self, cpu: u32, stopped: &Stopped, page: Page) -> Option<Box<dyn Shipment>>;
 }
 

@@ -226,8 +226,8 @@ impl Table {
         }
     }
 
-    /// Whether a fault of `thread` on `page` may be answered by [`Table::ship`]: it is a vCPU's, inside the guest, where a
-    /// kick ends a wait, and has not said that it needs the page itself.
+    /// Whether a fault of `thread` on `page` may be answered by [`Table::ship`]: it is a vCPU's, inside the
+    /// guest, where a kick ends a wait, and has not said that it needs the page itself.
     pub fn may_ship(&self, thread: u32, page: Page) -> bool {
         let Some(slot) = self.slot_of(thread) else { return false };
         let is = |word: &AtomicU64| {
@@ -238,8 +238,8 @@ impl Table {
         slot.in_guest.load(Ordering::SeqCst) && !is(&slot.wants) && !called
     }
 
-    /// Has the vCPU whose thread is `thread` called out of its wait for `page`, to have the instruction that accesses it
-    /// shipped. `false` if there is no such vCPU in the guest: then the page must come.
+    /// Has the vCPU whose thread is `thread` called out of its wait for `page`, to have the instruction that
+    /// accesses it shipped. `false` if there is no such vCPU in the guest: then the page must come.
     pub fn ship(&self, thread: u32, page: Page) -> bool {
         let slot = self.slot_of(thread).filter(|slot| slot.in_guest.load(Ordering::SeqCst));
         let Some(slot) = slot else { return false };

@@ -1,5 +1,5 @@
-//! The state of a vCPU that begins at CPL 3 in 64-bit mode, for probes and tests: the only mode in which KVM on PVM
-//! runs guest code natively, and one that every KVM runs.
+//! The state of a vCPU that begins at CPL 3 in 64-bit mode, for probes and tests: the only mode in which KVM
+//! on PVM runs guest code natively, and one that every KVM runs.
 
 use firmware::boot::{BspRegisters, DescriptorTable, Segment};
 
@@ -12,8 +12,8 @@ const FLAGS: u64 = 0x67;
 /// A page directory's entry maps 2 MiB.
 const LARGE: u64 = 0x80;
 
-/// Page tables to be put at guest physical address `at`, a multiple of 4096: the first GiB one to one, in pages of
-/// 2 MiB, open to user mode.
+/// Page tables to be put at guest physical address `at`, a multiple of 4096: the first GiB one to one, in
+/// pages of 2 MiB, open to user mode.
 pub fn page_tables(at: u64) -> Vec<u8> {
     let mut tables = vec![0; TABLES_SIZE];
     let mut set = |entry: usize, value: u64| {
@@ -27,8 +27,8 @@ pub fn page_tables(at: u64) -> Vec<u8> {
     tables
 }
 
-/// Registers to begin with at `rip`, interrupts off, with [`RFLAGS`] and without descriptor tables: any exception ends
-/// the guest.
+/// Registers to begin with at `rip`, interrupts off, with [`RFLAGS`] and without descriptor tables: any
+/// exception ends the guest.
 pub fn registers(tables: u64, rip: u64) -> BspRegisters {
     let data = Segment {
         base: 0,

@@ -1,8 +1,10 @@
-//! The trial whether a vCPU that waits for a page can be called out of its wait, on a guest of two instructions.
+//! The trial whether a vCPU that waits for a page can be called out of its wait, on a guest of two
+//! instructions.
 //!
-//! A guest's access to a page that is not here waits inside KVM_RUN until userfaultfd's handler brings the page. Since
-//! Linux 6.2 a signal ends that wait: KVM_RUN returns EINTR, and the instruction has not happened. So interrupts, a stop,
-//! a dump or a step of the clock need not wait for pages. (Accesses that KVM's own emulator makes still wait.)
+//! A guest's access to a page that is not here waits inside KVM_RUN until userfaultfd's handler brings the
+//! page. Since Linux 6.2 a signal ends that wait: KVM_RUN returns EINTR, and the instruction has not
+//! happened. So interrupts, a stop, a dump or a step of the clock need not wait for pages. (Accesses that
+//! KVM's own emulator makes still wait.)
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -29,8 +31,8 @@ const INSTRUCTIONS: [u8; 9] = [0x8b, 0x04, 0x25, 0x00, 0x50, 0x00, 0x00, 0xe7, 0
 /// What the page holds when it comes at last.
 const MARK: u32 = 0x7761_6974;
 
-/// Lets a vCPU touch a page that does not come, kicks it, sees that it left the guest with nothing done, and that it goes
-/// on when it is entered again and the page comes. How long the kick took.
+/// Lets a vCPU touch a page that does not come, kicks it, sees that it left the guest with nothing done, and
+/// that it goes on when it is entered again and the page comes. How long the kick took.
 ///
 /// # Errors
 /// What did not go as it must, as a clause.
@@ -43,7 +45,8 @@ pub fn can_be_called_out(kvm: &Kvm, cpu: &HostCpu) -> Result<Duration, String> {
     uffd.register(address, PAGE_SIZE as u64, Mode::Remote)
         .map_err(|error| format!("registering: {error}"))?;
     let vm = Vm::new(kvm).map_err(|error| error.to_string())?;
-    // SAFETY: the vCPU's thread keeps the memory longer than the virtual machine, and nothing refers to its bytes.
+    // SAFETY: the vCPU's thread keeps the memory longer than the virtual machine, and nothing refers to its
+    // bytes.
     unsafe { vm.add_memory(0, 0, memory.guest_view(), memory.len() as u64) }.map_err(|e| e.to_string())?;
     let vcpu = vm.create_vcpu(0).map_err(|error| error.to_string())?;
     let (tell, told) = channel();

@@ -1,7 +1,9 @@
-//! Two nodes with one memory, whose vCPUs ship instructions to each other: what they do to memory is as if all ran on one.
+//! Two nodes with one memory, whose vCPUs ship instructions to each other: what they do to memory is as if
+//! all ran on one.
 //!
-//! The vCPUs run at CPL 3 without interrupts: page 1 is the code, pages 12 to 14 are the page tables, which nobody writes,
-//! page 16 (of node 0) and page 272 (of node 1) are what they fight for, and each has a page of its own for its notes.
+//! The vCPUs run at CPL 3 without interrupts: page 1 is the code, pages 12 to 14 are the page tables, which
+//! nobody writes, page 16 (of node 0) and page 272 (of node 1) are what they fight for, and each has a page
+//! of its own for its notes.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -121,7 +123,8 @@ macro_rules! meet {
     };
 }
 
-/// Adds to a word of each node's page, in all the ways that count, `times` times, with some work of its own between.
+/// Adds to a word of each node's page, in all the ways that count, `times` times, with some work of its own
+/// between.
 fn counters(times: u32) -> Vec<u8> {
     let mut code = code64!(
         meet!(),
@@ -188,7 +191,8 @@ fn counters_of_two_nodes_are_exact_when_nothing_is_shipped() {
     assert_eq!(totals[0].operations + totals[1].operations, 0);
 }
 
-/// Each takes a lock that is shipped, and adds to a word that moves, with an instruction that cannot be shipped.
+/// Each takes a lock that is shipped, and adds to a word that moves, with an instruction that cannot be
+/// shipped.
 #[test]
 fn a_lock_that_is_shipped_guards_a_word_that_moves() {
     let Some(host) = able() else { return };
@@ -223,7 +227,8 @@ fn a_lock_that_is_shipped_guards_a_word_that_moves() {
     assert_eq!(machine.word(1, X), 0);
 }
 
-/// Message passing: whoever sees the flag sees the data. vCPU 0 writes, vCPU 1 reads; EAX is how often it was wrong.
+/// Message passing: whoever sees the flag sees the data. vCPU 0 writes, vCPU 1 reads; EAX is how often it was
+/// wrong.
 fn message_passing(name: &str, code: &[u8]) {
     let Some(host) = able() else { return };
     let machine = Machine::start(host, How::Always, code);
@@ -307,9 +312,9 @@ fn data_that_are_shipped_are_seen_by_who_sees_a_flag_that_moves() {
     );
 }
 
-/// Store buffering, with a fence: vCPU 0 writes x (shipped or not) and then reads y (which moves), vCPU 1 the other way
-/// round. Each notes what it read each time. If vCPU 0's i-th read found y older than j, it came before vCPU 1's j-th
-/// write, and so that vCPU's j-th read must find x at i or newer.
+/// Store buffering, with a fence: vCPU 0 writes x (shipped or not) and then reads y (which moves), vCPU 1 the
+/// other way round. Each notes what it read each time. If vCPU 0's i-th read found y older than j, it came
+/// before vCPU 1's j-th write, and so that vCPU's j-th read must find x at i or newer.
 #[test]
 fn of_two_who_write_and_then_read_what_the_other_writes_one_sees_the_others() {
     let Some(host) = able() else { return };

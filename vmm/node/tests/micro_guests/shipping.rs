@@ -1,4 +1,5 @@
-//! An instruction that is carried out elsewhere while its vCPU waits for the page: here by the test, on a word of its own.
+//! An instruction that is carried out elsewhere while its vCPU waits for the page: here by the test, on a
+//! word of its own.
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, mpsc};
@@ -172,7 +173,8 @@ impl Shipper for Slow {
     }
 }
 
-/// A guest whose first instruction on the page is under way, with where it is, its registers, and who takes the answer.
+/// A guest whose first instruction on the page is under way, with where it is, its registers, and who takes
+/// the answer.
 fn under_way(host: &HostCpu) -> (Guest, Withheld, u64, kvm_regs, mpsc::Sender<Shipped>) {
     let (tell, told) = mpsc::channel();
     let (code, rip) = adder(1);

@@ -1,5 +1,5 @@
-//! A vCPU that waits for a page still takes interrupts, and does what the node wants of it. The page comes when the test
-//! says so, so that what happens before did not wait for it.
+//! A vCPU that waits for a page still takes interrupts, and does what the node wants of it. The page comes
+//! when the test says so, so that what happens before did not wait for it.
 
 use std::sync::Arc;
 use std::sync::Mutex;

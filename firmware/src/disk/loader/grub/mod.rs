@@ -6,9 +6,9 @@
 //! | `run` | carrying them out: variables, conditions, the menu |
 //! | this one | the menu's default, and the entry that it names |
 //!
-//! What cannot be known here (a key that is held down, a disk that GRUB would find) is *unknown*, and so is all that follows
-//! from it. As long as the kernel and its command line do not depend on it that is no matter; if they do, the search is
-//! refused. Nothing is guessed.
+//! What cannot be known here (a key that is held down, a disk that GRUB would find) is *unknown*, and so is
+//! all that follows from it. As long as the kernel and its command line do not depend on it that is no
+//! matter; if they do, the search is refused. Nothing is guessed.
 
 mod run;
 pub mod script;
@@ -64,8 +64,8 @@ fn titles(menu: &[Item]) -> Vec<String> {
     titles
 }
 
-/// The entry that `default` names: a number, a title, an identifier, or a path of these with `>` between them. GRUB takes the
-/// first entry for what it does not find; so does this, with a note.
+/// The entry that `default` names: a number, a title, an identifier, or a path of these with `>` between
+/// them. GRUB takes the first entry for what it does not find; so does this, with a note.
 fn choose<'a>(menu: &'a [Item], default: &str) -> Result<(&'a Item, Option<String>), NotUnderstood> {
     let (mut level, mut rest) = (menu, default);
     loop {

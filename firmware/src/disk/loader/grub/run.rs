@@ -53,7 +53,8 @@ const UNKNOWABLE: &[&str] = &[
 /// Commands that load a Linux kernel, and its initrds.
 const LINUX: [&str; 4] = ["linux", "linux16", "linuxefi", "linux32"];
 const INITRD: [&str; 3] = ["initrd", "initrd16", "initrdefi"];
-/// What GRUB defines before it reads a script. As on a BIOS machine, where nothing of firmware is in the menu.
+/// What GRUB defines before it reads a script. As on a BIOS machine, where nothing of firmware is in the
+/// menu.
 const BUILT_IN: &[(&str, &str)] = &[
     ("grub_platform", "pc"),
     ("grub_cpu", "i386"),
@@ -206,8 +207,8 @@ impl<'a> Interpreter<'a> {
         self.run(otherwise)
     }
 
-    /// Takes note that nobody can know whether these are carried out: what they set is unknown, and they must not be part of
-    /// the menu or of an entry.
+    /// Takes note that nobody can know whether these are carried out: what they set is unknown, and they must
+    /// not be part of the menu or of an entry.
     fn skip(&mut self, script: &[Statement], line: usize) -> Result<(), NotUnderstood> {
         self.depth += 1;
         if self.depth > DEEPEST {
@@ -596,8 +597,8 @@ impl<'a> Interpreter<'a> {
         entry.ok_or_else(|| wrong(item.line, format!("the entry `{}` loads no Linux kernel", item.title)))
     }
 
-    /// A variable that nobody has set is nothing to GRUB. In what is booted it is more likely something that was not
-    /// understood.
+    /// A variable that nobody has set is nothing to GRUB. In what is booted it is more likely something that
+    /// was not understood.
     fn check_variables(&self, body: &[Statement]) -> Result<(), NotUnderstood> {
         for statement in body {
             let Statement::Command { line, words, .. } = statement else { continue };
@@ -649,7 +650,8 @@ fn file(path: &str, line: usize) -> Result<String, NotUnderstood> {
     Ok(path.to_owned())
 }
 
-/// An option as GRUB hands it on (`grub_create_loader_cmdline`): in quotes if it has blanks, so that it stays one.
+/// An option as GRUB hands it on (`grub_create_loader_cmdline`): in quotes if it has blanks, so that it stays
+/// one.
 fn quote(option: &str) -> String {
     let mut quoted = String::new();
     for c in option.chars() {

@@ -1,6 +1,8 @@
-//! GRUB's script language, read into statements: words with quotes and variables, blocks, conditions, loops, functions.
+//! GRUB's script language, read into statements: words with quotes and variables, blocks, conditions, loops,
+//! functions.
 //!
-//! From the GRUB manual, "Shell-like scripting". What is not part of the language is an error, and no word is dropped.
+//! From the GRUB manual, "Shell-like scripting". What is not part of the language is an error, and no word is
+//! dropped.
 
 use super::super::super::limits::DEEPEST;
 use super::super::NotUnderstood;

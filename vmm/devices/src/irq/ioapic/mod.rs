@@ -9,9 +9,10 @@
 //!                    +--------------- eoi(vector): remote IRR clear --+
 //! ```
 //!
-//! An edge at a masked pin is lost, as on the real part; a level is seen when the pin is unmasked. "Asserted" is what the
-//! device means: the polarity bit is kept for the guest to read back but turns nothing round, because emulated devices
-//! have no wires. An entry's bits 55..49 are bits 14..8 of the destination id for guests that use extended ids.
+//! An edge at a masked pin is lost, as on the real part; a level is seen when the pin is unmasked. "Asserted"
+//! is what the device means: the polarity bit is kept for the guest to read back but turns nothing round,
+//! because emulated devices have no wires. An entry's bits 55..49 are bits 14..8 of the destination id for
+//! guests that use extended ids.
 
 use super::{Message, Mode, msi};
 
@@ -35,7 +36,8 @@ const VERSION: u32 = 0x20 | (PINS as u32 - 1) << 16;
 const REMOTE_IRR: u64 = 1 << 14;
 const LEVEL: u64 = 1 << 15;
 const MASKED: u64 = 1 << 16;
-/// Vector, delivery mode, destination mode, polarity, trigger mode, mask; extended destination and destination.
+/// Vector, delivery mode, destination mode, polarity, trigger mode, mask; extended destination and
+/// destination.
 const ENTRY_WRITABLE: u64 = 0xfffe_0000_0001_afff;
 
 /// One input pin.
@@ -74,7 +76,8 @@ impl Pin {
     }
 }
 
-/// The I/O APIC. Every message it returns must be routed ([`super::route::resolve`] with no sender), in the order given.
+/// The I/O APIC. Every message it returns must be routed ([`super::route::resolve`] with no sender), in the
+/// order given.
 #[derive(Clone, Debug)]
 pub struct IoApic {
     id: u32,
@@ -83,13 +86,15 @@ pub struct IoApic {
 }
 
 impl IoApic {
-    /// An I/O APIC as power-on leaves it: every pin masked. `id` (0..=15) is what its ID register says, as in the MADT.
+    /// An I/O APIC as power-on leaves it: every pin masked. `id` (0..=15) is what its ID register says, as in
+    /// the MADT.
     pub fn new(id: u8) -> Self {
         let pin = Pin { entry: MASKED, asserted: false };
         Self { id: u32::from(id & 0xf) << 24, select: 0, pins: [pin; PINS as usize] }
     }
 
-    /// The guest reads `data.len()` bytes at `offset` of the register window. What no register has reads as 0.
+    /// The guest reads `data.len()` bytes at `offset` of the register window. What no register has reads as
+    /// 0.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         for (byte, index) in data.iter_mut().zip(0..) {
             let offset = offset.wrapping_add(index);
@@ -102,8 +107,8 @@ impl IoApic {
         }
     }
 
-    /// The guest writes `data` at `offset` of the register window; shorter writes than 32 bits are zero-extended, unaligned
-    /// ones dropped.
+    /// The guest writes `data` at `offset` of the register window; shorter writes than 32 bits are
+    /// zero-extended, unaligned ones dropped.
     #[must_use = "the messages must be routed"]
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Vec<Message> {
         let mut bytes = [0; 4];
@@ -135,7 +140,8 @@ impl IoApic {
         }
     }
 
-    /// A device's line goes up and down again: one edge. On a level pin this is one interrupt unless one is unfinished.
+    /// A device's line goes up and down again: one edge. On a level pin this is one interrupt unless one is
+    /// unfinished.
     #[must_use = "the message must be routed"]
     pub fn pulse(&mut self, pin: u8) -> Option<Message> {
         let message = self.set_pin(pin, true);
@@ -145,7 +151,8 @@ impl IoApic {
         message
     }
 
-    /// A CPU finished `vector` ([`super::Effect::Eoi`]): level pins with it that are still asserted deliver again.
+    /// A CPU finished `vector` ([`super::Effect::Eoi`]): level pins with it that are still asserted deliver
+    /// again.
     #[must_use = "the messages must be routed"]
     pub fn eoi(&mut self, vector: u8) -> Vec<Message> {
         let finished = self.pins.iter_mut().filter(|pin| pin.is_level() && pin.entry as u8 == vector);
@@ -179,7 +186,8 @@ impl IoApic {
         let writable = ENTRY_WRITABLE & 0xffff_ffff << shift;
         pin.entry = pin.entry & !writable | u64::from(value) << shift & writable;
         if !pin.is_level() {
-            // Making an entry edge-triggered is how software without the EOI register finishes a level interrupt.
+            // Making an entry edge-triggered is how software without the EOI register finishes a level
+            // interrupt.
             pin.entry &= !REMOTE_IRR;
         }
         pin.service_level()

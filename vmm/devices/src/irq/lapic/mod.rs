@@ -1,9 +1,10 @@
 //! One CPU's local APIC, always in x2APIC mode (SDM vol. 3, ch. 11, above all 11.12; APM vol. 2, ch. 16).
 //!
-//! The vCPU's own thread owns it; no one else touches it. Others hand that thread what arrives ([`Mode`]) and kick it.
-//! Around each entry into the guest the thread does:
+//! The vCPU's own thread owns it; no one else touches it. Others hand that thread what arrives ([`Mode`]) and
+//! kick it. Around each entry into the guest the thread does:
 //!
-//! 1. [`Lapic::expire_timer`] with the current guest TSC, and [`Lapic::post`] for every vector in the mailbox;
+//! 1. [`Lapic::expire_timer`] with the current guest TSC, and [`Lapic::post`] for every vector in the
+//!    mailbox;
 //! 2. if the CPU can take an interrupt now, [`Lapic::acknowledge`] and inject the vector; otherwise, while
 //!    [`Lapic::pending`] is some, ask KVM for the interrupt window;
 //! 3. `kvm_run.cr8 = lapic.cr8()`, enter the guest, then `lapic.set_cr8(kvm_run.cr8)`.
@@ -16,8 +17,9 @@
 //!                                   highest class above PPR = max(TPR, highest ISR)
 //! ```
 //!
-//! The version register says: six LVT entries (no CMCI), no suppression of EOI broadcasts. The mode in IA32_APIC_BASE is
-//! fixed, because the guest starts in x2APIC mode and there is no MMIO page to fall back to.
+//! The version register says: six LVT entries (no CMCI), no suppression of EOI broadcasts. The mode in
+//! IA32_APIC_BASE is fixed, because the guest starts in x2APIC mode and there is no MMIO page to fall back
+//! to.
 
 use super::timer::{Timer, TimerMode};
 use super::vectors::Vectors;
@@ -114,8 +116,8 @@ const ESR_RECEIVE_ILLEGAL_VECTOR: u32 = 1 << 6;
 /// Vectors below this cannot be interrupts.
 const FIRST_LEGAL_VECTOR: u8 = 16;
 
-/// Vector, delivery mode, destination mode, level, trigger mode, shorthand, destination; bit 12 (delivery status, always
-/// idle) may be written and is dropped, as AMD has it.
+/// Vector, delivery mode, destination mode, level, trigger mode, shorthand, destination; bit 12 (delivery
+/// status, always idle) may be written and is dropped, as AMD has it.
 const ICR_WRITABLE: u64 = 0xffff_ffff_000c_dfff;
 const ICR_BUSY: u64 = 1 << 12;
 const ICR_BROADCAST: u32 = 0xffff_ffff;
@@ -140,8 +142,8 @@ pub struct Lapic {
 }
 
 impl Lapic {
-    /// A local APIC as power-on leaves it: software-disabled, everything masked. `bsp` says whether it is the bootstrap
-    /// CPU's, of which a machine has one.
+    /// A local APIC as power-on leaves it: software-disabled, everything masked. `bsp` says whether it is the
+    /// bootstrap CPU's, of which a machine has one.
     pub fn new(apic_id: u32, bsp: bool) -> Self {
         Self {
             apic_id,
@@ -247,8 +249,9 @@ impl Lapic {
         Ok(None)
     }
 
-    /// An interrupt arrives ([`Mode::Fixed`] or [`Mode::LowestPriority`]). True if it was accepted, which includes
-    /// merging with one that already waits; false if the APIC is software-disabled or the vector illegal.
+    /// An interrupt arrives ([`Mode::Fixed`] or [`Mode::LowestPriority`]). True if it was accepted, which
+    /// includes merging with one that already waits; false if the APIC is software-disabled or the vector
+    /// illegal.
     pub fn post(&mut self, vector: u8, level: bool) -> bool {
         if !self.enabled() {
             return false;
@@ -266,8 +269,8 @@ impl Lapic {
         true
     }
 
-    /// The vector that the CPU would take now if its interrupt flag allowed: the highest requested one whose priority
-    /// class is above the processor priority. None while the APIC is software-disabled.
+    /// The vector that the CPU would take now if its interrupt flag allowed: the highest requested one whose
+    /// priority class is above the processor priority. None while the APIC is software-disabled.
     pub fn pending(&self) -> Option<u8> {
         self.irr.highest().filter(|vector| self.enabled() && vector >> 4 > self.ppr() >> 4)
     }
@@ -285,16 +288,16 @@ impl Lapic {
         u64::from(self.tpr >> 4)
     }
 
-    /// The guest may have written CR8: `kvm_run.cr8` after an exit. An unchanged value keeps the subclass bits that only
-    /// the TPR register has.
+    /// The guest may have written CR8: `kvm_run.cr8` after an exit. An unchanged value keeps the subclass
+    /// bits that only the TPR register has.
     pub fn set_cr8(&mut self, cr8: u64) {
         if cr8 != self.cr8() {
             self.tpr = ((cr8 & 0xf) as u8) << 4;
         }
     }
 
-    /// The guest TSC at which the timer's next interrupt is due; it may have passed already. None if the timer stands
-    /// still or its interrupt is masked.
+    /// The guest TSC at which the timer's next interrupt is due; it may have passed already. None if the
+    /// timer stands still or its interrupt is masked.
     pub fn timer_deadline(&self) -> Option<u64> {
         self.timer.next().filter(|_| self.lvt[TIMER] & LVT_MASKED == 0)
     }
@@ -314,7 +317,8 @@ impl Lapic {
         self.timer.expire(now) && self.fire_lvt(TIMER)
     }
 
-    /// Whether a pulse on LINT1 (the machine's NMI button) would be an NMI on this CPU. Linux lets one CPU have it.
+    /// Whether a pulse on LINT1 (the machine's NMI button) would be an NMI on this CPU. Linux lets one CPU
+    /// have it.
     pub fn lint1_is_nmi(&self) -> bool {
         self.lvt[LINT1] & (LVT_MASKED | LVT_MODE) == LVT_MODE_NMI
     }
@@ -370,8 +374,8 @@ impl Lapic {
         Ok(Some(Effect::TimerChanged))
     }
 
-    /// SDM vol. 3, 11.6.1 and 11.12.9. The trigger mode only tells INIT from the old INIT level de-assert, which does
-    /// nothing; every other inter-processor interrupt is an edge.
+    /// SDM vol. 3, 11.6.1 and 11.12.9. The trigger mode only tells INIT from the old INIT level de-assert,
+    /// which does nothing; every other inter-processor interrupt is an edge.
     fn write_icr(&mut self, value: u64) -> Result<Option<Effect>, Gp> {
         if value & !ICR_WRITABLE != 0 {
             return Err(Gp);
@@ -426,7 +430,8 @@ impl Lapic {
         self.lvt[index] & LVT_MASKED == 0 && self.post(self.lvt[index] as u8, false)
     }
 
-    /// Notes an error for ESR and raises the error interrupt. An illegal vector in that entry itself is noted, not raised.
+    /// Notes an error for ESR and raises the error interrupt. An illegal vector in that entry itself is
+    /// noted, not raised.
     fn error(&mut self, bit: u32) {
         self.errors |= bit;
         if self.lvt[ERROR] as u8 >= FIRST_LEGAL_VECTOR {

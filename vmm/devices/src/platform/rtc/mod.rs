@@ -1,9 +1,10 @@
 //! The real-time clock: a Motorola MC146818 at ports 0x70 (index) and 0x71 (data), date and time in UTC.
 //!
-//! Time is the host's plus an offset. While the guest holds SET (status B, bit 7) the clock registers stand still and take
-//! what is written; when it lets go, the offset becomes what makes the clock go on from there. Alarms and periodic
-//! interrupts do not exist: their bits are kept and nothing comes of them. "Update in progress" is never set, because
-//! every read sees a whole second. Register 0x32 is the century (the FADT must say so).
+//! Time is the host's plus an offset. While the guest holds SET (status B, bit 7) the clock registers stand
+//! still and take what is written; when it lets go, the offset becomes what makes the clock go on from there.
+//! Alarms and periodic interrupts do not exist: their bits are kept and nothing comes of them. "Update in
+//! progress" is never set, because every read sees a whole second. Register 0x32 is the century (the FADT
+//! must say so).
 
 use super::{BusDevice, offsets};
 
@@ -49,7 +50,8 @@ struct Fields {
 }
 
 impl Fields {
-    /// Proleptic Gregorian date and time of a Unix time (the civil-from-days algorithm, with March as the first month).
+    /// Proleptic Gregorian date and time of a Unix time (the civil-from-days algorithm, with March as the
+    /// first month).
     fn from_unix(unix: i64) -> Self {
         let (days, rest) = (unix.div_euclid(DAY_SECONDS), unix.rem_euclid(DAY_SECONDS));
         let shifted = days + 719_468;
@@ -96,7 +98,8 @@ pub struct Rtc {
 }
 
 impl Rtc {
-    /// A clock that shows `now()`, the Unix time in seconds; 24-hour BCD until the guest asks for something else.
+    /// A clock that shows `now()`, the Unix time in seconds; 24-hour BCD until the guest asks for something
+    /// else.
     pub fn new(now: impl Fn() -> i64 + Send + 'static) -> Self {
         let mut cmos = [0; 128];
         cmos[usize::from(STATUS_A)] = A_TIME_BASE;

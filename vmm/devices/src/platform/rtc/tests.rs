@@ -71,7 +71,8 @@ fn a_time_set_under_set_goes_on_from_there() {
     write(&mut rtc, STATUS_B, B_24_HOURS | B_SET);
     host.store(LEAP_DAY + 5, Ordering::Relaxed);
     assert_eq!(read(&mut rtc, SECONDS), 0x58, "the registers stand still");
-    // The last day of January: with February still in the month register, the day is out of range for a moment.
+    // The last day of January: with February still in the month register, the day is out of range for a
+    // moment.
     for (register, value) in
         [(DAY, 0x31), (MONTH, 0x01), (YEAR, 0x30), (HOURS, 0), (MINUTES, 0), (SECONDS, 0)]
     {

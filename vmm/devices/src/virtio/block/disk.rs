@@ -11,9 +11,9 @@ use nix::fcntl::{FallocateFlags, fallocate};
 /// Bytes of zeroes that are written at once where the host cannot make them cheaper.
 const ZEROES: usize = 64 << 10;
 
-/// A disk's content. It never sees the guest's memory: some file systems (9p, NFS, FUSE) pin the caller's pages and have
-/// them read or written later, when another node may have taken the guest's page over; and which do cannot be told, since
-/// 9p goes by the name of the file system that it serves.
+/// A disk's content. It never sees the guest's memory: some file systems (9p, NFS, FUSE) pin the caller's
+/// pages and have them read or written later, when another node may have taken the guest's page over; and
+/// which do cannot be told, since 9p goes by the name of the file system that it serves.
 ///
 /// All calls may come at once from several threads; offsets and lengths are in bytes and lie within
 /// [`Disk::len`].
@@ -62,7 +62,8 @@ pub trait Disk: Send + Sync {
 pub struct Access {
     /// Only to read.
     pub readonly: bool,
-    /// Even where the file system has no locks, so that nothing keeps another machine or program from writing it as well.
+    /// Even where the file system has no locks, so that nothing keeps another machine or program from writing
+    /// it as well.
     pub unlocked: bool,
 }
 
@@ -121,7 +122,8 @@ pub enum OpenError {
     Empty(String),
 }
 
-/// A raw image: a file, or a block device of the host. The host's page cache is used; a flush reaches the storage.
+/// A raw image: a file, or a block device of the host. The host's page cache is used; a flush reaches the
+/// storage.
 pub struct RawDisk {
     file: File,
     len: u64,
@@ -177,8 +179,8 @@ pub(super) fn open_file(path: &Path, access: Access) -> Result<(File, u64), Open
         return Err(OpenError::Kind(shown));
     }
     if kind.is_block_device() && !readonly {
-        // Alone, against who mounts it or uses it in another way (open(2), O_EXCL without O_CREAT). The same device as was
-        // just looked at, whatever its name means by now.
+        // Alone, against who mounts it or uses it in another way (open(2), O_EXCL without O_CREAT). The same
+        // device as was just looked at, whatever its name means by now.
         let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         file = options.custom_flags(libc::O_EXCL).open(same).map_err(|error| exclusive(&shown, error))?;
     }

@@ -1,9 +1,10 @@
 //! A disk that reports no success after a flush that failed.
 //!
-//! The kernel tells of what it could not write once, and then forgets: it marks the pages clean, and the next fsync succeeds
-//! although their content is lost (fsync(2); Rebello et al., "Can Applications Recover from fsync Failures?", 2020). A guest
-//! that tries again would take that for the truth. So the first failure is the answer to all flushes that follow, until the
-//! disk is opened anew; writes go on, as on a disk that cannot promise anything any more.
+//! The kernel tells of what it could not write once, and then forgets: it marks the pages clean, and the next
+//! fsync succeeds although their content is lost (fsync(2); Rebello et al., "Can Applications Recover from
+//! fsync Failures?", 2020). A guest that tries again would take that for the truth. So the first failure is
+//! the answer to all flushes that follow, until the disk is opened anew; writes go on, as on a disk that
+//! cannot promise anything any more.
 
 use std::io;
 use std::sync::{Arc, Mutex};

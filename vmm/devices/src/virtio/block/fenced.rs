@@ -1,4 +1,5 @@
-//! A disk that is not written after its machine has ended: [`machine::control::fence`] is asked before each write.
+//! A disk that is not written after its machine has ended: [`machine::control::fence`] is asked before each
+//! write.
 
 use std::io;
 use std::sync::Arc;
@@ -7,8 +8,8 @@ use machine::control::fence::Fence;
 
 use super::disk::Disk;
 
-/// Bytes that are made zero after one question: a host may have to write them. The largest cluster of a qcow2 image, which is
-/// only given back as a whole.
+/// Bytes that are made zero after one question: a host may have to write them. The largest cluster of a qcow2
+/// image, which is only given back as a whole.
 const PIECE: u64 = 2 << 20;
 
 /// A disk behind its node's fence.

@@ -9,9 +9,10 @@
 //! | [`qcow2`] | the same, in QEMU's format |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
-//! The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither wait for each
-//! other's requests nor share the pages of a ring. Each queue has several threads ([`super::shared_queue`]), so that its requests
-//! do not wait for each other either: for the storage, or for pages on other nodes.
+//! The driver has a queue for each CPU as long as there are enough, so that CPUs, on whatever node, neither
+//! wait for each other's requests nor share the pages of a ring. Each queue has several threads
+//! ([`super::shared_queue`]), so that its requests do not wait for each other either: for the storage, or for
+//! pages on other nodes.
 
 pub mod disk;
 pub mod durable;
@@ -40,7 +41,8 @@ use machine::config::devices::MAX_DISK_QUEUES;
 pub const SECTOR: u64 = 512;
 /// Descriptors of a queue.
 const QUEUE_SIZE: u16 = 256;
-/// The most that one discard or write-zeroes may cover, in sectors (1 GiB): it should not block a queue for long.
+/// The most that one discard or write-zeroes may cover, in sectors (1 GiB): it should not block a queue for
+/// long.
 const MAX_CLEAR: u32 = 1 << 21;
 /// Segments of one discard or write-zeroes request.
 const MAX_CLEAR_SEGMENTS: u32 = 16;
@@ -55,7 +57,8 @@ const LOGGED: u64 = 20;
 pub struct BlockConfig {
     /// For messages.
     pub name: String,
-    /// What the guest reads as its serial number; at most [`SERIAL_LEN`](machine::config::devices::SERIAL_LEN) bytes are shown.
+    /// What the guest reads as its serial number; at most
+    /// [`SERIAL_LEN`](machine::config::devices::SERIAL_LEN) bytes are shown.
     pub serial: String,
     /// The guest may not write.
     pub readonly: bool,

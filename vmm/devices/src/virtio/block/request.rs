@@ -61,8 +61,8 @@ impl Server {
         Server { disk, memory, data: Vec::new(), serial, readonly: config.readonly, on_failure }
     }
 
-    /// Does a request; how many bytes of its buffers were written, the outcome among them. `None` if the machine has ended
-    /// before it was done: the guest is not to see an outcome then.
+    /// Does a request; how many bytes of its buffers were written, the outcome among them. `None` if the
+    /// machine has ended before it was done: the guest is not to see an outcome then.
     pub fn serve(&mut self, chain: &mut Chain) -> Option<u32> {
         let Some(room) = chain.writable.len().checked_sub(1) else {
             // Nowhere to say anything.

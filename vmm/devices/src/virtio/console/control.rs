@@ -63,7 +63,8 @@ impl Control {
     }
 }
 
-/// Tells the driver what there is to tell, until it is stopped. A driver that breaks the rules stops the device.
+/// Tells the driver what there is to tell, until it is stopped. A driver that breaks the rules stops the
+/// device.
 pub fn tell(mut queue: LiveQueue, port: &Port) {
     if let Err(error) = tell_until_stopped(&mut queue, port) {
         queue.signals().give_up(&error.to_string());

@@ -1,5 +1,6 @@
-//! Console device (5.3): a second console for the guest, or a named channel between a program in the guest and one on
-//! the node's host, such as a guest agent. At the host's end is a Unix socket, for one program at a time.
+//! Console device (5.3): a second console for the guest, or a named channel between a program in the guest
+//! and one on the node's host, such as a guest agent. At the host's end is a Unix socket, for one program at
+//! a time.
 //!
 //! | file | concept |
 //! |---|---|
@@ -35,7 +36,8 @@ use super::{Activation, VirtioDevice, Workers, read_block};
 const MULTIPORT: u64 = 1 << 1;
 /// Descriptors of a queue.
 const QUEUE_SIZE: u16 = 64;
-/// Queues of a console, and of a channel: port 0's, the control queues, and port 1's, each first to the guest (5.3.2).
+/// Queues of a console, and of a channel: port 0's, the control queues, and port 1's, each first to the guest
+/// (5.3.2).
 const CONSOLE_QUEUES: usize = 2;
 const CHANNEL_QUEUES: usize = 6;
 
@@ -52,7 +54,8 @@ impl Console {
         Console { port: Arc::new(port), name: None }
     }
 
-    /// A channel of this name (at most [`MAX_CHANNEL_NAME`](machine::config::devices::MAX_CHANNEL_NAME) bytes), at whose other end is `port`.
+    /// A channel of this name (at most [`MAX_CHANNEL_NAME`](machine::config::devices::MAX_CHANNEL_NAME)
+    /// bytes), at whose other end is `port`.
     pub fn channel(port: Port, name: &str) -> Console {
         Console { port: Arc::new(port), name: Some(name.into()) }
     }

@@ -62,8 +62,9 @@ struct State {
     told: bool,
 }
 
-/// A socket that listens at `path`, for this user alone from the first moment on: on Linux a socket's file gets the mode
-/// that the socket has when it is bound (`unix_bind` in net/unix/af_unix.c). The process's umask is all threads' and stays.
+/// A socket that listens at `path`, for this user alone from the first moment on: on Linux a socket's file
+/// gets the mode that the socket has when it is bound (`unix_bind` in net/unix/af_unix.c). The process's
+/// umask is all threads' and stays.
 fn listen(path: &Path) -> nix::Result<UnixListener> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -138,7 +139,8 @@ impl Port {
         ring(&self.changed);
     }
 
-    /// Takes a new connection if nobody is connected; whoever else comes waits. Says whether there is one now.
+    /// Takes a new connection if nobody is connected; whoever else comes waits. Says whether there is one
+    /// now.
     pub fn accept(&self) -> bool {
         let mut state = self.lock();
         if state.connected.is_some() {

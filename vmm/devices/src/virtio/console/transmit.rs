@@ -14,8 +14,8 @@ const PIECE: u64 = 4096;
 /// A channel's reader that takes nothing for so long is disconnected.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Writes what the driver puts into the queue to whoever is connected, until it is stopped. A driver that breaks the
-/// rules stops the device.
+/// Writes what the driver puts into the queue to whoever is connected, until it is stopped. A driver that
+/// breaks the rules stops the device.
 pub fn run(mut queue: LiveQueue, port: &Port, console: bool) {
     if let Err(error) = work(&mut queue, port, console) {
         queue.signals().give_up(&error.to_string());

@@ -26,14 +26,15 @@ use super::chain::Buffers;
 
 /// Guest RAM by guest physical address. Clones are the same memory.
 ///
-/// A page that this node does not hold raises a fault when it is touched, and the toucher waits until the coherence
-/// engine has brought it. So never touch it from an engine's thread, or with a lock held that one may need. The bytes
-/// may change at any time: read once what is checked and used. Data go by [`GuestRam::read`] and [`GuestRam::write`],
-/// which ask for all pages that are not here at once and leave them where they are.
+/// A page that this node does not hold raises a fault when it is touched, and the toucher waits until the
+/// coherence engine has brought it. So never touch it from an engine's thread, or with a lock held that one
+/// may need. The bytes may change at any time: read once what is checked and used. Data go by
+/// [`GuestRam::read`] and [`GuestRam::write`], which ask for all pages that are not here at once and leave
+/// them where they are.
 ///
-/// Never hand it to anything that may keep a reference to its frames while they are being read or written (direct I/O,
-/// registered buffers, files of many file systems): another node takes a page without asking who pinned its frame. A
-/// TAP interface copies.
+/// Never hand it to anything that may keep a reference to its frames while they are being read or written
+/// (direct I/O, registered buffers, files of many file systems): another node takes a page without asking who
+/// pinned its frame. A TAP interface copies.
 #[derive(Clone)]
 pub struct GuestRam {
     map: Arc<GuestMemoryMmap>,
@@ -112,8 +113,8 @@ impl GuestRam {
         }
     }
 
-    /// Gives up the content of whole pages, by guest physical address and in order: they are zero when this returns, and cost no node a
-    /// frame. What is not memory is left out.
+    /// Gives up the content of whole pages, by guest physical address and in order: they are zero when this
+    /// returns, and cost no node a frame. What is not memory is left out.
     ///
     /// # Errors
     /// The engine has ended. Pages may still be given up later: none of them may be used again.

@@ -1,8 +1,8 @@
 //! Data to and from buffers of which some pages are on other nodes.
 //!
-//! Such a page is not brought here: the engine reads it where it is, or writes it at its home if it is overwritten whole,
-//! and all of a request are on their way at once. What is mapped here, as the page tables say, is copied as any memory; so is
-//! what the engine leaves to us.
+//! Such a page is not brought here: the engine reads it where it is, or writes it at its home if it is
+//! overwritten whole, and all of a request are on their way at once. What is mapped here, as the page tables
+//! say, is copied as any memory; so is what the engine leaves to us.
 
 use coherence::engine::{Engine, Load, Store};
 use coherence::memory::DualMemory;

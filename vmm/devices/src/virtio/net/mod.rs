@@ -8,8 +8,8 @@
 //! | [`transmit`] | packets from the guest |
 //! | [`control`] | how many queues the driver uses |
 //!
-//! A pair of queues has two threads. Checksums and segmentation are left to whoever can do them best: the header before
-//! each packet says what is still to be done, and the host's kernel understands it.
+//! A pair of queues has two threads. Checksums and segmentation are left to whoever can do them best: the
+//! header before each packet says what is still to be done, and the host's kernel understands it.
 
 pub mod control;
 pub mod receive;

@@ -1,4 +1,5 @@
-//! Packets to the guest: read into a buffer here, then spread over as many of the driver's buffers as it takes.
+//! Packets to the guest: read into a buffer here, then spread over as many of the driver's buffers as it
+//! takes.
 
 use std::io;
 use std::os::fd::AsRawFd;

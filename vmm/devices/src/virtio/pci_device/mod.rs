@@ -126,8 +126,8 @@ impl VirtioPciDevice {
         })
     }
 
-    /// Ends the device for good: its threads are told to end, and what its driver still writes is lost. `false` if some
-    /// thread has not ended within `limit`.
+    /// Ends the device for good: its threads are told to end, and what its driver still writes is lost.
+    /// `false` if some thread has not ended within `limit`.
     pub fn close(&self, limit: Duration) -> bool {
         let begin = Instant::now();
         {
@@ -155,8 +155,8 @@ impl VirtioPciDevice {
         base::lock(&self.state)
     }
 
-    /// An access through configuration space (4.1.4.9), if [`offset`, `offset + len`) is its data register: where in
-    /// the registers, and how long.
+    /// An access through configuration space (4.1.4.9), if [`offset`, `offset + len`) is its data register:
+    /// where in the registers, and how long.
     fn through(&self, space: &ConfigSpace, offset: u64, len: usize) -> Option<(u64, usize)> {
         if offset != self.window as u64 + 16 {
             return None;
@@ -180,7 +180,8 @@ impl State {
             self.forget();
         }
         let broken = self.context.signals.broken.load(Ordering::SeqCst);
-        // While it resets, the old status stays readable; it is never 0, since only a device in use has to wait.
+        // While it resets, the old status stays readable; it is never 0, since only a device in use has to
+        // wait.
         self.registers.status() | if broken { registers::NEEDS_RESET } else { 0 }
     }
 
@@ -306,7 +307,8 @@ const PENDING_START: u64 = MSIX_PENDING.start;
 const DOORBELL_START: u64 = DOORBELLS.start;
 const DOORBELL_END: u64 = DOORBELLS.end;
 
-/// Configuration space with all capabilities; the offsets of that for access through configuration space and of MSI-X.
+/// Configuration space with all capabilities; the offsets of that for access through configuration space and
+/// of MSI-X.
 fn space(
     device: &dyn VirtioDevice,
     queues: usize,

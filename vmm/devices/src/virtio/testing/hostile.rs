@@ -1,5 +1,5 @@
-//! A driver that does anything: what a guest's kernel could do to a device, read from bytes, so that a fuzzer and the
-//! property tests choose it alike.
+//! A driver that does anything: what a guest's kernel could do to a device, read from bytes, so that a fuzzer
+//! and the property tests choose it alike.
 //!
 //! Whatever it did, the device must come back with a reset, and then do a correct driver's request.
 
@@ -70,8 +70,8 @@ impl Input<'_> {
     }
 }
 
-/// Has a driver do to `device` what `input` says, and everything else that may happen to the device with `outside`.
-/// Then the device is reset, started as `features` say and shown to `sound`.
+/// Has a driver do to `device` what `input` says, and everything else that may happen to the device with
+/// `outside`. Then the device is reset, started as `features` say and shown to `sound`.
 pub fn drive(
     device: Box<dyn VirtioDevice>,
     mut input: Input,

@@ -1,4 +1,5 @@
-//! A small driver for tests: sets a device up through its registers, as Linux does, and puts requests into its queues.
+//! A small driver for tests: sets a device up through its registers, as Linux does, and puts requests into
+//! its queues.
 //!
 //! [`hostile`] is one that does anything at all.
 
@@ -210,8 +211,8 @@ impl Driver {
         self.write(DOORBELLS.start + u64::from(queue) * 4, &queue.to_le_bytes());
     }
 
-    /// Waits for the queue's interrupt, and for the next chain that the device gives back: its head, and the bytes
-    /// written.
+    /// Waits for the queue's interrupt, and for the next chain that the device gives back: its head, and the
+    /// bytes written.
     pub fn wait(&mut self, queue: u16) -> (u16, u32) {
         let used = rings(queue)[2];
         let seen = self.indices[usize::from(queue)].1;

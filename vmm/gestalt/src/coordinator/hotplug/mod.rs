@@ -8,8 +8,8 @@
 //!                                                 node 0: Announce
 //! ```
 //!
-//! An operator who asks is answered once, at the latest after [`PATIENCE`]; what was begun then goes on without. The
-//! guest may also let go of a device that nobody has asked it for.
+//! An operator who asks is answered once, at the latest after [`PATIENCE`]; what was begun then goes on
+//! without. The guest may also let go of a device that nobody has asked it for.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -23,8 +23,8 @@ use machine::config::units::parse_size;
 use machine::config::{CheckedMachine, ConfigError};
 use machine::control::{Change, DeviceOrder, DeviceResult, GivenUp, Setting, SlotId};
 
-/// How long a node may take over a device, and how long a guest may take to let go of one, before the operator who
-/// waits is told.
+/// How long a node may take over a device, and how long a guest may take to let go of one, before the
+/// operator who waits is told.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The number of an operator who waits for an answer; never reused.

@@ -247,7 +247,8 @@ impl Session {
 
     fn said(&mut self, node: usize, message: ToCoordinator, now: Instant, out: &mut Vec<Action>) {
         match (message, &mut self.phase) {
-            // A node that is told that it was heard may write to its disks for a while: not once something has failed.
+            // A node that is told that it was heard may write to its disks for a while: not once something
+            // has failed.
             (
                 ToCoordinator::Heartbeat(said),
                 Phase::Joining { .. } | Phase::Preparing { .. } | Phase::Running,

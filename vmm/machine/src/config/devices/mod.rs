@@ -13,10 +13,10 @@
 //! | `place` | a request gets its node, slot and name, and all that its owner left open |
 //! | `check` | whether such a device can be |
 //!
-//! A request may leave things open: a serial number, an address, how many queues. A placed device has all of them, so
-//! whoever builds it has nothing to choose. A device's name is what its owner calls it by while the machine runs. A disk's
-//! serial number and a card's address follow from the name unless they are given, so that they stay the same wherever a
-//! device of that name is added.
+//! A request may leave things open: a serial number, an address, how many queues. A placed device has all of
+//! them, so whoever builds it has nothing to choose. A device's name is what its owner calls it by while the
+//! machine runs. A disk's serial number and a card's address follow from the name unless they are given, so
+//! that they stay the same wherever a device of that name is added.
 
 mod check;
 pub mod parse;

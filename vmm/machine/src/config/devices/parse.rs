@@ -18,8 +18,8 @@ pub fn parse_mac(text: &str) -> Result<[u8; 6], ConfigError> {
     })
 }
 
-/// A network card from `tap=NAME[,mac=ADDRESS][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `share=`,
-/// `iops=`, `bandwidth=`.
+/// A network card from `tap=NAME[,mac=ADDRESS][,queues=NUMBER]` and what all devices have: `node=`, `name=`,
+/// `share=`, `iops=`, `bandwidth=`.
 ///
 /// # Errors
 /// One sentence with the form that is understood.
@@ -41,8 +41,8 @@ pub fn parse_net(text: &str) -> Result<DeviceRequest, ConfigError> {
     }
 }
 
-/// A disk from `PATH[,readonly][,unlocked][,serial=TEXT][,queues=NUMBER]` and what all devices have: `node=`, `name=`, `share=`,
-/// `iops=`, `bandwidth=`.
+/// A disk from `PATH[,readonly][,unlocked][,serial=TEXT][,queues=NUMBER]` and what all devices have: `node=`,
+/// `name=`, `share=`, `iops=`, `bandwidth=`.
 ///
 /// # Errors
 /// One sentence with the form that is understood.
@@ -123,7 +123,8 @@ fn number(text: &str) -> Result<u16, ConfigError> {
     text.parse().map_err(|_| ConfigError(format!("{text:?} is not a number of queues")))
 }
 
-/// Takes an option that all devices have: `node`, `name`, `share`, `iops`, `bandwidth`; `false` if `key` is another.
+/// Takes an option that all devices have: `node`, `name`, `share`, `iops`, `bandwidth`; `false` if `key` is
+/// another.
 fn set(device: &mut DeviceRequest, key: &str, value: &str) -> Result<bool, ConfigError> {
     match key {
         "node" => device.node = Some(value.to_owned()),

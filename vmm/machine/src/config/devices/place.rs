@@ -9,8 +9,8 @@ use crate::config::limits::DEFAULT_SHARE;
 use crate::config::units::check_word;
 use crate::config::{ConfigError, MachineConfig, wrong};
 
-/// Slots of one node's bus that devices can have; the last one is kept for the function that tells a kernel built for
-/// aggregated machines what it runs on.
+/// Slots of one node's bus that devices can have; the last one is kept for the function that tells a kernel
+/// built for aggregated machines what it runs on.
 const SLOTS: usize = 31;
 /// Longest name of a device: as long as a disk's serial number can be.
 const MAX_DEVICE_NAME: usize = SERIAL_LEN;
@@ -31,8 +31,8 @@ pub fn place(machine: &MachineConfig) -> Result<Vec<PlacedDevice>, ConfigError> 
     Ok(placed)
 }
 
-/// Gives one more device a place beside those in `taken`: a slot below `slots`, and a name that is neither theirs nor,
-/// unless it is its own, one of `chosen`.
+/// Gives one more device a place beside those in `taken`: a slot below `slots`, and a name that is neither
+/// theirs nor, unless it is its own, one of `chosen`.
 ///
 /// # Errors
 /// One sentence: what is wrong and what to do.
@@ -134,7 +134,8 @@ fn default_queues(machine: &MachineConfig) -> u16 {
     u16::try_from(cpus).unwrap_or(u16::MAX).clamp(1, DEFAULT_QUEUES)
 }
 
-/// An address that stays the same from run to run: locally administered, the rest a hash (FNV-1a) of the names.
+/// An address that stays the same from run to run: locally administered, the rest a hash (FNV-1a) of the
+/// names.
 fn address(machine: &str, device: &str) -> [u8; 6] {
     let names = [machine, device].join("/");
     let hash = fnv(&[names.as_bytes()]).to_le_bytes();

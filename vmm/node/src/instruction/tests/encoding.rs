@@ -168,8 +168,8 @@ pub struct Registers {
     pub gs_base: u64,
 }
 
-/// Encodes a row at random, as it stands at address `at`, to access `place(width)`, and changes `registers` so that it does.
-/// `None` if this dice does not fit: another does. Addresses are below 2 GiB.
+/// Encodes a row at random, as it stands at address `at`, to access `place(width)`, and changes `registers`
+/// so that it does. `None` if this dice does not fit: another does. Addresses are below 2 GiB.
 pub fn encode(
     row: &Row,
     at: u64,
@@ -301,7 +301,8 @@ pub fn encode(
             Addressing::Base
         }
         (base, Some(index)) => {
-            // One register, times the scale, or that and 1: the number must be a multiple of its power of two.
+            // One register, times the scale, or that and 1: the number must be a multiple of its power of
+            // two.
             let factor = scale + u64::from(base.is_some());
             let twos = factor & factor.wrapping_neg();
             let rest = target.wrapping_sub(displacement) & (twos - 1);

@@ -100,13 +100,14 @@ fn case(
 
     let (mut after, mut flags_after) = (registers.clone(), flags);
     processor.set_instruction(&encoded.bytes);
-    // SAFETY: the table has only instructions that go on at their end, and `encode` has made this one to access the page for
-    // operands; that the decoder agrees was just checked.
+    // SAFETY: the table has only instructions that go on at their end, and `encode` has made this one to
+    // access the page for operands; that the decoder agrees was just checked.
     unsafe { processor.run(&mut after, &mut flags_after) };
     assert_eq!(cpu.general, after.general, "other registers (ours left): {}", tell());
     let differ = (cpu.rflags ^ flags_after) & STATUS;
     assert_eq!(differ & !row.undefined, 0, "other flags {differ:#x}: {}", tell());
-    // What manuals leave undefined is as Intel's CPUs leave it; others may do otherwise, as ours may beside them.
+    // What manuals leave undefined is as Intel's CPUs leave it; others may do otherwise, as ours may beside
+    // them.
     assert!(differ == 0 || !is_intel(), "other undefined flags {differ:#x}: {}", tell());
     assert!(frame.0 == *processor.page(), "other memory: {}", tell());
     assert_eq!(cpu.rip, at + encoded.bytes.len() as u64, "{}", tell());
@@ -120,7 +121,8 @@ fn is_intel() -> bool {
     [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
 }
 
-/// Where in the page an operand lies: anywhere, but in one cache line if it is changed, and aligned if it is a wide pair.
+/// Where in the page an operand lies: anywhere, but in one cache line if it is changed, and aligned if it is
+/// a wide pair.
 fn place(row: &Row, width: usize, random: &mut Random) -> usize {
     let offset = random.below((4096 - width + 1) as u64) as usize;
     match (row.operand, row.usage) {

@@ -88,12 +88,14 @@ impl Processor {
     /// Runs the instruction. `flags` are RFLAGS before and after, of which only status flags may be set.
     ///
     /// # Safety
-    /// The instruction must access nothing but the pages for operands, must go on at its end, and must be one of user code.
+    /// The instruction must access nothing but the pages for operands, must go on at its end, and must be one
+    /// of user code.
     pub unsafe fn run(&mut self, registers: &mut Registers, flags: &mut u64) {
         let context: *mut Context = self.at(PAGE).cast();
         let entry = self.at(0);
-        // SAFETY: the context is inside our mapping, aligned, and only accessed here and by the code; the code saves what the
-        // ABI says that a function must, and restores the bases of FS and GS; the rest is the caller's promise.
+        // SAFETY: the context is inside our mapping, aligned, and only accessed here and by the code; the
+        // code saves what the ABI says that a function must, and restores the bases of FS and GS; the rest is
+        // the caller's promise.
         unsafe {
             (*context).before = registers.general;
             (*context).fs_base = registers.fs_base;

@@ -16,7 +16,8 @@ const DATA: u64 = 0x9000;
 const RIP: u64 = 0x0040_0000;
 const DATA_AT: u64 = 0x0040_3000;
 
-/// A CPU at CPL 3 on `code`, `before_end` bytes before the end of the page, and memory in which RBX is the address of data.
+/// A CPU at CPL 3 on `code`, `before_end` bytes before the end of the page, and memory in which RBX is the
+/// address of data.
 fn machine(code: &[u8], before_end: u64) -> (Cpu, Words) {
     let upper = P | W | U | A | D;
     let mut words = Words::default();

@@ -239,8 +239,8 @@ fn protection_keys_forbid_data_and_not_code() {
     );
 }
 
-/// Whether the CPU would allow it, by rules written down one by one from the SDM, vol. 3, 5.6 and 5.7: a different order and
-/// other words than the walker's.
+/// Whether the CPU would allow it, by rules written down one by one from the SDM, vol. 3, 5.6 and 5.7: a
+/// different order and other words than the walker's.
 fn oracle(p: &Paging, entries: &[u64], levels: u32, access: Access) -> bool {
     let has = |register: u64, bit: u32| register >> bit & 1 == 1;
     let (read, write, fetch) = (access == Access::Read, access == Access::Write, access == Access::Fetch);

@@ -5,11 +5,12 @@
 //!         └─ L1 table ── L2 tables ── clusters of the guest's disk
 //! ```
 //!
-//! No cluster may have two uses, none may lie outside of the file, and each that is used must be counted: then whatever
-//! is written later goes where nothing else is. Only compressed clusters may share one of the file's, if it is counted
-//! for each of them. Clusters that are counted and not used are only lost room. A node that is killed leaves clusters
-//! that are used and not counted yet; they are counted before the image is written to. (It makes no compressed ones.)
-//! What a failing disk or a stranger makes of an image is refused.
+//! No cluster may have two uses, none may lie outside of the file, and each that is used must be counted:
+//! then whatever is written later goes where nothing else is. Only compressed clusters may share one of the
+//! file's, if it is counted for each of them. Clusters that are counted and not used are only lost room. A
+//! node that is killed leaves clusters that are used and not counted yet; they are counted before the image
+//! is written to. (It makes no compressed ones.) What a failing disk or a stranger makes of an image is
+//! refused.
 
 use std::fs::File;
 use std::io;
@@ -93,7 +94,8 @@ impl Header {
     }
 }
 
-/// Reads all tables of an image, whose file has `len` bytes; the clusters that [`Uncounted::count`] should count.
+/// Reads all tables of an image, whose file has `len` bytes; the clusters that [`Uncounted::count`] should
+/// count.
 ///
 /// # Errors
 /// What is wrong.
@@ -139,7 +141,8 @@ struct Check<'a> {
     clusters: u64,
     /// Those that have one use and may have no other.
     used: Bits,
-    /// In how many compressed clusters each has a part, `u16::MAX` for that many or more; empty if there are none.
+    /// In how many compressed clusters each has a part, `u16::MAX` for that many or more; empty if there are
+    /// none.
     packed: Vec<u16>,
 }
 

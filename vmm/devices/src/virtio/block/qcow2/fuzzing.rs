@@ -1,8 +1,8 @@
-//! Any bytes as an image, and what a guest may do to it then: opened or refused, and if opened, every access gives data or
-//! an error. Built for tests only.
+//! Any bytes as an image, and what a guest may do to it then: opened or refused, and if opened, every access
+//! gives data or an error. Built for tests only.
 //!
-//! An image that stays whole also keeps what is written to it: what was written is read again, and the image that is left
-//! behind can be opened again and holds the same.
+//! An image that stays whole also keeps what is written to it: what was written is read again, and the image
+//! that is left behind can be opened again and holds the same.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
@@ -21,7 +21,8 @@ const MOST_SECTORS: u64 = 300;
 /// The same for what needs no buffer.
 const MOST_CLEARED: u64 = 1 << 14;
 
-/// First how many steps there are and whether the image is only read, then the steps, the image is the rest. Returns whether it was opened.
+/// First how many steps there are and whether the image is only read, then the steps, the image is the rest.
+/// Returns whether it was opened.
 pub fn image(data: &[u8]) -> bool {
     let mut input = Input(data);
     let first = input.byte();

@@ -1,11 +1,13 @@
 //! Disks in QEMU's format qcow2, through the crate `imago`.
 //!
-//! A file is a qcow2 image if its name ends in `.qcow2`, and raw otherwise. What is in it does not count: the guest
-//! writes that, and could make a raw disk pass for an image that names any file of the host. For the same reason an
-//! image stands alone: one that refers to another file is refused, as are encrypted ones, and ones with snapshots
-//! inside unless they are only read. `qemu-img convert` makes one that can be used of any of these.
+//! A file is a qcow2 image if its name ends in `.qcow2`, and raw otherwise. What is in it does not count: the
+//! guest writes that, and could make a raw disk pass for an image that names any file of the host. For the
+//! same reason an image stands alone: one that refers to another file is refused, as are encrypted ones, and
+//! ones with snapshots inside unless they are only read. `qemu-img convert` makes one that can be used of any
+//! of these.
 //!
-//! All tables of an image are looked through when it is opened ([`check`]), and one that is damaged is refused.
+//! All tables of an image are looked through when it is opened ([`check`]), and one that is damaged is
+//! refused.
 
 pub mod check;
 #[cfg(any(test, fuzzing))]
@@ -58,7 +60,8 @@ pub struct Qcow2Disk {
     _lock: Lock,
 }
 
-/// Lets others open the file at once, even while a process that was just forked still has a copy of the descriptor.
+/// Lets others open the file at once, even while a process that was just forked still has a copy of the
+/// descriptor.
 struct Lock(std::fs::File);
 
 impl Drop for Lock {

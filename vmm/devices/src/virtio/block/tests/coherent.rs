@@ -1,4 +1,5 @@
-//! A disk on one node and its driver on another: both reach the same memory through the engines of their nodes.
+//! A disk on one node and its driver on another: both reach the same memory through the engines of their
+//! nodes.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

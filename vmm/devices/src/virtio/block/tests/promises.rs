@@ -1,4 +1,5 @@
-//! What a disk promises: that a flush that failed stays failed, and that nothing is written once the machine has ended.
+//! What a disk promises: that a flush that failed stays failed, and that nothing is written once the machine
+//! has ended.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 
@@ -100,7 +101,8 @@ fn what_follows_a_flush_that_failed_says_why() {
 
 #[test]
 fn of_two_flushes_at_once_none_succeeds_if_one_fails() {
-    // The first fails, but only once a second one is under way or has been kept away; the second one is told nothing.
+    // The first fails, but only once a second one is under way or has been kept away; the second one is told
+    // nothing.
     let begun = Arc::new((Mutex::new(0), Condvar::new()));
     let host = {
         let begun = begun.clone();

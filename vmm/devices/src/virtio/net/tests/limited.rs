@@ -74,7 +74,8 @@ fn per_second(mut packet: impl FnMut()) -> f64 {
     f64::from(done) / begin.elapsed().as_secs_f64()
 }
 
-/// Whether what `measure` finds is never more than a tenth above `wanted`, and if the host is able to, once not below.
+/// Whether what `measure` finds is never more than a tenth above `wanted`, and if the host is able to, once
+/// not below.
 fn expect(what: &str, wanted: f64, able: bool, mut measure: impl FnMut() -> f64) {
     // Uses the burst up.
     measure();
