@@ -342,7 +342,7 @@ mod tests {
     #[test]
     fn a_block_device_that_the_host_uses_is_named_so() {
         let why = exclusive("/dev/sdb", io::Error::from_raw_os_error(libc::EBUSY)).to_string();
-        assert!(why.contains("/dev/sdb is in use by this host"), "{why}");
+        assert!(why.contains("/dev/sdb is in use on this host"), "{why}");
         let why = exclusive("/dev/sdb", io::Error::from_raw_os_error(libc::EACCES)).to_string();
         assert!(why.contains("/dev/sdb cannot be opened for writing"), "{why}");
     }
