@@ -5,50 +5,36 @@ mod common;
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, echo_guest, machine, machine_key, options};
-use crossbeam::channel;
-use gestalt::coordinator::event::Outcome;
-use gestalt::coordinator::spawn::{NodeProcess, Spawner};
-use gestalt::coordinator::{Console, Coordinator, Ended};
+use common::{PATIENCE, machine, machine_key, options};
 use machine::config::{MachineConfig, NodeHost};
 use machine::control::join::join;
-use machine::keys::NodeKey;
+use machine::control::wire::{self, Answer, Assigned, MAX_FRAME};
+use machine::control::{FromCoordinator, ToCoordinator};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+/// How long others wait before they give a node up.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// In the child: whom to join, and the file that stands for a disk.
 const JOIN: &str = "GESTALT_TEST_JOIN";
 const DISK: &str = "GESTALT_TEST_DISK";
-
-/// All nodes are processes of the test's.
-struct NoLocalNodes;
-
-impl Spawner for NoLocalNodes {
-    fn spawn(
-        &mut self,
-        _: &str,
-        _: std::net::SocketAddr,
-        _: &NodeKey,
-    ) -> std::io::Result<Arc<dyn NodeProcess>> {
-        Err(std::io::ErrorKind::Unsupported.into())
-    }
-}
 
 /// The node whose device writes without pause, if this is the child.
 #[test]
 fn the_node() {
     let Ok(address) = std::env::var(JOIN) else { return };
     let mut disk = OpenOptions::new().append(true).open(std::env::var(DISK).unwrap()).unwrap();
-    let (assignment, control) = join(&options(&address, "n0")).unwrap();
-    let fence = control.fence().clone();
-    thread::spawn(move || echo_guest(&assignment, &control));
-    while fence.pass().is_ok() {
+    let (_assignment, control) = join(&options(&address, "n0")).unwrap();
+    while control.fence().pass().is_ok() {
         disk.write_all(b"x").unwrap();
     }
 }
@@ -69,26 +55,31 @@ impl Drop for Node {
     }
 }
 
-/// Starts a machine of one remote node; where to join it, and its end.
-fn start(silence: Duration) -> (String, channel::Receiver<Ended>) {
-    let config = MachineConfig { silence, ..machine(1, NodeHost::Remote) };
-    let (finish, ended) = channel::bounded(1);
-    let (say, address) = channel::bounded(1);
+/// A coordinator of one node, which hears no more of it and says nothing more to it once `deaf` is set: as if
+/// the network between them were cut, so that nothing but the clock can tell the node that it was given up.
+/// Where to join it.
+fn coordinator(deaf: Arc<AtomicBool>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
     thread::spawn(move || {
-        let coordinator =
-            Coordinator::bind(config.check().unwrap(), machine_key(), Box::new(NoLocalNodes)).unwrap();
-        say.send(coordinator.address().unwrap().to_string()).unwrap();
-        let console = Console {
-            input: channel::never(),
-            interrupts: channel::never(),
-            requests: channel::never(),
-            attach: Box::new(|_| {}),
-            output: Box::new(|_| {}),
-            dumps: None,
-        };
-        finish.send(coordinator.run(console).unwrap()).unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        let keys = machine_key().coordinator(["n0"].into_iter()).unwrap();
+        let (_, mut session) = wire::receive_hello(&stream, &keys).unwrap();
+        let config = MachineConfig { silence: SILENCE, ..machine(1, NodeHost::Remote) };
+        let machine = config.check().unwrap().machine([7; 16], Vec::new());
+        let assigned = Assigned { node: 0, machine, fabric_listen: Vec::new() };
+        wire::answer(&stream, &mut session.sender, &Answer::Assigned(Box::new(assigned))).unwrap();
+        stream.set_read_timeout(None).unwrap();
+        while let Ok(message) = session.receiver.read_message::<ToCoordinator>(&mut stream, MAX_FRAME) {
+            if let ToCoordinator::Heartbeat(said) = message
+                && !deaf.load(Ordering::SeqCst)
+            {
+                let answer = FromCoordinator::Heartbeat(said);
+                session.sender.write_message(&mut stream, &answer).unwrap();
+            }
+        }
     });
-    (address.recv_timeout(PATIENCE).unwrap(), ended)
+    address
 }
 
 fn wait(what: &str, done: impl Fn() -> bool) {
@@ -103,7 +94,8 @@ fn wait(what: &str, done: impl Fn() -> bool) {
 fn a_node_that_stands_still_until_it_is_given_up_and_then_goes_on_writes_nothing() {
     let disk = tempfile::NamedTempFile::new().unwrap();
     let len = || File::metadata(disk.as_file()).unwrap().size();
-    let (address, ended) = start(Duration::from_secs(2));
+    let deaf = Arc::new(AtomicBool::new(false));
+    let address = coordinator(deaf.clone());
     let child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "the_node", "--nocapture"])
         .env(JOIN, &address)
@@ -115,9 +107,9 @@ fn a_node_that_stands_still_until_it_is_given_up_and_then_goes_on_writes_nothing
     let mut node = Node(child);
     wait("the node writes nothing", || len() > 1000);
     node.signal(Signal::SIGSTOP);
-    let outcome = ended.recv_timeout(PATIENCE).unwrap().outcome;
-    assert!(matches!(&outcome, Outcome::Failed(why) if why.contains("n0")), "{outcome:?}");
-    // From here on another machine may have the disk.
+    deaf.store(true, Ordering::SeqCst);
+    // This is what others wait as well; from then on another machine may have the disk.
+    thread::sleep(SILENCE);
     let before = len();
     node.signal(Signal::SIGCONT);
     let deadline = Instant::now() + PATIENCE;
