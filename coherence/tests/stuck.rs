@@ -3,15 +3,14 @@
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver as Told, channel};
+use std::sync::atomic::Ordering::SeqCst;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use coherence::engine::{Engine, EngineConfig, Load};
-use coherence::memory::DualMemory;
+use coherence::engine::{Engine, Load};
 use coherence::page::{Homes, PAGE_SIZE, Page};
 use coherence::protocol::Message;
-use coherence::uffd::Uffd;
+use coherence::testing::{Builder, Cluster, can_run, word};
 use fabric::sim::SimTransport;
 use fabric::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats};
 
@@ -19,10 +18,6 @@ const STUCK: Duration = Duration::from_millis(300);
 /// Far more than a test takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 const EACH: u64 = 32;
-
-fn can_run() -> bool {
-    Uffd::open().inspect_err(|why| println!("skipped: {why}")).is_ok()
-}
 
 /// Loses all messages about some pages.
 struct Loses {
@@ -83,67 +78,40 @@ impl Transport for Loses {
 
 /// Node 0 of two, whose messages about some pages of node 1 get lost.
 struct Node {
-    engine: Arc<Engine>,
-    memory: Arc<DualMemory>,
-    failed: Told<String>,
-    /// Node 1, if it has an engine.
-    _other: Option<Engine>,
-    /// Node 1's transport otherwise.
-    _peer: Option<SimTransport>,
+    cluster: Cluster,
+    /// Node 1's transport, if it has no engine.
+    _peer: Option<Arc<dyn Transport>>,
 }
 
 impl Node {
     fn new(lost: Range<u64>, peer_answers: bool, busy: bool) -> Node {
-        let mut cluster = fabric::sim::cluster(2, 2).unwrap();
-        let peer = cluster.pop().unwrap();
-        let (tell, failed) = channel();
-        let start = |node: u16, transport: Arc<dyn Transport>| {
-            let memory = Arc::new(DualMemory::new(2 * EACH).unwrap());
-            let config = EngineConfig {
-                node: NodeId(node),
-                homes: Homes::new([EACH, EACH]),
-                shards: 1,
-                first_lane: 1,
-                hold: Duration::ZERO,
-                spin: Duration::ZERO,
-                stuck: STUCK,
-                budget: None,
-            };
-            let tell = std::sync::Mutex::new(tell.clone());
-            let on_failure = Arc::new(move |error: coherence::engine::EngineError| {
-                // The test may be over.
-                let _ = tell.lock().unwrap().send(error.to_string());
-            });
-            (Engine::start(config, memory.clone(), transport, on_failure).unwrap(), memory)
-        };
-        let inner = cluster.pop().unwrap();
-        let (engine, memory) = start(0, Arc::new(Loses { inner, pages: lost, busy }));
-        let mut node = Node { engine: Arc::new(engine), memory, failed, _other: None, _peer: None };
+        let [inner, peer] = <[SimTransport; 2]>::try_from(fabric::sim::cluster(2, 2).unwrap()).ok().unwrap();
+        let (own, peer): (Arc<dyn Transport>, Arc<dyn Transport>) =
+            (Arc::new(Loses { inner, pages: lost, busy }), Arc::new(peer));
+        let builder = Builder::new(Homes::new([EACH, EACH]));
+        let builder = builder
+            .with(|config| (config.first_lane, config.hold, config.stuck) = (1, Duration::ZERO, STUCK));
         if !peer_answers {
-            node._peer = Some(peer);
-            return node;
+            return Node { cluster: builder.start_over([own]).unwrap(), _peer: Some(peer) };
         }
-        let (other, memory) = start(1, Arc::new(peer));
-        for page in EACH..2 * EACH {
-            // Pages of zeroes would come several at a time.
-            // SAFETY: inside the guest view, which lives; an aligned write, and nobody else has the page yet.
-            unsafe { memory.guest_view().add(page as usize * PAGE_SIZE).cast::<u64>().write_volatile(page) };
-        }
-        node._other = Some(other);
-        node
+        let cluster = builder.start_over([own, peer]).unwrap();
+        // Pages of zeroes would come several at a time.
+        (EACH..2 * EACH).for_each(|page| cluster.word_of(1, page, 0).store(page, SeqCst));
+        Node { cluster, _peer: None }
+    }
+
+    fn engine(&self) -> Arc<Engine> {
+        self.cluster.engine(0).clone()
     }
 
     /// A thread that reads a page. It ends when nobody watches the memory any more.
     fn read(&self, page: u64) -> JoinHandle<u64> {
-        let memory = self.memory.clone();
-        std::thread::spawn(move || {
-            // SAFETY: inside the guest view, which the thread keeps; an aligned read.
-            unsafe { memory.guest_view().add(page as usize * PAGE_SIZE).cast::<u64>().read_volatile() }
-        })
+        let memory = self.cluster.memory(0).clone();
+        std::thread::spawn(move || word(&memory, page as usize * PAGE_SIZE).load(SeqCst))
     }
 
     fn failure(&self) -> String {
-        self.failed.recv_timeout(PATIENCE).expect("the engine goes on as if nothing were wrong")
+        self.cluster.failure(PATIENCE).expect("the engine goes on as if nothing were wrong")
     }
 }
 
@@ -157,7 +125,7 @@ fn a_fault_on_a_page_that_was_asked_for_ahead_and_does_not_come_ends_the_engine(
     for page in EACH..EACH + 2 {
         assert_eq!(node.read(page).join().unwrap(), page);
     }
-    let totals = node.engine.totals();
+    let totals = node.engine().totals();
     let missing = EACH + 3;
     let reader = node.read(missing);
     let why = node.failure();
@@ -173,7 +141,7 @@ fn pages_that_nobody_needs_and_that_are_not_given_up_end_the_engine() {
         return;
     }
     let node = Node::new(0..0, false, false);
-    let engine = node.engine.clone();
+    let engine = node.engine();
     let pages = EACH..EACH + 4;
     let discard = std::thread::spawn(move || engine.discard(std::slice::from_ref(&pages)));
     let why = node.failure();
@@ -187,7 +155,7 @@ fn a_device_that_waits_for_its_pages_ends_the_engine() {
         return;
     }
     let node = Node::new(0..0, false, false);
-    let engine = node.engine.clone();
+    let engine = node.engine();
     let load = std::thread::spawn(move || {
         let mut bytes = [0; 8];
         engine.load(vec![Load { page: Page(EACH), offset: 0, to: &mut bytes }])

@@ -7,8 +7,8 @@
 //!
 //! After every step the [`Cluster`](crate::cluster::Cluster) checks that there is a single writer or many
 //! readers, that each access finds the last write and that no sound node is called unsound; here is checked
-//! that no access waits for ever. Several times in a run the CPUs pause until nothing is under way, and the
-//! directory is compared with the nodes.
+//! that no access waits without end. Several times in a run the CPUs pause until nothing is under way, and
+//! the directory is compared with the nodes.
 //!
 //! ```text
 //! CPU ── access ──> Cluster::step ──> Seen::Sent ──> Deliver, after the lane's delay

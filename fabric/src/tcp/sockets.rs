@@ -29,10 +29,10 @@ pub(super) fn begin_connect(address: SocketAddr) -> nix::Result<TcpStream> {
     }
 }
 
-/// Sets a connection up for greetings and frames. It ends when the peer acknowledges nothing for `silence`:
-/// neither what was sent nor, if nothing was, a probe. (tcp(7), TCP_USER_TIMEOUT. Heartbeats of the users
-/// above travel on one lane and say nothing of the others, whose packets may take another way or meet another
-/// rule.)
+/// Sets a connection up for greetings and frames. It ends when the peer acknowledges nothing, or takes
+/// nothing, for `silence`: neither what was sent nor, if nothing was, a probe. (tcp(7), TCP_USER_TIMEOUT.
+/// Heartbeats of the users above travel on one lane and say nothing of the others, whose packets may take
+/// another way or meet another rule.)
 pub(super) fn tune(socket: &TcpStream, silence: Duration) -> std::io::Result<()> {
     // Every frame is wanted at once: never wait for an acknowledgement to fill a segment.
     socket.set_nodelay(true)?;

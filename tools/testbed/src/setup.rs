@@ -86,7 +86,7 @@ pub fn missing(needs: &[Need]) -> bool {
 
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
-    // Another apt may be at work on a freshly started machine: wait for it, but not for ever.
+    // Another apt may be at work on a freshly started machine: wait for it, but not without end.
     command.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=300"]);
     command
 }

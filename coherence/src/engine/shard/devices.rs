@@ -104,38 +104,42 @@ impl Jobs {
 
 /// Discards under way: who waits for which pages.
 #[derive(Default)]
-pub struct Discards(Vec<Discard>);
+pub struct Discards {
+    waiting: Vec<Discard>,
+    /// When the first of these began, or pages of one were done last. They are asked for together: as long as
+    /// some are done nothing is stuck.
+    progress: Option<Instant>,
+}
 
 struct Discard {
     pages: Range<u64>,
     left: u64,
-    /// When it began, or some discard made progress last.
-    since: Instant,
     done: Sender<()>,
 }
 
 impl Discards {
     /// Somebody waits until all of `pages` are done.
     pub fn begin(&mut self, pages: Range<u64>, done: Sender<()>) {
-        self.0.push(Discard { left: pages.end - pages.start, since: Instant::now(), pages, done });
+        if self.waiting.is_empty() {
+            self.progress = Some(Instant::now());
+        }
+        self.waiting.push(Discard { left: pages.end - pages.start, pages, done });
     }
 
-    /// When the oldest that is not done began.
-    pub fn oldest(&self) -> Option<Instant> {
-        self.0.iter().map(|discard| discard.since).min()
+    /// Since when nothing is done of what somebody waits for.
+    pub fn stands_still_since(&self) -> Option<Instant> {
+        self.progress.filter(|_| !self.waiting.is_empty())
     }
 
     /// So many pages are done.
     pub fn done(&mut self, first: Page, count: u16) {
         let waits = |discard: &Discard| discard.pages.contains(&first.0) && discard.left > 0;
-        let Some(at) = self.0.iter().position(waits) else { return };
-        self.0[at].left = self.0[at].left.saturating_sub(count.into());
-        // They are asked for together: as long as some are done nothing is stuck.
-        let now = Instant::now();
-        self.0.iter_mut().for_each(|discard| discard.since = now);
-        if self.0[at].left == 0 {
+        let Some(at) = self.waiting.iter().position(waits) else { return };
+        self.progress = Some(Instant::now());
+        self.waiting[at].left = self.waiting[at].left.saturating_sub(count.into());
+        if self.waiting[at].left == 0 {
             // Who waited may have given up.
-            let _ = self.0.remove(at).done.send(());
+            let _ = self.waiting.remove(at).done.send(());
         }
     }
 }
@@ -188,12 +192,16 @@ mod tests {
     fn who_discards_is_told_when_all_its_pages_are_done() {
         let (mut discards, (done, told)) = (Discards::default(), unbounded());
         discards.begin(4..12, done);
-        discards.done(Page(4), 5);
+        let begun = discards.stands_still_since().unwrap();
         discards.done(Page(20), 8);
+        assert_eq!(discards.stands_still_since(), Some(begun), "pages that nobody waits for are no progress");
+        discards.done(Page(4), 5);
+        assert!(discards.stands_still_since().unwrap() >= begun);
         assert!(told.is_empty());
         discards.done(Page(9), 3);
         assert_eq!(told.try_recv(), Ok(()));
         assert!(told.recv().is_err(), "nobody is left who would tell");
+        assert_eq!(discards.stands_still_since(), None);
     }
 
     #[test]

@@ -298,7 +298,7 @@ impl Core {
             ("a page that must come", Some(page))
         } else if self.devices.jobs.oldest().is_some_and(is_late) {
             ("a device's access to memory", None)
-        } else if self.devices.discards.oldest().is_some_and(is_late) {
+        } else if self.devices.discards.stands_still_since().is_some_and(is_late) {
             ("the giving up of pages that nobody needs", None)
         } else if let Some(page) = self.shipping.find(is_late) {
             ("an instruction that was shipped", Some(page))

@@ -3,7 +3,7 @@
 //! ```text
 //!            the coordinator has heard what this node said at s            end(): Stop, or the coordinator is lost
 //!  closed ──────────────────────────────────────────────────────> open until s + lease ─────────────────────────> ended
-//!    ^                                                                │                                             for ever
+//!    ^                                                                │                                             for good
 //!    └──────────────────────── s + lease is over ─────────────────────┘
 //! ```
 //! A node that stands still (SIGSTOP, a suspended host) is given up by the others after [`Machine::silence`],
@@ -45,7 +45,7 @@ impl Ended {
     }
 }
 
-/// Value of [`Fence::until`] that lets nobody pass for ever.
+/// Value of [`Fence::until`] that lets nobody pass any more.
 const ENDED: u64 = 0;
 
 /// The fence of a node.

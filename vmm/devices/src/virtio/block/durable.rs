@@ -3,7 +3,7 @@
 //! The kernel tells of what it could not write once, and then forgets: it marks the pages clean, and the next
 //! fsync succeeds although their content is lost (fsync(2); Rebello et al., "Can Applications Recover from
 //! fsync Failures?", 2020). A guest that tries again would take that for the truth. So the first failure is
-//! the answer to all flushes that follow, until the disk is opened anew; writes go on, as on a disk that
+//! the answer to all flushes that follow, until the disk is opened again; writes go on, as on a disk that
 //! cannot promise anything any more.
 
 use std::io;
