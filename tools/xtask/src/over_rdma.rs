@@ -12,8 +12,9 @@ use testbed::rig::Rig;
 
 /// They take less than two minutes on an emulated host.
 const LIMIT: Duration = Duration::from_secs(600);
-/// The test programs, and which of their tests.
-const TESTS: [(&str, &str); 2] = [("conformance", "rdma"), ("rdma", "")];
+/// The test programs, which of their tests, and how many of these at once: those of the second program take
+/// down a device that they share.
+const TESTS: [(&str, &str, u32); 2] = [("conformance", "rdma", 3), ("rdma", "", 1)];
 /// A second device, on an interface of which nobody depends: a test takes it down.
 const SET_UP: &str = "ip link add dummy0 type dummy && ip link set dummy0 mtu 4500 up && \
                       ip address add 10.99.0.1/24 dev dummy0 && rdma link add rxe9 type rxe netdev dummy0";
@@ -26,11 +27,11 @@ const TEAR_DOWN: &str = "rdma link delete rxe9; ip link delete dummy0";
 pub fn run(rig: &Rig) -> Result<()> {
     let host = &rig.hosts()[0];
     let mut script = format!("{SET_UP} || exit 9; ulimit -n 4096; code=0; ");
-    for (name, filter) in TESTS {
+    for (name, filter, at_once) in TESTS {
         let copy = rig.stage().join("share").join(format!("test-{name}"));
         std::fs::copy(executable(name)?, &copy)?;
         let path = host.dir().join("share").join(format!("test-{name}"));
-        script += &format!("{} {filter} --test-threads=1 --nocapture || code=1; ", path.display());
+        script += &format!("{} {filter} --test-threads={at_once} --nocapture || code=1; ", path.display());
     }
     script += &format!("{TEAR_DOWN}; exit $code");
     let mut said = Vec::new();
