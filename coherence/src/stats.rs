@@ -116,7 +116,7 @@ counters! {
 }
 
 fn histogram() -> Histogram<u64> {
-    Histogram::new_with_bounds(100, 100_000_000_000, 2).expect("the bounds are sound")
+    Histogram::new_with_bounds(100, 100_000_000_000, 2).expect("the bounds are valid")
 }
 
 impl ShardStats {

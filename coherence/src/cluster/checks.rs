@@ -40,7 +40,7 @@ pub enum Broken {
     /// Nothing is under way and a frame is kept for nothing.
     #[error("node {0} keeps a frame for page {1:?}, which it does not have")]
     Leaked(usize, Page),
-    /// A sound node was called unsound.
+    /// A correct node was called faulty.
     #[error(transparent)]
     Violation(#[from] Violation),
     /// Nothing is under way and an access still waits.

@@ -48,7 +48,7 @@ enum Stage {
 /// it.
 fn operation(write: bool) -> Operation {
     let (action, operand) = if write { (Action::Add, u128::from(STEP)) } else { (Action::Load, 0) };
-    Operation::new(action, Width::One, 0, operand, 0).expect("it is sound")
+    Operation::new(action, Width::One, 0, operand, 0).expect("it is valid")
 }
 
 /// One, in the bits of the byte that are used.

@@ -226,7 +226,7 @@ pub enum Effect {
     Deferred(Page),
 }
 
-/// A message that no sound peer sends: its session must end.
+/// A message that no correct peer sends: its session must end.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("{from} broke the coherence protocol on page {page:#x}: {what}", page = page.0)]
 pub struct Violation {

@@ -106,7 +106,7 @@ impl Action {
     }
 }
 
-/// An action on the bytes at a place in a page. There are no others than sound ones: the operand lies in one
+/// An action on the bytes at a place in a page. Each that exists is valid: the operand lies in one
 /// page and has no more bits than its width, and what an action does not use is zero.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Operation {
@@ -120,7 +120,7 @@ pub struct Operation {
 
 impl Operation {
     /// An operation at `offset` in the page; `expected` is for [`Action::CompareExchange`]. `None` if it is
-    /// not sound.
+    /// not valid.
     pub fn new(
         action: Action,
         width: Width,
@@ -134,14 +134,14 @@ impl Operation {
             Width::Sixteen => compares && offset.is_multiple_of(16),
             _ => true,
         };
-        let sound = place
+        let valid = place
             && usize::from(offset) + width.bytes() <= PAGE_SIZE
             && operand & !width.mask() == 0
             && expected & !width.mask() == 0
             && (action.has_operand() || operand == 0)
             && (compares || expected == 0);
         let (operand, expected) = (operand.to_le_bytes(), expected.to_le_bytes());
-        sound.then_some(Operation { operand, expected, offset, action, width })
+        valid.then_some(Operation { operand, expected, offset, action, width })
     }
 
     /// What is done.
@@ -194,7 +194,7 @@ pub(super) mod tests {
 
     use super::*;
 
-    /// Any sound operation.
+    /// Any valid operation.
     pub fn operations() -> impl Strategy<Value = Operation> {
         let width = proptest::sample::select(vec![1usize, 2, 4, 8, 16]);
         (0..Action::ALL.len(), width, 0u16..PAGE_SIZE as u16, any::<u128>(), any::<u128>()).prop_map(

@@ -110,14 +110,14 @@ impl Asked {
     fn read(bytes: &[u8]) -> Result<(u32, Operation), &'static str> {
         let asked =
             Asked::ref_from_bytes(bytes).map_err(|_| "sent an operation that is not as long as one")?;
-        let sound = || {
+        let valid = || {
             let action = Action::ALL.get(usize::from(asked.action).checked_sub(1)?)?;
             let width = Width::of(asked.width.into())?;
             let (operand, expected) =
                 (u128::from_le_bytes(asked.operand), u128::from_le_bytes(asked.expected));
             Operation::new(*action, width, asked.offset.get(), operand, expected)
         };
-        Ok((asked.token.get(), sound().ok_or("sent an operation that no instruction does")?))
+        Ok((asked.token.get(), valid().ok_or("sent an operation that no instruction does")?))
     }
 }
 

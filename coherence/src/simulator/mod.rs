@@ -6,7 +6,7 @@
 //! step, on every machine: what breaks breaks again.
 //!
 //! After every step the [`Cluster`](crate::cluster::Cluster) checks that there is a single writer or many
-//! readers, that each access finds the last write and that no sound node is called unsound; here is checked
+//! readers, that each access finds the last write and that no correct node is called faulty; here is checked
 //! that no access waits without end. Several times in a run the CPUs pause until nothing is under way, and
 //! the directory is compared with the nodes.
 //!

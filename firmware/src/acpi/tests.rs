@@ -1,3 +1,5 @@
+//! The tables as a kernel reads them: found from the RSDP, whole, and saying what the machine is.
+
 use super::*;
 use crate::spec::NodeSpec;
 

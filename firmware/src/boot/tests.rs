@@ -1,3 +1,5 @@
+//! What a kernel or a BIOS finds in memory and registers at its first instruction.
+
 use super::*;
 use crate::acpi;
 use crate::spec::NodeSpec;

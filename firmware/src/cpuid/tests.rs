@@ -1,3 +1,5 @@
+//! Features that stay on and that go, on one host and on several that differ.
+
 use super::*;
 use crate::spec::{MachineSpec, NodeSpec};
 use proptest::prelude::*;

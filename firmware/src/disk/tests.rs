@@ -1,3 +1,5 @@
+//! Disks as installers leave them, and disks made to harm who searches them.
+
 use std::io::{Cursor, Write};
 use std::os::unix::fs::FileExt;
 use std::process::Command;

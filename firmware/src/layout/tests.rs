@@ -1,3 +1,5 @@
+//! Address ranges and APIC ids of machines of many shapes.
+
 use super::*;
 use crate::acpi;
 use crate::e820::{self, Kind};

@@ -367,7 +367,7 @@ fn join(host: &Host, machine: &Machine, index: usize) -> Result<Job> {
     host.spawn(Spawn { argv, ..Spawn::default() })
 }
 
-/// Puts the shell into control group `$0`, anew, where it gets `$1` bytes of memory, and becomes the other
+/// Puts the shell into a new control group `$0`, where it gets `$1` bytes of memory, and becomes the other
 /// arguments.
 const LIMITED: &str = "set -e
 mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup

@@ -22,7 +22,7 @@ const USED: &str = ".used";
 /// The cache directory.
 pub struct Cache {
     root: PathBuf,
-    /// Set when no lasting directory can be had: everything is made anew and forgotten at the end.
+    /// Set when no lasting directory can be had: everything is made again and forgotten at the end.
     _temporary: Option<tempfile::TempDir>,
 }
 

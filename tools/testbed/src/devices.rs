@@ -61,7 +61,7 @@ impl Machine {
     }
 
     /// A script for host `host`, run beside the machine file, that makes the empty disks and the TAP
-    /// interfaces there, anew if there are some.
+    /// interfaces there, in place of those that are there.
     pub fn prepare(&self, host: usize) -> String {
         let here = |(_, node): &(usize, &usize)| self.host_of(**node) == host;
         let blank = |(index, _): &(usize, &usize)| !(*index == 0 && self.boots_from_disk);

@@ -1,12 +1,13 @@
 //! The drivers of a guest kernel's virtio devices, as an archive to append to the guest's initramfs.
 
+use std::fs;
 use std::path::Path;
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::archive::Initramfs;
 use crate::exec;
-use crate::image::decompressed;
 
 /// Modules in the order to load them. What a kernel has built in has no file, and is left out.
 const ORDER: &[&str] = &[
@@ -31,7 +32,7 @@ const ORDER: &[&str] = &[
 /// `modules` is no directory of kernel modules named after the kernel's release.
 pub fn archive(modules: &Path) -> Result<Vec<u8>> {
     let release = modules.file_name().context("a modules' directory without name")?.to_string_lossy();
-    let found = exec::run(std::process::Command::new("find").arg(modules).args(["-name", "*.ko*"]), None)?;
+    let found = exec::run(Command::new("find").arg(modules).args(["-name", "*.ko*"]), None)?;
     let mut archive = Initramfs::default();
     let mut order = String::new();
     for name in ORDER {
@@ -46,6 +47,16 @@ pub fn archive(modules: &Path) -> Result<Vec<u8>> {
     }
     archive.file(&format!("modules/{release}/order"), 0o644, order.as_bytes())?;
     archive.finish()
+}
+
+/// A kernel module's bytes; Debian compresses them with xz.
+pub(crate) fn decompressed(file: &Path) -> Result<Vec<u8>> {
+    if file.extension().is_none_or(|extension| extension != "xz") {
+        return Ok(fs::read(file)?);
+    }
+    let output = Command::new("xz").arg("-dc").arg(file).output().context("running xz")?;
+    ensure!(output.status.success(), "xz cannot unpack {}", file.display());
+    Ok(output.stdout)
 }
 
 /// Archives one after the other: the kernel wants each to begin at a multiple of 4.

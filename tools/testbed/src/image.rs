@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use crate::apt::{self, Suite};
 use crate::archive::Initramfs;
 use crate::cache::Cache;
+use crate::drivers::decompressed;
 use crate::exec;
 use crate::kernels::{self, Kernel};
 use crate::progress::Step;
@@ -177,16 +178,6 @@ pub fn busybox(cache: &Cache) -> Result<PathBuf> {
         Ok(())
     })?;
     Ok(entry.join("busybox"))
-}
-
-/// A kernel module's bytes; Debian compresses them with xz.
-pub(crate) fn decompressed(file: &Path) -> Result<Vec<u8>> {
-    if file.extension().is_none_or(|extension| extension != "xz") {
-        return Ok(fs::read(file)?);
-    }
-    let output = Command::new("xz").arg("-dc").arg(file).output().context("running xz")?;
-    anyhow::ensure!(output.status.success(), "xz cannot unpack {}", file.display());
-    Ok(output.stdout)
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ struct Report {
     pairs: Vec<Pair>,
     /// Level and members of the striped file system.
     stripe: Option<String>,
-    /// Files of it that were read and found right after it was mounted anew, by the nodes of the reader and
+    /// Files of it that were read and found right after it was mounted again, by the nodes of the reader and
     /// the writer.
     stripe_verified: Vec<(usize, usize)>,
     /// Whether the guest ended by itself and `gestalt run` with 0.

@@ -122,7 +122,7 @@ impl Trial {
         // Whatever a cut spoilt shows at the latest in a check that ends after the last one.
         let before = checks(boot.outcome(), "ok");
         let finished = boot.wait_until(CHECK_LIMIT, |outcome| checks(outcome, "ok") > before)?;
-        self.checks = sound(boot.outcome())?;
+        self.checks = healthy(boot.outcome())?;
         ensure!(finished, "no check was finished within {CHECK_LIMIT:?}\n{}", boot.outcome().tail());
         self.all(rack, &mut boot, machine.rails)
     }
@@ -146,7 +146,7 @@ impl Trial {
         let returned_seconds = began.elapsed().as_secs_f64();
         ensure!(returned, "not all lanes are back after {MOVE_LIMIT:?}\n{}", boot.outcome().tail());
         boot.wait_until(HOLD, |_| false)?;
-        sound(boot.outcome())?;
+        healthy(boot.outcome())?;
         Ok(Cut { rail, at_seconds, moved_seconds, returned_seconds })
     }
 
@@ -174,7 +174,7 @@ fn checks(outcome: &Outcome, how: &str) -> usize {
 }
 
 /// The checks that were finished, if none of them failed.
-fn sound(outcome: &Outcome) -> Result<usize> {
+fn healthy(outcome: &Outcome) -> Result<usize> {
     ensure!(checks(outcome, "failed") == 0, "smp-check failed\n{}", outcome.tail());
     Ok(checks(outcome, "ok"))
 }

@@ -1,7 +1,7 @@
 //! The messages between nodes on lane 0, and their form on the wire.
 //!
 //! Every message is one frame of fixed length by kind, little-endian, encoded into a buffer on the stack. A
-//! frame of any other length or with a field out of range is malformed: its sender is not a sound node.
+//! frame of any other length or with a field out of range is malformed: its sender is not a correct node.
 //!
 //! | kind | message | bytes after the kind |
 //! |---|---|---|
@@ -143,7 +143,7 @@ impl Encoded {
     }
 }
 
-/// A frame that no sound node sends.
+/// A frame that no correct node sends.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("it sent a malformed control message ({what}): is it of another version?")]
 pub struct Malformed {

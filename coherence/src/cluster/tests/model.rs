@@ -115,7 +115,7 @@ pub(super) const ONCE: &str = "an operation is done once, before its answer";
 pub(super) const ANSWERED: &str = "every request is answered";
 pub(super) const DIRECTORY: &str = "the directory agrees with the nodes at rest";
 pub(super) const BUDGET: &str = "frames are within the budget and none is kept for nothing";
-pub(super) const SOUND: &str = "no sound node is called unsound";
+pub(super) const CORRECT: &str = "no correct node is called faulty";
 
 /// Which property a finding is against.
 pub(super) fn property(broken: &Broken) -> &'static str {
@@ -126,7 +126,7 @@ pub(super) fn property(broken: &Broken) -> &'static str {
         Broken::Unanswered(..) | Broken::NotQuiet(..) => ANSWERED,
         Broken::Directory(..) => DIRECTORY,
         Broken::OverBudget(..) | Broken::Leaked(..) => BUDGET,
-        Broken::Violation(_) => SOUND,
+        Broken::Violation(_) => CORRECT,
     }
 }
 
@@ -201,7 +201,7 @@ impl Model for Small {
             Property::always(ANSWERED, |_, s| keeps(ANSWERED, s)),
             Property::always(DIRECTORY, |_, s| keeps(DIRECTORY, s)),
             Property::always(BUDGET, |_, s| keeps(BUDGET, s)),
-            Property::always(SOUND, |_, s| keeps(SOUND, s)),
+            Property::always(CORRECT, |_, s| keeps(CORRECT, s)),
         ]
     }
 }

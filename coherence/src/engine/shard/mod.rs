@@ -53,7 +53,7 @@ const GARBAGE: usize = 4096;
 /// The longest sleep, so that a stuck fault is noticed.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often a shard that is never idle looks whether something is stuck, in rounds of work.
+/// Rounds of work between two checks of a shard that is never idle for something stuck.
 const BUSY_ROUNDS: u32 = 256;
 
 /// A shard, to be run by a thread of its own.

@@ -29,7 +29,7 @@ enum Input {
     Operate(u64, u32, Operation),
     Class(u64, Class),
     Message(u16, u64, Kind),
-    /// What a sound peer would answer to the last question.
+    /// What a correct peer would answer to the last question.
     Answer,
 }
 
@@ -170,7 +170,7 @@ fn answer(kind: Kind) -> Option<Kind> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
-    fn whatever_peers_send_nothing_unsound_is_asked_of_the_engine(
+    fn whatever_peers_send_nothing_invalid_is_asked_of_the_engine(
         inputs in inputs(), first in 0u8..3, frames in 1usize..10, ships: bool
     ) {
         let homes = Arc::new(Homes::new([PAGES; 3]));

@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 
 use super::Processor;
 use crate::archive::Initramfs;
+use crate::drivers::decompressed;
 use crate::exec;
-use crate::image::decompressed;
 use crate::stage::IN_HOST;
 
 const INIT: &str = include_str!("../../files/bochs-init.sh");

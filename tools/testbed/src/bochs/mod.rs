@@ -187,7 +187,7 @@ impl Bochs {
         let deadline = Instant::now() + START_LIMIT;
         while Instant::now() < deadline {
             let mut ready = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-            // Now and then it is looked whether Bochs still runs.
+            // Now and then it is checked that Bochs still runs.
             if poll(&mut ready, PollTimeout::from(200u8))? > 0 {
                 return Ok(listener.accept()?.0);
             }

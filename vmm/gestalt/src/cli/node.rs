@@ -104,7 +104,7 @@ fn finish(control: &Control) {
 
 /// Becomes a fresh process that joins the machine's next start; returns only if that is impossible.
 fn start_over() -> anyhow::Error {
-    tracing::info!("the machine starts again: joining it anew");
+    tracing::info!("the machine starts again: joining it again");
     let mut arguments = std::env::args_os();
     let program = std::env::current_exe();
     let error = match program {

@@ -212,7 +212,7 @@ fn kvm(facts: &HostFacts, needs: &Needs, findings: &mut Vec<Finding>) {
             "every page walk counts as a write to the guest's page tables (EPT accessed and dirty bits)",
             format!(
                 "nodes cannot share page tables, which costs more than any other setting: write `{EPTAD_OFF}` to \
-                 /etc/modprobe.d/gestalt.conf and load kvm_intel anew"
+                 /etc/modprobe.d/gestalt.conf and load kvm_intel again"
             ),
         )),
         Some(false) => findings.push(ok("page walks leave the guest's page tables alone (eptad is off)")),

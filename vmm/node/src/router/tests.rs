@@ -1,3 +1,5 @@
+//! Interrupts by their way to CPUs here and on other nodes, counted in messages.
+
 use std::sync::Mutex;
 use std::time::Duration;
 

@@ -45,7 +45,7 @@ impl Disk for Durable {
         if let Some(why) = &*failed {
             return Err(io::Error::other(format!(
                 "an earlier flush failed ({why}), and what was written before it may be lost: take the disk away, check \
-                 its host, and add it anew"
+                 its host, and add it again"
             )));
         }
         self.disk.flush().inspect_err(|error| *failed = Some(error.to_string()))

@@ -1,31 +1,14 @@
-//! The control messages of driver and device about a named port (5.3.6.2).
+//! The conversation of driver and device about a named port (5.3.6.2).
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use super::message::{DEVICE_READY, PORT, PORT_ADD, PORT_NAME, PORT_OPEN, PORT_READY, message};
 use super::port::Port;
 use crate::virtio::LiveQueue;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::QueueError;
 use machine::config::devices::MAX_CHANNEL_NAME;
-
-/// The port's number; 0 would be a console.
-const PORT: u32 = 1;
-
-const DEVICE_READY: u16 = 0;
-const PORT_ADD: u16 = 1;
-const PORT_READY: u16 = 3;
-const PORT_OPEN: u16 = 6;
-const PORT_NAME: u16 = 7;
-
-fn message(event: u16, value: u16) -> Vec<u8> {
-    [&PORT.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat()
-}
-
-/// Somebody on the host uses the port, or nobody any more.
-pub fn opened(open: bool) -> Vec<u8> {
-    message(PORT_OPEN, open.into())
-}
 
 /// The device's part of the conversation.
 pub struct Control {

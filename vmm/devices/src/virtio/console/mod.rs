@@ -8,7 +8,8 @@
 //! | [`port`] | the host's end: the socket, who is connected |
 //! | [`receive`] | bytes to the guest |
 //! | [`transmit`] | bytes from the guest |
-//! | [`control`] | what driver and device tell each other of a named port |
+//! | [`control`] | the conversation about a named port |
+//! | `message` | its messages |
 //!
 //! Nobody can make the guest or the node wait forever, whoever does not read:
 //!
@@ -19,6 +20,7 @@
 //! | the guest does not read | the socket fills up | the socket fills up |
 
 pub mod control;
+mod message;
 pub mod port;
 pub mod receive;
 pub mod transmit;

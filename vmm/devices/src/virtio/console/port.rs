@@ -231,7 +231,7 @@ impl Port {
 
     fn tell_open(&self, state: &mut State, open: bool) {
         if state.told {
-            self.tell_all(state, [super::control::opened(open)]);
+            self.tell_all(state, [super::message::opened(open)]);
         }
     }
 

@@ -1,3 +1,5 @@
+//! Consoles and channels between a driver and the sockets of those who connect.
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;

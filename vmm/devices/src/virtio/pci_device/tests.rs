@@ -1,3 +1,5 @@
+//! A virtio device by its PCI registers, as a driver finds, starts, uses and resets it.
+
 use super::*;
 use crate::virtio::entropy::Entropy;
 use crate::virtio::testing::{DATA, Driver, INDIRECT, NEXT, RAM, SIZE, WRITE, rings};

@@ -71,13 +71,13 @@ impl Input<'_> {
 }
 
 /// Has a driver do to `device` what `input` says, and everything else that may happen to the device with
-/// `outside`. Then the device is reset, started as `features` say and shown to `sound`.
+/// `outside`. Then the device is reset, started as `features` say and shown to `after`.
 pub fn drive(
     device: Box<dyn VirtioDevice>,
     mut input: Input,
     mut outside: impl FnMut(&mut Input),
     features: u64,
-    sound: impl FnOnce(&mut Driver),
+    after: impl FnOnce(&mut Driver),
 ) {
     let queues = device.queues().len() as u16;
     let mut driver = Driver::new(device);
@@ -92,7 +92,7 @@ pub fn drive(
     // Found again wherever the driver had moved it.
     bring_back(&driver);
     driver.start(features);
-    sound(&mut driver);
+    after(&mut driver);
     driver.reset();
 }
 

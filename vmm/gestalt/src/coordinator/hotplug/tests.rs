@@ -1,3 +1,5 @@
+//! Devices that come and go, with nodes and guests that refuse, or answer late.
+
 use super::*;
 use machine::config::MachineConfig;
 use machine::config::NodeConfig;

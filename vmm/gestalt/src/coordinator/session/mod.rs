@@ -239,7 +239,7 @@ impl Session {
                 out.push(refuse("the machine is about to start again".into(), true));
             }
             _ => out.push(refuse(
-                format!("the machine runs or ends, and node {name} cannot join it any more: start it anew"),
+                format!("the machine runs or ends, and node {name} cannot join it any more: start it again"),
                 false,
             )),
         }

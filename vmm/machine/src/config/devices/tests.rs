@@ -1,3 +1,5 @@
+//! Devices as users write them: where they are placed, and what is refused with a reason.
+
 use super::*;
 use crate::config::{MachineConfig, NodeConfig, limits};
 

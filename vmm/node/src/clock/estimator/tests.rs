@@ -1,3 +1,5 @@
+//! The estimator against clocks that drift and answers that are late.
+
 use proptest::prelude::*;
 
 use super::*;

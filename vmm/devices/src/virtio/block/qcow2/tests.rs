@@ -1,3 +1,5 @@
+//! Images against a plain disk that does the same, and damaged ones.
+
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;

@@ -1,3 +1,5 @@
+//! A disk as its driver sees it: requests, features, resets, and what it promises of durability.
+
 mod coherent;
 mod limited;
 mod promises;

@@ -1,3 +1,5 @@
+//! A card as its driver sees it: packets both ways, several queues, and merged buffers.
+
 mod limited;
 
 use std::os::fd::AsFd;
