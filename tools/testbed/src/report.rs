@@ -31,8 +31,24 @@ impl Console {
         let Some(end) = self.partial.iter().rposition(|&byte| byte == b'\n') else { return vec![] };
         let rest = self.partial.split_off(end + 1);
         let complete = std::mem::replace(&mut self.partial, rest);
-        String::from_utf8_lossy(&complete).lines().map(parse).collect()
+        String::from_utf8_lossy(&complete).lines().flat_map(apart).map(parse).collect()
     }
+}
+
+/// A line, and the kernel's message that came before its end: a terminal sends the end of a line for itself,
+/// and the kernel does not wait for it.
+fn apart(line: &str) -> impl Iterator<Item = &str> {
+    let message = line.match_indices('[').map(|(at, _)| at).find(|&at| at > 0 && begins_message(&line[at..]));
+    let (line, message) = line.split_at(message.unwrap_or(line.len()));
+    std::iter::once(line).chain((!message.is_empty()).then_some(message))
+}
+
+/// Whether this begins as messages of the kernel do: `[    5.596017] `.
+fn begins_message(text: &str) -> bool {
+    let stamp = text.strip_prefix('[').and_then(|rest| rest.split_once("] "));
+    let parts = stamp.and_then(|(stamp, _)| stamp.trim_start().split_once('.'));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    parts.is_some_and(|(seconds, fraction)| digits(seconds) && digits(fraction) && fraction.len() == 6)
 }
 
 fn parse(line: &str) -> Said {
@@ -85,6 +101,19 @@ mod tests {
             let said: Vec<Said> = text.chunks(cut).flat_map(|bytes| console.take(bytes)).collect();
             assert_eq!(said, expected);
         }
+    }
+
+    #[test]
+    fn a_kernel_message_before_the_end_of_a_line_is_not_of_the_line() {
+        let text = b"GESTALT-REPORT node1.cpus=1[   57.718305] hrtimer: interrupt took 133000140 ns\r\n\r\n\
+                     GESTALT-REPORT node0.distance=10 [20] [x.y]\r\n";
+        let expected = [
+            Said::Fact("node1.cpus".into(), "1".into()),
+            Said::Text("[   57.718305] hrtimer: interrupt took 133000140 ns".into()),
+            Said::Text(String::new()),
+            Said::Fact("node0.distance".into(), "10 [20] [x.y]".into()),
+        ];
+        assert_eq!(Console::default().take(text), expected);
     }
 
     #[test]

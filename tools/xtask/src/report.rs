@@ -1,5 +1,6 @@
 //! The files in `target/report`.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -13,10 +14,12 @@ use testbed::artifacts::workspace;
 /// It exists and cannot be removed.
 pub fn forget(name: &str) -> Result<()> {
     let path = path(name);
-    if path.exists() {
-        std::fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Writes `target/report/<name>.json` and returns its path.
