@@ -1,5 +1,5 @@
 //! A lane whose packets get lost, while all others are fine, is noticed in time: with one rail, in one
-//! direction or both.
+//! direction or both. A peer that reads nothing for as long is not lost.
 
 mod common;
 
@@ -112,4 +112,36 @@ fn a_lane_whose_packets_get_lost_in_one_direction_is_noticed_in_time() {
 #[test]
 fn a_lane_whose_packets_get_lost_in_both_directions_is_noticed_in_time() {
     a_lane_goes_dead(true);
+}
+
+#[test]
+fn a_peer_that_reads_nothing_for_longer_and_then_goes_on_has_lost_nothing() {
+    let _alone = base::lock(&ALONE);
+    let silence = Duration::from_secs(1);
+    let (listeners, addresses) = listeners(2);
+    let made = mesh_all(listeners, |node| MeshConfig { silence, ..config(node, &addresses, DATA + 1) });
+    let nodes: Vec<TcpTransport> = made.into_iter().map(Result::unwrap).collect();
+    let mut ends: Vec<_> = nodes.iter().map(|node| node.take_receiver(DATA).unwrap()).collect();
+    // More than the sockets of both sides take.
+    const FRAMES: u32 = 512;
+    let frame = |number: u32| [&number.to_le_bytes()[..], &[0x5a; 30_000]].concat();
+    (0..FRAMES).for_each(|number| nodes[0].send(NodeId(1), DATA, &[&frame(number)]).unwrap());
+    let begin = Instant::now();
+    while begin.elapsed() < 4 * silence {
+        // It sends what it could not send yet, as it always does.
+        let lost = ends[0].poll(&mut |_, _| {});
+        assert!(lost.is_ok(), "after {:?}: {lost:?}", begin.elapsed());
+        std::thread::yield_now();
+    }
+    let mut expected = 0;
+    let end = Instant::now() + 2 * PROMISED;
+    while expected < FRAMES {
+        assert!(Instant::now() < end, "{expected} frames came");
+        ends[0].poll(&mut |_, _| {}).unwrap();
+        let mut take = |_, bytes: &[u8]| {
+            assert!(bytes == frame(expected), "frame {expected}");
+            expected += 1;
+        };
+        ends[1].poll(&mut take).unwrap();
+    }
 }

@@ -104,7 +104,7 @@ pub(super) struct Connecting {
     /// mesh yet, while its listening socket takes the connection already.
     pub(super) patient: bool,
     /// How long a connection may get no acknowledgement.
-    silence: Duration,
+    pub(super) silence: Duration,
     inbound: Vec<Inbound>,
     outbound: Vec<Outbound>,
 }

@@ -94,6 +94,11 @@ impl Lane {
         Ok(())
     }
 
+    /// The links, by node.
+    pub(super) fn links(&self) -> &[Option<Link>] {
+        &self.links
+    }
+
     fn link(&self, to: NodeId) -> Result<&Link, FabricError> {
         let link = self.links.get(to.index()).and_then(Option::as_ref);
         link.ok_or_else(|| FabricError::Refused(format!("{to} is no peer of this node")))

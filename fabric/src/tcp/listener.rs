@@ -39,7 +39,8 @@ pub struct MeshConfig {
     pub plaintext: bool,
     /// How long the whole mesh may take.
     pub timeout: Duration,
-    /// With one rail: how long a peer may leave what was sent to it unacknowledged before it is lost.
+    /// With one rail: how long a peer may leave what was sent to it unacknowledged before it is lost. It may
+    /// take nothing for ten times as long.
     pub silence: Duration,
 }
 

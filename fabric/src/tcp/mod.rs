@@ -6,6 +6,7 @@
 //!   connect, `sockets` how sockets are set up.
 //! - `link`: one lane to one peer, both directions. `lane`: one lane's receiving side over all peers.
 //!   `frames` cuts the byte stream into frames.
+//! - `silence`, `tcp_info`: connections whose peer acknowledges nothing any more.
 //! - `failover`, `mailbox`: moving lanes between rails, where a node has several.
 //!
 //! On the wire a frame is its length (`u32`, little-endian, `1..=MAX_FRAME`), its bytes, sealed to the peer,
@@ -52,7 +53,9 @@ mod link;
 mod listener;
 mod mailbox;
 mod mesh;
+mod silence;
 mod sockets;
+mod tcp_info;
 mod transport;
 
 pub use listener::{Listener, MAX_RAILS, MeshConfig, MeshKeys};

@@ -14,8 +14,11 @@ const SOCKET_BUFFER: usize = 1 << 20;
 /// A connection on which nothing comes for so many seconds is probed, and from then on every second.
 const PROBE_AFTER: u32 = 1;
 
-/// That many probes without an answer would end the connection; its user timeout does so sooner or later.
+/// That many probes without an answer would end the connection; it is ended before (`silence`).
 const PROBES: u32 = 3;
+
+/// A peer may take nothing for so many silences, as long as it acknowledges: 30 s by default.
+const PATIENCE: u32 = 10;
 
 /// Begins to connect to `address`; the socket becomes writable when it is connected or has failed.
 pub(super) fn begin_connect(address: SocketAddr) -> nix::Result<TcpStream> {
@@ -29,10 +32,8 @@ pub(super) fn begin_connect(address: SocketAddr) -> nix::Result<TcpStream> {
     }
 }
 
-/// Sets a connection up for greetings and frames. It ends when the peer acknowledges nothing, or takes
-/// nothing, for `silence`: neither what was sent nor, if nothing was, a probe. (tcp(7), TCP_USER_TIMEOUT.
-/// Heartbeats of the users above travel on one lane and say nothing of the others, whose packets may take
-/// another way or meet another rule.)
+/// Sets a connection up for greetings and frames. It ends when the peer takes nothing for [`PATIENCE`] times
+/// `silence` (tcp(7), TCP_USER_TIMEOUT); one that acknowledges nothing is found earlier, by `silence::watch`.
 pub(super) fn tune(socket: &TcpStream, silence: Duration) -> std::io::Result<()> {
     // Every frame is wanted at once: never wait for an acknowledgement to fill a segment.
     socket.set_nodelay(true)?;
@@ -41,8 +42,8 @@ pub(super) fn tune(socket: &TcpStream, silence: Duration) -> std::io::Result<()>
     setsockopt(socket, sockopt::TcpKeepInterval, &1)?;
     setsockopt(socket, sockopt::TcpKeepCount, &PROBES)?;
     // 0 would be no limit.
-    let silence = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX).max(1);
-    setsockopt(socket, sockopt::TcpUserTimeout, &silence)?;
+    let limit = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX).saturating_mul(PATIENCE).max(1);
+    setsockopt(socket, sockopt::TcpUserTimeout, &limit)?;
     Ok(())
 }
 

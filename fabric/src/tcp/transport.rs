@@ -7,6 +7,7 @@ use super::failover;
 use super::lane::{Lane, LaneReceiver};
 use super::mailbox::Mailbox;
 use super::mesh::Connections;
+use super::silence;
 use crate::transport::{Receivers, check_frame};
 use crate::{FabricError, LaneId, MAX_FRAME, NodeId, Receiver, Transport, TransportStats};
 
@@ -41,6 +42,7 @@ impl TcpTransport {
             .map(|(connections, lane)| Lane::new(lane, plaintext, connections, mailbox.clone()).map(Arc::new))
             .collect::<Result<Vec<_>, _>>()?;
         let receivers = lanes.iter().map(|lane| LaneReceiver::new(lane.clone())).collect();
+        silence::watch(&lanes, connecting.silence)?;
         if let Some(mailbox) = &mailbox {
             failover::start(connecting, mailbox.clone(), &lanes, rails, plaintext)?;
         }

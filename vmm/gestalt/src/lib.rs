@@ -13,6 +13,7 @@
 //! | [`operator`] | what `gestalt device` says to a running machine |
 //! | [`doctor`] | whether a node can run on this host |
 //! | [`log_limit`] | log lines that come too often |
+//! | [`output`] | bytes on their way to a terminal that may stand still |
 //!
 //! A node itself is the crate `vmm`; what both talk about is the crate `machine`.
 
@@ -21,4 +22,5 @@ pub mod coordinator;
 pub mod doctor;
 pub mod log_limit;
 pub mod operator;
+pub mod output;
 pub mod terminal;

@@ -1,28 +1,34 @@
-//! The operator's terminal: raw mode that is always undone, the escape key, output that never blocks.
+//! The operator's terminal: raw mode that is always undone, the escape key, lines that never block.
 //!
 //! In raw mode every key goes to the guest, Ctrl-C included. Ctrl-] is ours: Ctrl-] then `q` ends the
 //! machine, Ctrl-] twice sends one Ctrl-] to the guest, Ctrl-] and anything else sends both.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::borrow::Cow;
 use std::io::{self, IsTerminal, Read, Write};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::panic::{PanicHookInfo, set_hook, take_hook};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use crossbeam::channel::{self, Receiver, Sender};
+use crossbeam::channel::Sender;
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+
+use crate::output::Output;
 
 /// What a hint says about leaving.
 pub const ESCAPE_HINT: &str = "press Ctrl-] then q to end the machine";
 /// The key that is ours, ASCII GS.
 const ESCAPE: u8 = 0x1d;
-/// Guest output that may wait for a slow terminal, in bytes; what comes after that is dropped, and said so.
-const MAX_WAITING: usize = 64 << 20;
+/// How long a line may take to be written before nobody waits for that any more.
+const LINE: Duration = Duration::from_millis(50);
 /// How much is read from the terminal at once, in bytes.
 const PIECE: usize = 4096;
 
 static RAW: AtomicBool = AtomicBool::new(false);
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+static ERRORS: OnceLock<Output> = OnceLock::new();
 
 fn saved() -> MutexGuard<'static, Option<Termios>> {
     base::lock(&SAVED)
@@ -52,17 +58,53 @@ pub fn enter_raw() -> io::Result<bool> {
 /// Puts the terminal back as [`enter_raw`] found it; does nothing otherwise.
 pub fn leave_raw() {
     if let Some(before) = saved().take() {
-        // Fails if the terminal is gone, and then there is nothing to put back.
-        let _ = tcsetattr(io::stdin(), SetArg::TCSADRAIN, &before);
+        // At once, not when all output has been sent: a terminal that stands still would never let go. Fails if
+        // it is gone, and then there is nothing to put back.
+        let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, &before);
         RAW.store(false, Ordering::Release);
     }
+}
+
+/// From now on lines of this process, and what panics print, go to standard error through a queue
+/// ([`Output`]): a terminal that takes nothing stops no thread that has something to say. A line has been
+/// written when the call returns, or after [`LINE`] nobody waits until all has been.
+///
+/// # Errors
+/// What the system says; then everything goes on as before.
+pub fn queue_lines() -> io::Result<()> {
+    let gap = |stderr: &mut io::Stderr, bytes| {
+        let line = format!("({bytes} bytes of messages were left out here: standard error stood still)\n");
+        // With stderr closed there is nobody to tell.
+        let _ = stderr.write_all(&with_returns(line.as_bytes()));
+    };
+    let output = Output::start(io::stderr(), gap)?;
+    if ERRORS.set(output).is_ok() {
+        set_hook(Box::new(|panic| say(&panic_text(panic))));
+    }
+    Ok(())
+}
+
+/// Waits until all lines have been written, `timeout` at most.
+pub fn flush_lines(timeout: Duration) -> bool {
+    ERRORS.get().is_none_or(|output| output.settle(timeout))
+}
+
+fn panic_text(panic: &PanicHookInfo) -> String {
+    let thread = thread::current();
+    // As far as RUST_BACKTRACE asks for one.
+    let trace = Backtrace::capture();
+    let trace = match trace.status() {
+        BacktraceStatus::Captured => format!("\n{trace}"),
+        _ => String::new(),
+    };
+    format!("thread '{}' {panic}{trace}", thread.name().unwrap_or("without a name"))
 }
 
 /// From now on a panic of any thread puts the terminal back and ends the process: a coordinator that has lost
 /// a thread cannot be trusted with a machine, and its nodes end with it.
 pub fn end_on_panic() {
-    let usual = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
+    let usual = take_hook();
+    set_hook(Box::new(move |panic| {
         leave_raw();
         usual(panic);
         std::process::exit(101);
@@ -91,17 +133,18 @@ pub struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut stderr = io::stderr().lock();
-        if RAW.load(Ordering::Acquire) {
-            stderr.write_all(&with_returns(bytes))?;
-        } else {
-            stderr.write_all(bytes)?;
+        let raw = RAW.load(Ordering::Acquire);
+        let bytes_out = if raw { Cow::Owned(with_returns(bytes)) } else { Cow::Borrowed(bytes) };
+        match ERRORS.get() {
+            Some(output) => output.write(bytes_out.into_owned(), LINE),
+            None => io::stderr().lock().write_all(&bytes_out)?,
         }
         Ok(bytes.len())
     }
 
+    /// Nothing: neither the queue nor standard error itself keeps bytes back.
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
     }
 }
 
@@ -174,65 +217,6 @@ pub fn read_input(typed: Sender<Vec<u8>>, leave: impl Fn() + Send + 'static) -> 
     Ok(())
 }
 
-/// The guest's output on its way to standard output. A terminal that stands still (Ctrl-S, a full pipe)
-/// stops this thread and nothing else.
-#[derive(Debug)]
-pub struct Output {
-    queue: Sender<Vec<u8>>,
-    waiting: Arc<AtomicUsize>,
-    dropped: bool,
-}
-
-/// Tells when an [`Output`] that has been dropped has written all it had.
-#[derive(Debug)]
-pub struct Written(Receiver<()>);
-
-impl Written {
-    /// Waits `timeout` at most; says whether everything was written.
-    pub fn wait(self, timeout: Duration) -> bool {
-        self.0.recv_timeout(timeout) == Err(channel::RecvTimeoutError::Disconnected)
-    }
-}
-
-impl Output {
-    /// Starts the thread that writes to `sink`.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn start(mut sink: impl Write + Send + 'static) -> io::Result<(Output, Written)> {
-        let (queue, pieces) = channel::unbounded::<Vec<u8>>();
-        let (finished, done) = channel::bounded(0);
-        let waiting = Arc::new(AtomicUsize::new(0));
-        let counter = waiting.clone();
-        thread::Builder::new().name("stdout".into()).spawn(move || {
-            let mut open = true;
-            for piece in pieces {
-                // A reader that went away (`| head`) does not stop the machine.
-                open = open && sink.write_all(&piece).and_then(|()| sink.flush()).is_ok();
-                counter.fetch_sub(piece.len(), Ordering::Relaxed);
-            }
-            drop(finished);
-        })?;
-        Ok((Output { queue, waiting, dropped: false }, Written(done)))
-    }
-
-    /// Queues bytes.
-    pub fn push(&mut self, bytes: Vec<u8>) {
-        if self.waiting.load(Ordering::Relaxed) + bytes.len() > MAX_WAITING {
-            if !std::mem::replace(&mut self.dropped, true) {
-                tracing::warn!(
-                    "standard output stands still: what the guest writes is dropped until it moves"
-                );
-            }
-            return;
-        }
-        self.dropped = false;
-        self.waiting.fetch_add(bytes.len(), Ordering::Relaxed);
-        // The thread ends only after this sender.
-        let _ = self.queue.send(bytes);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,41 +250,5 @@ mod tests {
     #[test]
     fn lines_in_raw_mode_return_the_carriage() {
         assert_eq!(with_returns(b"a\nb\n"), b"a\r\nb\r\n");
-    }
-
-    #[test]
-    fn output_is_written_in_order_and_finished() {
-        let (mut reader, writer) = io::pipe().unwrap();
-        let (mut output, written) = Output::start(writer).unwrap();
-        output.push(b"one ".to_vec());
-        output.push(b"two".to_vec());
-        drop(output);
-        assert!(written.wait(Duration::from_secs(5)));
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "one two");
-    }
-
-    #[test]
-    fn a_sink_that_stands_still_blocks_nobody() {
-        let (_reader, writer) = io::pipe().unwrap();
-        let (mut output, written) = Output::start(writer).unwrap();
-        for _ in 0..80 {
-            output.push(vec![0; 1 << 20]);
-        }
-        assert!(output.dropped);
-        drop(output);
-        assert!(!written.wait(Duration::from_millis(10)));
-    }
-
-    #[test]
-    fn a_reader_that_went_away_stops_nothing() {
-        let (reader, writer) = io::pipe().unwrap();
-        drop(reader);
-        let (mut output, written) = Output::start(writer).unwrap();
-        output.push(b"x".to_vec());
-        output.push(b"y".to_vec());
-        drop(output);
-        assert!(written.wait(Duration::from_secs(5)));
     }
 }

@@ -15,9 +15,12 @@ use std::time::{Duration, Instant};
 use common::{PATIENCE, echo_node, hello};
 use crossbeam::channel::{self, Receiver};
 use gestalt::doctor::{Needs, check_can_run};
+use machine::config::MachineConfig;
 use machine::control::FromCoordinator;
+use machine::control::join::join;
 use machine::control::wire::{self, Answer};
 use machine::keys::KeyFile;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::pty::openpty;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
@@ -401,6 +404,51 @@ impl Drop for Run {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+#[test]
+fn an_operator_whose_terminal_takes_nothing_stops_no_guest_and_can_still_end_the_machine() {
+    let silence = MachineConfig::default().silence;
+    let (screen, stderr) = std::io::pipe().unwrap();
+    fcntl(&screen, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    let keys = tempfile::tempdir().unwrap();
+    let child = gestalt(&["run", "--kernel", "vmlinuz", "--listen", "127.0.0.1:0"])
+        .args(["--key", &key_file(keys.path())])
+        .args(["--node", "name=n0,cpus=1,memory=256M,where=remote"])
+        .args(["--node", "name=n1,cpus=1,memory=256M,where=remote"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr)
+        .spawn()
+        .unwrap();
+    let mut run = Run { child, address: String::new(), stderr: channel::never(), _keys: keys };
+    let mut lines = BufReader::new(&screen).lines();
+    let hint = lines.find_map(|line| line.ok().filter(|line| line.contains("--join"))).unwrap();
+    let address = hint.split("--join ").nth(1).unwrap().split(' ').next().unwrap();
+    let (_assignment, control) = join(&common::options(address, "n0")).unwrap();
+    // From here on nobody reads. Strangers and those who come twice are told of in the operator's terminal.
+    for _ in 0..50 {
+        TcpStream::connect(address).unwrap().write_all(&[9; 5]).unwrap();
+        let stream = TcpStream::connect(address).unwrap();
+        let key = common::machine_key().node("n0").unwrap();
+        let answer = wire::introduce(&stream, &key, &hello("n0"));
+        assert!(matches!(answer, Ok((Answer::Refused { .. }, _))), "{:?}", answer.map(|(answer, _)| answer));
+    }
+    let (tell, told) = channel::unbounded();
+    let fence = control.fence().clone();
+    thread::spawn(move || {
+        // What was heard before this began does not last so long.
+        let end = Instant::now() + 2 * silence;
+        while Instant::now() < end {
+            fence.pass().unwrap();
+        }
+        tell.send(()).unwrap();
+    });
+    told.recv_timeout(PATIENCE).expect("the node may not write to its disks any more");
+    run.signal(Signal::SIGTERM);
+    assert!(matches!(control.recv_timeout(PATIENCE), Ok(Some(FromCoordinator::Stop(_)))));
+    drop(control);
+    assert_eq!(run.code(), Some(128 + 15));
 }
 
 /// A terminal whose one end is the machine's standard input and output.

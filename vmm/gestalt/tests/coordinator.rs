@@ -20,7 +20,8 @@ use machine::control::wire::{self, Answer, Assigned};
 use machine::control::{Assignment, Control, FromCoordinator, ToCoordinator};
 use machine::keys::{MachineKey, NodeKey};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 
 /// What a fake node does once it has joined; its process is ended when it returns `true`.
 type Behaviour = dyn Fn(&Assignment, &Control) -> bool + Send + Sync;
@@ -241,6 +242,21 @@ fn a_failing_node_is_quoted_and_its_dump_is_kept() {
     let dump = |name| std::fs::read_to_string(folder.path().join(name)).unwrap();
     assert_eq!(dump("n1.dump"), "rip=0xfff0\n");
     assert_eq!(dump("n0.dump"), "trace of n0\n");
+}
+
+#[test]
+fn a_dump_that_cannot_be_written_does_not_keep_the_machine_from_ending() {
+    let folder = tempfile::tempdir().unwrap();
+    // Whoever opens this to write waits for a reader: as with a disk that stands still.
+    mkfifo(&folder.path().join("n0.dump"), Mode::S_IRWXU).unwrap();
+    let behaviour: Arc<Behaviour> = Arc::new(|_, control| {
+        prepare(control).unwrap();
+        control.send(ToCoordinator::Failed { why: "it broke".into(), dump: Some("rip".into()) }).unwrap();
+        while !matches!(control.recv_timeout(PATIENCE), Ok(Some(FromCoordinator::Stop(_))) | Err(_)) {}
+        true
+    });
+    let machine = Machine::start_with(machine(1, NodeHost::Local), behaviour, Some(folder.path().into()));
+    assert_eq!(machine.failure(), "node n0 failed: it broke");
 }
 
 #[test]

@@ -304,6 +304,27 @@ impl Link {
         }
     }
 
+    /// The present connection.
+    pub(super) fn socket(&self) -> Option<Arc<TcpStream>> {
+        self.lock().socket.clone()
+    }
+
+    /// `socket` is dead because of `why`, if it is still the present connection: the lane moves if it can, and
+    /// else the peer is lost. The receiver sees the end of the connection and does what is to be done.
+    pub(super) fn give_up_connection(&self, socket: &Arc<TcpStream>, why: String) {
+        let out = &mut *self.lock();
+        if !out.socket.as_ref().is_some_and(|present| Arc::ptr_eq(present, socket)) {
+            return;
+        }
+        if out.retained.is_none() {
+            self.lose(out, why);
+        } else {
+            tracing::debug!(peer = self.peer.0, "a rail is given up: {why}");
+            out.drop_connection();
+            self.not_behind();
+        }
+    }
+
     /// Ends the lane because of `why`, unless it was lost before for another reason; returns the error
     /// with the first reason.
     pub(super) fn end(&self, why: String) -> FabricError {

@@ -25,6 +25,7 @@ pub mod run;
 mod signals;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -34,6 +35,9 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::log_limit::LogLimit;
 use crate::terminal;
 use machine::control::{Assignment, Control, Exit};
+
+/// How long the last lines may take to be written.
+const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// What a node does once it has its assignment: `node::run`.
 pub type NodeMain = fn(Assignment, Control) -> anyhow::Result<Exit>;
@@ -89,13 +93,16 @@ pub fn main(node_main: NodeMain) -> ExitCode {
         Command::Man(args) => manual::man(&args, Cli::command()),
     };
     terminal::leave_raw();
-    match ended {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
+    let code = ended.map_or_else(
+        |error| {
             terminal::say(&format!("gestalt: {error:#}"));
             ExitCode::FAILURE
-        }
-    }
+        },
+        ExitCode::from,
+    );
+    // What is not written by then is lost: nobody reads it.
+    terminal::flush_lines(LAST_LINES);
+    code
 }
 
 fn log(verbose: u8) {

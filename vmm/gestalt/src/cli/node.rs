@@ -6,10 +6,12 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::Args;
 
 use super::NodeMain;
 use crate::doctor::{self, Needs, probe};
+use crate::terminal;
 use machine::config::file::parse_fabric;
 use machine::config::units::{check_name, parse_duration};
 use machine::control::join::{JoinOptions, Watchdog, join};
@@ -49,6 +51,8 @@ pub struct NodeArgs {
 /// # Errors
 /// Why the node could not join, or failed. The coordinator has been told what it can be told.
 pub fn node(args: NodeArgs, node_main: NodeMain) -> anyhow::Result<u8> {
+    // Threads of the guest have something to say as well.
+    terminal::queue_lines().context("messages cannot be queued")?;
     check_name(&args.name)?;
     let key = if args.key.as_os_str() == "-" {
         KeyFile::read_from(std::io::stdin())

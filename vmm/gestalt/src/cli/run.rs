@@ -1,7 +1,7 @@
 //! `gestalt run`: reads what machine is wanted, refuses what cannot be, and holds it to its end.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Stdout, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,7 +18,8 @@ use crate::coordinator::{Console, Coordinator};
 use crate::doctor::{self, Needs};
 use crate::operator;
 use crate::operator::server::{Asked, Server};
-use crate::terminal::{self, Output};
+use crate::output::Output;
+use crate::terminal;
 use machine::config::cloud_init::Seed;
 use machine::config::devices::{
     DeviceRequest, RequestedKind, parse_balloon, parse_channel, parse_console, parse_disk, parse_net,
@@ -190,6 +191,7 @@ pub struct RunArgs {
 /// # Errors
 /// One sentence: what is wrong with the request or this host, or which node failed how.
 pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
+    terminal::queue_lines().context("messages cannot be queued")?;
     let config = args.config()?.check()?;
     check_files(&config)?;
     let key = match &config.key {
@@ -253,7 +255,11 @@ fn hold(
     terminal::end_on_panic();
     let _restore = terminal::Restore;
     signals::watch(interrupt.clone())?;
-    let (mut output, written) = Output::start(std::io::stdout())?;
+    let gap = |_: &mut Stdout, bytes| {
+        tracing::warn!("standard output stood still: {bytes} bytes of what the guest wrote were left out");
+    };
+    let output = Output::start(std::io::stdout(), gap)?;
+    let guest = output.clone();
     let mut reader = Some((typed, interrupt));
     let attach = move |attached: bool| {
         if !attached {
@@ -280,13 +286,12 @@ fn hold(
         interrupts,
         requests,
         attach: Box::new(attach),
-        output: Box::new(move |bytes| output.push(bytes)),
+        output: Box::new(move |bytes| guest.push(bytes)),
         dumps,
     };
     let ended = coordinator.run(console)?;
     terminal::leave_raw();
-    // Dropping the console has closed the queue.
-    if !written.wait(LAST_OUTPUT) {
+    if !output.settle(LAST_OUTPUT) {
         tracing::warn!("standard output stands still: the guest's last output is lost");
     }
     if let Some((path, mut file)) = report {

@@ -16,6 +16,12 @@
 //! - [`spawn`]: processes of local nodes. [`report`]: counters at the end. [`dumps`]: what nodes leave
 //!   behind.
 //! - [`Coordinator`]: the loop in the middle of the picture.
+//!
+//! The loop answers the nodes' heartbeats, and no thread that reads or writes does that for it: an answer lets
+//! a node write to its disks for another while ([`machine::control::fence`]), and says that whoever would end
+//! the machine for a lost node has heard this one and lost none. So nothing in the loop may wait for an
+//! operator, a terminal or a disk. Log lines, the guest's output and dumps are written by threads of their own
+//! ([`crate::output`], [`dumps`]); where these stand still, lines are left out and counted.
 
 pub mod cause;
 pub mod dumps;
@@ -56,6 +62,9 @@ use spawn::{NodeProcess, Spawner};
 pub const TICK: Duration = Duration::from_millis(100);
 /// How many pieces of typed text may wait for node 0 before the terminal is no longer read.
 const MAX_TYPED: usize = 16;
+
+/// How long the nodes' dumps may take to be written once the machine is over.
+const LAST_DUMPS: Duration = Duration::from_secs(5);
 
 /// Why a machine could not even begin.
 #[derive(Debug, thiserror::Error)]
@@ -165,7 +174,7 @@ impl Coordinator {
         })?;
         let session = Session::new(self.config.clone(), join_hint(bound), Instant::now());
         let driver = Driver {
-            dumps: Dumps::new(console.dumps.clone(), self.config.nodes.len()),
+            dumps: Dumps::new(console.dumps.clone(), self.config.nodes.len())?,
             machine: self.config.machine([0; 16], session.devices()),
             join: MachineConfig::local_join_address(bound),
             config: self.config,
@@ -279,6 +288,9 @@ impl Driver {
             }
         }
         let outcome = self.over.take().unwrap_or(Outcome::Failed("the coordinator lost its events".into()));
+        if !self.dumps.finish(LAST_DUMPS) {
+            tracing::warn!("what the nodes left behind could not be written in {LAST_DUMPS:?}");
+        }
         let report = self.session.tally().to_json(&outcome);
         Ok(Ended { outcome, report })
     }
@@ -335,7 +347,7 @@ impl Driver {
                 Action::Say(text) => tracing::info!(target: OPERATOR, "{text}"),
                 Action::Warn(text) => tracing::warn!("{text}"),
                 Action::Dump { node, text } => {
-                    self.dumps.keep(node, &self.config.nodes[node].spec.name, &text);
+                    self.dumps.keep(node, &self.config.nodes[node].spec.name, text);
                 }
                 Action::Answer { asker, answer } => {
                     if let Some(reply) = self.askers.remove(&asker) {
