@@ -30,7 +30,7 @@ const KEPT_CAPACITY: usize = 1 << 20;
 /// The sending side of one lane.
 pub(super) struct Sender {
     /// By node; `None` for this node itself.
-    links: Vec<Option<Link>>,
+    links: Vec<Option<PeerQueue>>,
     /// Slots that no message is in.
     free: Vec<SendSlot>,
     queue: Arc<SendQueue>,
@@ -44,7 +44,7 @@ pub(super) struct Sender {
 }
 
 /// The connection to one peer.
-struct Link {
+struct PeerQueue {
     /// `None` once it is lost and another one is being made.
     qp: Option<Qp>,
     /// Messages with data that the peer has room for.
@@ -61,7 +61,7 @@ struct Link {
     lost: Option<String>,
 }
 
-impl Link {
+impl PeerQueue {
     /// Messages that were posted and not seen to be finished.
     fn in_flight(&self) -> usize {
         self.qp.as_ref().map_or(0, Qp::in_flight)
@@ -81,7 +81,7 @@ impl Sender {
         lane: LaneId,
         bell: Arc<Bell>,
     ) -> Sender {
-        let link = |qp| Link {
+        let link = |qp| PeerQueue {
             qp: Some(qp),
             credits: window.credits,
             owed: 0,
@@ -94,7 +94,7 @@ impl Sender {
         Sender { links, free, queue, sent: Vec::new(), window, library, session, lane, bell }
     }
 
-    fn link(&mut self, to: NodeId) -> Result<&mut Link, FabricError> {
+    fn link(&mut self, to: NodeId) -> Result<&mut PeerQueue, FabricError> {
         let link = self.links.get_mut(to.index()).and_then(Option::as_mut);
         let link = link.ok_or_else(|| FabricError::Refused(format!("{to} is no peer of this node")))?;
         match &link.lost {
@@ -354,7 +354,7 @@ impl Sender {
     /// Gives the slots of a peer's messages that were worked through back to its queue pair; not if the peer
     /// is lost.
     pub(super) fn refill(&mut self, peer: NodeId, queue: &mut ReceiveQueue) {
-        let Ok(Link { qp: Some(qp), .. }) = self.link(peer) else { return };
+        let Ok(PeerQueue { qp: Some(qp), .. }) = self.link(peer) else { return };
         if let Err(error) = qp.refill(queue) {
             self.lose(peer, &format!("its RDMA connection takes no receive slot ({error})"));
         }

@@ -82,10 +82,10 @@ struct Outbound {
     pause: Duration,
     /// The end of this attempt.
     until: Option<Instant>,
-    state: State,
+    state: DialState,
 }
 
-enum State {
+enum DialState {
     Pausing(Instant),
     Connecting(TcpStream),
     Greeted(TcpStream, Initiator),
@@ -129,7 +129,7 @@ impl Connecting {
 
     /// Connects to `peer` on `lane`, first over `rail`: until it succeeds over any, or `once`.
     pub(super) fn dial(&mut self, peer: NodeId, lane: LaneId, rail: usize, once: bool) {
-        let state = State::Pausing(Instant::now());
+        let state = DialState::Pausing(Instant::now());
         let rail = rail % self.rails();
         self.outbound.push(Outbound { peer, lane, rail, once, pause: FIRST_PAUSE, until: None, state });
     }
@@ -170,12 +170,12 @@ impl Connecting {
         let several = self.rails() > 1;
         let mut failed = Vec::new();
         for (at, outbound) in self.outbound.iter_mut().enumerate() {
-            if !matches!(outbound.state, State::Pausing(until) if until <= now) {
+            if !matches!(outbound.state, DialState::Pausing(until) if until <= now) {
                 continue;
             }
             match begin_connect(self.addresses[outbound.peer.index()][outbound.rail]) {
                 Ok(socket) => {
-                    outbound.state = State::Connecting(socket);
+                    outbound.state = DialState::Connecting(socket);
                     outbound.until = several.then(|| now + CONNECT_TIME);
                 }
                 Err(error @ (Errno::EMFILE | Errno::ENFILE)) => return Err(too_many_files(error)),
@@ -202,9 +202,9 @@ impl Connecting {
         for outbound in &self.outbound {
             until = outbound.until.map_or(until, |end| until.min(end));
             match &outbound.state {
-                State::Pausing(at) => until = until.min(*at),
-                State::Connecting(socket) => fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLOUT)),
-                State::Greeted(socket, _) => fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLIN)),
+                DialState::Pausing(at) => until = until.min(*at),
+                DialState::Connecting(socket) => fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLOUT)),
+                DialState::Greeted(socket, _) => fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLIN)),
             }
         }
         // One millisecond more than the difference rounded down: never a busy loop before the time.
@@ -301,7 +301,7 @@ impl Connecting {
         if !outbound.once {
             outbound.rail = (outbound.rail + 1) % self.rails();
             outbound.until = None;
-            outbound.state = State::Pausing(Instant::now() + outbound.pause);
+            outbound.state = DialState::Pausing(Instant::now() + outbound.pause);
             outbound.pause = (outbound.pause * 2).min(LONGEST_PAUSE);
             self.outbound.push(outbound);
         }
@@ -320,11 +320,11 @@ impl Outbound {
         lanes: &mut dyn Lanes,
     ) -> Result<Option<(Met, TcpStream)>, Rejection> {
         let stranger = Rejection::Stranger;
-        match std::mem::replace(&mut self.state, State::Pausing(Instant::now())) {
-            State::Pausing(until) => self.state = State::Pausing(until),
-            State::Connecting(socket) => {
+        match std::mem::replace(&mut self.state, DialState::Pausing(Instant::now())) {
+            DialState::Pausing(until) => self.state = DialState::Pausing(until),
+            DialState::Connecting(socket) => {
                 if !is_writable(socket.as_fd()) {
-                    self.state = State::Connecting(socket);
+                    self.state = DialState::Connecting(socket);
                     return Ok(None);
                 }
                 if let Some(error) = socket.take_error().unwrap_or_else(Some) {
@@ -334,13 +334,13 @@ impl Outbound {
                 tune(&socket, silence)
                     .map_err(|error| stranger(format!("its connection failed ({error})")))?;
                 let initiator = Initiator::new(&socket, own, self.peer, self.lane)?;
-                self.state = State::Greeted(socket, initiator);
+                self.state = DialState::Greeted(socket, initiator);
                 self.until = (!patient).then(|| Instant::now() + ANSWER_TIME);
             }
-            State::Greeted(socket, initiator) => {
+            DialState::Greeted(socket, initiator) => {
                 let received = |peer, lane| lanes.received(peer, lane);
                 match initiator.step(&socket, own, (self.peer, self.lane), received)? {
-                    Step::Waits(initiator) => self.state = State::Greeted(socket, initiator),
+                    Step::Waits(initiator) => self.state = DialState::Greeted(socket, initiator),
                     Step::Met(met) => return Ok(Some((*met, socket))),
                 }
             }

@@ -33,7 +33,7 @@ pub enum Event {
 const COPY_LIMIT: Duration = Duration::from_secs(600);
 
 /// The testbed's end of an agent's stream.
-struct Link {
+struct AgentConnection {
     /// The host's name.
     name: String,
     stream: UnixStream,
@@ -42,7 +42,7 @@ struct Link {
     next_job: AtomicU32,
 }
 
-impl Link {
+impl AgentConnection {
     fn send(&self, job: u32, message: &Message) -> io::Result<()> {
         let _one_at_a_time = self.write_lock.lock().expect("no holder panics");
         proto::write(&mut &self.stream, job, message)
@@ -119,7 +119,7 @@ pub struct Host {
     bin: PathBuf,
     /// The stage as this machine sees it; `None` if the host has copies of its files instead.
     shared: Option<PathBuf>,
-    link: Arc<Link>,
+    link: Arc<AgentConnection>,
     hello: Receiver<Message>,
 }
 
@@ -139,7 +139,7 @@ impl Host {
     ) -> Result<Self> {
         // A host that stopped reading must not stop us too.
         stream.set_write_timeout(Some(WRITE_LIMIT))?;
-        let link = Arc::new(Link {
+        let link = Arc::new(AgentConnection {
             name,
             stream,
             write_lock: Mutex::new(()),
@@ -261,7 +261,7 @@ pub struct HostFile {
     /// Where this machine sees the same file, if it does.
     shared: Option<PathBuf>,
     path: PathBuf,
-    link: Arc<Link>,
+    link: Arc<AgentConnection>,
 }
 
 impl HostFile {
@@ -303,7 +303,7 @@ pub fn shell(script: &str) -> Spawn {
 /// A job on a host. Dropped while it runs, it is killed.
 pub struct Job {
     id: u32,
-    link: Arc<Link>,
+    link: Arc<AgentConnection>,
     messages: Receiver<Message>,
 }
 
@@ -350,7 +350,7 @@ impl Drop for Job {
 /// Writes to a job's standard input.
 pub struct Input {
     id: u32,
-    link: Arc<Link>,
+    link: Arc<AgentConnection>,
 }
 
 impl Input {

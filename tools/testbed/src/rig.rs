@@ -66,12 +66,12 @@ impl Default for RigConfig {
 /// The hosts of a run and their stage.
 pub struct Rig {
     // The order matters: hosts end before the stage is removed.
-    place: Place,
+    hosts: Hosts,
     stage: Stage,
     emulated: Option<String>,
 }
 
-enum Place {
+enum Hosts {
     Here([Host; 1]),
     Emulated(Rack),
     Bochs(Box<BochsHost>),
@@ -110,16 +110,16 @@ impl Rig {
             initramfs.push(fs::read(files.drivers)?);
         }
         fs::write(stage.path().join("guest/initramfs"), drivers::joined(&initramfs))?;
-        let place = match (&emulated, config.emulate) {
-            (None, _) => Place::Here([Host::local(stage.path())?]),
+        let hosts = match (&emulated, config.emulate) {
+            (None, _) => Hosts::Here([Host::local(stage.path())?]),
             (_, Some(Emulator::Bochs(processor))) => {
-                Place::Bochs(Box::new(BochsHost::start(&cache, processor, &config.hardware, &stage)?))
+                Hosts::Bochs(Box::new(BochsHost::start(&cache, processor, &config.hardware, &stage)?))
             }
             _ => {
-                Place::Emulated(Rack::start(&image::build(&cache)?, &config.hardware, config.hosts, &stage)?)
+                Hosts::Emulated(Rack::start(&image::build(&cache)?, &config.hardware, config.hosts, &stage)?)
             }
         };
-        Ok(Self { place, stage, emulated })
+        Ok(Self { hosts, stage, emulated })
     }
 
     /// Whether all hosts still take jobs.
@@ -133,10 +133,10 @@ impl Rig {
     /// # Errors
     /// They do not come up; then there are none. Or the host is Bochs's, of which there is only one in a run.
     pub fn renew(&mut self) -> Result<()> {
-        match &mut self.place {
-            Place::Here(_) => Ok(()),
-            Place::Bochs(_) => bail!("a host that Bochs emulates is not replaced: start again"),
-            Place::Emulated(rack) => rack.renew(&self.stage),
+        match &mut self.hosts {
+            Hosts::Here(_) => Ok(()),
+            Hosts::Bochs(_) => bail!("a host that Bochs emulates is not replaced: start again"),
+            Hosts::Emulated(rack) => rack.renew(&self.stage),
         }
     }
 
@@ -149,18 +149,18 @@ impl Rig {
 
     /// The hosts, by number.
     pub fn hosts(&self) -> &[Host] {
-        match &self.place {
-            Place::Here(host) => host,
-            Place::Emulated(rack) => rack.hosts(),
-            Place::Bochs(bochs) => bochs.hosts(),
+        match &self.hosts {
+            Hosts::Here(host) => host,
+            Hosts::Emulated(rack) => rack.hosts(),
+            Hosts::Bochs(bochs) => bochs.hosts(),
         }
     }
 
     /// The emulated rack, if that is what this is.
     pub fn rack(&self) -> Option<&Rack> {
-        match &self.place {
-            Place::Emulated(rack) => Some(rack),
-            Place::Here(_) | Place::Bochs(_) => None,
+        match &self.hosts {
+            Hosts::Emulated(rack) => Some(rack),
+            Hosts::Here(_) | Hosts::Bochs(_) => None,
         }
     }
 
@@ -177,7 +177,7 @@ impl Rig {
             let count = rack.hosts().len();
             said.extend((0..count).map(|i| format!("--- console of h{i} ends\n{}", rack.console_tail(i))));
         }
-        if let Place::Bochs(bochs) = &self.place {
+        if let Hosts::Bochs(bochs) = &self.hosts {
             said.push(format!("--- console of h0 ends\n{}", bochs.console_tail()));
         }
         said.join("\n")

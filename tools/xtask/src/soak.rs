@@ -55,9 +55,9 @@ struct Report {
     nodes: usize,
     hosts: usize,
     seed: u64,
-    boots: Vec<Entry>,
-    kills: Vec<Entry>,
-    shapes: Vec<Entry>,
+    boots: Vec<BootResult>,
+    kills: Vec<BootResult>,
+    shapes: Vec<BootResult>,
     /// The rails that were cut, if any were to be.
     rails: Option<Trial>,
     /// Median seconds to user space with all CPUs of the boots.
@@ -77,7 +77,7 @@ struct Report {
 }
 
 #[derive(Serialize)]
-struct Entry {
+struct BootResult {
     name: String,
     #[serde(skip)]
     stale: Option<Whose>,
@@ -184,14 +184,14 @@ fn kind_of_hosts(emulated: bool) -> &'static str {
 
 /// Runs one after another; where a host is gone or its emulator failed, new ones are booted for the next.
 /// Nothing is run twice: what fails counts.
-fn run_all(scenarios: Vec<Scenario>, rig: &mut Rig, show: bool) -> Result<Vec<Entry>> {
+fn run_all(scenarios: Vec<Scenario>, rig: &mut Rig, show: bool) -> Result<Vec<BootResult>> {
     let mut entries = Vec::new();
     for scenario in scenarios {
         let scenario = Scenario { show, ..scenario };
         let result = announce(&scenario.name, || scenario.run(rig));
         let times = result.as_ref().copied().unwrap_or_default();
         let stale = result.as_ref().err().and_then(|error| error.downcast_ref::<StaleCode>());
-        entries.push(Entry {
+        entries.push(BootResult {
             name: scenario.name.clone(),
             stale: stale.map(|stale| stale.whose),
             boot_seconds: times.boot_seconds,
@@ -222,7 +222,7 @@ impl Report {
         self.failed = self.failures().count();
     }
 
-    fn entries(&self) -> impl Iterator<Item = &Entry> {
+    fn entries(&self) -> impl Iterator<Item = &BootResult> {
         self.boots.iter().chain(&self.kills).chain(&self.shapes)
     }
 
@@ -234,7 +234,7 @@ impl Report {
     }
 
     fn print(&self) {
-        let good = |entries: &[Entry]| entries.iter().filter(|entry| entry.failure.is_none()).count();
+        let good = |entries: &[BootResult]| entries.iter().filter(|entry| entry.failure.is_none()).count();
         println!("hosts are {}", kind_of_hosts(self.emulated));
         if !self.boots.is_empty() {
             println!("{} of {} boots went well", good(&self.boots), self.boots.len());

@@ -24,7 +24,7 @@ pub struct Devices {
 
 /// A page of a job under way.
 #[derive(Copy, Clone)]
-struct Place {
+struct JobPage {
     job: usize,
     at: usize,
 }
@@ -34,7 +34,7 @@ struct Place {
 pub struct Jobs {
     jobs: Vec<Option<Box<Job>>>,
     /// Who waits for a page; one at most.
-    waiting: HashMap<Page, Place>,
+    waiting: HashMap<Page, JobPage>,
 }
 
 impl Jobs {
@@ -60,7 +60,7 @@ impl Jobs {
 
     /// Until the page has its answer, it is for this place.
     pub fn expect(&mut self, page: Page, job: usize, at: usize) {
-        self.waiting.insert(page, Place { job, at });
+        self.waiting.insert(page, JobPage { job, at });
     }
 
     /// What is to be written to a page that waits for its answer.
@@ -71,7 +71,7 @@ impl Jobs {
 
     /// The answer for a page: `None` if it was not done, else what was read.
     pub fn answer(&mut self, page: Page, done: Option<Body<'_>>) {
-        let Some(Place { job: number, at }) = self.waiting.remove(&page) else { return };
+        let Some(JobPage { job: number, at }) = self.waiting.remove(&page) else { return };
         if let (Some(job), Some(read)) = (&mut self.jobs[number], done) {
             let wanted = &mut job.pages[at];
             match (&mut wanted.bytes, read) {

@@ -55,7 +55,7 @@ pub(super) struct Link {
     /// The rail that it is on whenever that works.
     own: usize,
     rail: usize,
-    state: State,
+    state: LinkState,
     /// By rail.
     rails: Vec<Rail>,
     /// How many moves there were.
@@ -67,7 +67,7 @@ pub(super) struct Link {
 }
 
 #[derive(Copy, Clone, Debug, Eq, PartialEq)]
-enum State {
+enum LinkState {
     /// Frames travel on the rail.
     Up,
     /// The rail took no frame: it is about to report why.
@@ -94,7 +94,7 @@ impl Link {
             leads,
             own,
             rail: own,
-            state: State::Up,
+            state: LinkState::Up,
             rails: vec![Rail::Works; rails],
             moves: 0,
             received: 0,
@@ -105,7 +105,7 @@ impl Link {
 
     /// The rail that it is on, once the peer has resumed there.
     pub(super) fn settled(&self) -> Option<usize> {
-        (self.state != State::Moving).then_some(self.rail)
+        (self.state != LinkState::Moving).then_some(self.rail)
     }
 
     /// Why the peer is lost, once it is.
@@ -127,13 +127,13 @@ impl Link {
     }
 
     fn pump(&mut self, wire: &impl Wire) {
-        while self.state == State::Up
+        while self.state == LinkState::Up
             && let Some([front, back]) = self.retained.unsent()
         {
             if wire.put(self.rail, &[&[FRAME], front, back]) {
                 self.retained.sent();
             } else {
-                self.state = State::Stalled;
+                self.state = LinkState::Stalled;
             }
         }
     }
@@ -188,7 +188,7 @@ impl Link {
             if moved < self.moves {
                 return Ok(());
             }
-            if moved > self.moves || rail != self.rail || self.state != State::Moving {
+            if moved > self.moves || rail != self.rail || self.state != LinkState::Moving {
                 return Err(self.give_up(wire, OUT_OF_PLACE));
             }
         } else {
@@ -202,7 +202,7 @@ impl Link {
         if self.retained.rewind(count).is_err() {
             return Err(self.give_up(wire, &NeverSent.to_string()));
         }
-        self.state = State::Up;
+        self.state = LinkState::Up;
         self.pump(wire);
         self.return_home(wire);
         Ok(())
@@ -243,7 +243,7 @@ impl Link {
 
     /// Goes to the lane's own rail if it is elsewhere without need.
     fn return_home(&mut self, wire: &impl Wire) {
-        let away = self.state == State::Up && self.rail != self.own;
+        let away = self.state == LinkState::Up && self.rail != self.own;
         if self.leads && away && self.rails[self.own] == Rail::Works {
             self.lead_to(wire, self.own);
         }
@@ -255,7 +255,7 @@ impl Link {
     }
 
     fn move_to(&mut self, wire: &impl Wire, rail: usize) {
-        (self.rail, self.state, self.unacknowledged) = (rail, State::Moving, Unacknowledged::default());
+        (self.rail, self.state, self.unacknowledged) = (rail, LinkState::Moving, Unacknowledged::default());
         // Where it is not taken, the rail reports its loss, and the lane moves on.
         wire.put(rail, &[&[RESUME], &self.moves.to_le_bytes(), &self.received.to_le_bytes()]);
     }
@@ -264,7 +264,7 @@ impl Link {
     pub(super) fn rail_lost(&mut self, wire: &impl Wire, rail: usize, why: &str) -> Result<(), String> {
         self.rails[rail] = Rail::Lost;
         // A follower that has asked on another rail may have asked on this one.
-        let elsewhere = rail != self.rail && (self.leads || self.state != State::Moving);
+        let elsewhere = rail != self.rail && (self.leads || self.state != LinkState::Moving);
         if self.lost.is_some() || elsewhere {
             return Ok(());
         }
@@ -279,7 +279,7 @@ impl Link {
         if self.leads {
             self.lead_to(wire, next);
         } else {
-            self.state = State::Moving;
+            self.state = LinkState::Moving;
             wire.put(next, &[&[ASK], &self.moves.to_le_bytes()]);
         }
         Ok(())
@@ -345,7 +345,7 @@ pub fn fuzz(data: &[u8]) {
                 Err(why) => assert!(!lost && !why.is_empty() && link.lost == Some(why)),
             },
         }
-        let dead = link.rails[link.rail] == Rail::Lost && (link.leads || link.state != State::Moving);
+        let dead = link.rails[link.rail] == Rail::Lost && (link.leads || link.state != LinkState::Moving);
         assert!(link.lost.is_some() || !dead, "a lane is on a rail that was lost");
     }
 }

@@ -14,14 +14,14 @@ use machine::control::wire::Hello;
 #[derive(Debug)]
 pub struct Tally {
     machine: String,
-    nodes: Vec<Entry>,
+    nodes: Vec<NodeRow>,
     starts: u64,
     since: Option<Instant>,
     ran: Duration,
 }
 
 #[derive(Debug, Default)]
-struct Entry {
+struct NodeRow {
     name: String,
     cpus: u32,
     memory: u64,
@@ -33,11 +33,11 @@ struct Entry {
 impl Tally {
     /// No counts yet.
     pub fn new(config: &MachineConfig) -> Tally {
-        let entry = |node: &machine::config::NodeConfig| Entry {
+        let entry = |node: &machine::config::NodeConfig| NodeRow {
             name: node.spec.name.clone(),
             cpus: node.spec.cpus,
             memory: node.spec.memory,
-            ..Entry::default()
+            ..NodeRow::default()
         };
         Tally {
             machine: config.name.clone(),
@@ -106,12 +106,12 @@ impl Tally {
             json!(self.nodes.iter().any(|entry| entry.host.as_ref().is_some_and(|h| h.emulated)));
         report["starts"] = json!(self.starts);
         report["run_seconds"] = json!(self.ran.as_secs_f64());
-        report["nodes"] = self.nodes.iter().map(Entry::to_json).collect();
+        report["nodes"] = self.nodes.iter().map(NodeRow::to_json).collect();
         report
     }
 }
 
-impl Entry {
+impl NodeRow {
     fn to_json(&self) -> Value {
         let mut entry = numbers(&self.counters, &self.latency);
         entry["name"] = json!(self.name);

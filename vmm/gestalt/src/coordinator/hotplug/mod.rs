@@ -48,8 +48,9 @@ pub enum Step {
     Say(String),
 }
 
+/// How far a device has come.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
-enum State {
+enum Phase {
     Opening,
     Present,
     Leaving,
@@ -57,14 +58,14 @@ enum State {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct HotplugDevice {
     device: PlacedDevice,
-    state: State,
+    state: Phase,
     /// Who waits for what is being done to it, and until when.
     asker: Option<(AskerId, Instant)>,
 }
 
-impl Entry {
+impl HotplugDevice {
     fn slot(&self) -> SlotId {
         // Devices are on the first 256 nodes.
         SlotId { bus: self.device.node as u8, slot: self.device.slot }
@@ -104,7 +105,7 @@ enum Given {
 #[derive(Debug)]
 pub struct Hotplug {
     config: CheckedMachine,
-    entries: Vec<Entry>,
+    entries: Vec<HotplugDevice>,
     given: BTreeMap<u32, (usize, Given)>,
     next: u32,
     /// Serial numbers and addresses of devices that have been removed, by name.
@@ -114,7 +115,7 @@ pub struct Hotplug {
 impl Hotplug {
     /// The devices that a machine begins with.
     pub fn new(config: &CheckedMachine) -> Hotplug {
-        let entry = |device| Entry { device, state: State::Present, asker: None };
+        let entry = |device| HotplugDevice { device, state: Phase::Present, asker: None };
         let entries = config.placed().iter().cloned().map(entry).collect();
         Hotplug { config: config.clone(), entries, given: BTreeMap::new(), next: 0, known: BTreeMap::new() }
     }
@@ -135,17 +136,17 @@ impl Hotplug {
         for entry in &mut self.entries {
             let name = &entry.device.name;
             let answer = match entry.state {
-                State::Opening => {
+                Phase::Opening => {
                     Answer::Refused(format!("the machine started again before {name} was there"))
                 }
-                State::Present => Answer::Done(format!("{name} is as it was: the machine started again")),
-                State::Leaving | State::Closing => {
+                Phase::Present => Answer::Done(format!("{name} is as it was: the machine started again")),
+                Phase::Leaving | Phase::Closing => {
                     Answer::Done(format!("{name} is gone: the machine started again"))
                 }
             };
             steps.extend(entry.asker.take().map(|(asker, _)| Step::Answer(asker, answer)));
         }
-        self.entries.retain(|entry| entry.state == State::Present);
+        self.entries.retain(|entry| entry.state == Phase::Present);
         steps
     }
 
@@ -178,7 +179,7 @@ impl Hotplug {
                 match result {
                     Ok(_) => {
                         let entry = &mut self.entries[place];
-                        entry.state = State::Present;
+                        entry.state = Phase::Present;
                         let (slot, asker) = (entry.slot(), entry.asker.take());
                         self.announce(slot, Change::Come, &mut steps);
                         let said = format!("{name} is at {} on {}", address(slot), self.node_name(node));
@@ -210,7 +211,7 @@ impl Hotplug {
                     Err(why) => Answer::Refused(why),
                 };
                 // Who asked may have given up, and another may ask for something else.
-                let asker = entry.asker.take_if(|(asker, _)| *asker == by && entry.state == State::Present);
+                let asker = entry.asker.take_if(|(asker, _)| *asker == by && entry.state == Phase::Present);
                 tell(asker, answer, &mut steps);
             }
         }
@@ -220,16 +221,16 @@ impl Hotplug {
     /// The guest has let go of what is in a slot.
     pub fn ejected(&mut self, slot: SlotId) -> Vec<Step> {
         let mut steps = Vec::new();
-        let held = |entry: &&mut Entry| matches!(entry.state, State::Present | State::Leaving);
+        let held = |entry: &&mut HotplugDevice| matches!(entry.state, Phase::Present | Phase::Leaving);
         // A guest may say so of an empty slot, or twice.
         let Some(entry) = self.entries.iter_mut().filter(held).find(|entry| entry.slot() == slot) else {
             return steps;
         };
         let name = entry.device.name.clone();
-        if entry.state == State::Present {
+        if entry.state == Phase::Present {
             steps.push(Step::Say(format!("the guest has let go of {name}: it is removed")));
         }
-        entry.state = State::Closing;
+        entry.state = Phase::Closing;
         self.tell_node(
             usize::from(slot.bus),
             Given::Close(name),
@@ -252,7 +253,7 @@ impl Hotplug {
             let (name, seconds) = (&entry.device.name, PATIENCE.as_secs());
             let Some((asker, _)) = entry.asker.take_if(|(_, until)| now >= *until) else { continue };
             let why = match entry.state {
-                State::Leaving => format!(
+                Phase::Leaving => format!(
                     "the guest has not let go of {name} within {seconds} s: it has been asked, and {name} goes when it \
                      does; see whether the guest is busy, or its kernel lacks ACPI hot plug (acpiphp)"
                 ),
@@ -280,7 +281,7 @@ impl Hotplug {
         let device = self.config.place_more(&wanted, &taken)?;
         let (node, name) = (usize::from(device.node), device.name.clone());
         let order = DeviceOrder::Add(device.clone());
-        self.entries.push(Entry { device, state: State::Opening, asker: Some(until) });
+        self.entries.push(HotplugDevice { device, state: Phase::Opening, asker: Some(until) });
         let mut steps = Vec::new();
         self.tell_node(node, Given::Open(name), order, &mut steps);
         Ok(steps)
@@ -296,7 +297,7 @@ impl Hotplug {
             ));
         }
         // Who asks for one that is leaving asks the guest again.
-        entry.state = State::Leaving;
+        entry.state = Phase::Leaving;
         entry.asker = Some(until);
         let mut steps = Vec::new();
         self.announce(slot, Change::Leave, &mut steps);
@@ -310,7 +311,7 @@ impl Hotplug {
         until: (AskerId, Instant),
     ) -> Result<Vec<Step>, ConfigError> {
         let entry = self.free(name)?;
-        if entry.state != State::Present {
+        if entry.state != Phase::Present {
             return refuse(format!("{name} is leaving"));
         }
         let device = entry.device.clone();
@@ -325,9 +326,9 @@ impl Hotplug {
 
     /// A list of all devices, once the node of the balloon has said what the guest has given up.
     fn measure(&mut self, until: (AskerId, Instant), running: bool) -> Vec<Step> {
-        let balloon = |entry: &&Entry| matches!(entry.device.kind, PlacedKind::Balloon { .. });
-        let balloon = self.entries.iter().filter(|entry| entry.state == State::Present).find(balloon);
-        let Some(slot) = balloon.map(Entry::slot).filter(|_| running) else {
+        let balloon = |entry: &&HotplugDevice| matches!(entry.device.kind, PlacedKind::Balloon { .. });
+        let balloon = self.entries.iter().filter(|entry| entry.state == Phase::Present).find(balloon);
+        let Some(slot) = balloon.map(HotplugDevice::slot).filter(|_| running) else {
             return vec![Step::Answer(until.0, Answer::Devices(self.list(None)))];
         };
         let mut steps = Vec::new();
@@ -337,7 +338,7 @@ impl Hotplug {
     }
 
     /// The device of this name, if nothing is being done to it that somebody waits for.
-    fn free(&mut self, name: &str) -> Result<&mut Entry, ConfigError> {
+    fn free(&mut self, name: &str) -> Result<&mut HotplugDevice, ConfigError> {
         let names: Vec<_> = self.entries.iter().map(|entry| entry.device.name.clone()).collect();
         let Some(entry) = self.entries.iter_mut().find(|entry| entry.device.name == name) else {
             let known = if names.is_empty() {
@@ -347,7 +348,7 @@ impl Hotplug {
             };
             return Err(ConfigError(format!("there is no device {name:?}: {known}")));
         };
-        if entry.asker.is_some() || !matches!(entry.state, State::Present | State::Leaving) {
+        if entry.asker.is_some() || !matches!(entry.state, Phase::Present | Phase::Leaving) {
             return Err(ConfigError(format!("{name} is being changed by another command: wait for that")));
         }
         Ok(entry)
@@ -368,7 +369,7 @@ impl Hotplug {
         self.entries.iter().map(|entry| self.describe(entry, given_up)).collect()
     }
 
-    fn describe(&self, entry: &Entry, given_up: Option<GivenUp>) -> DeviceState {
+    fn describe(&self, entry: &HotplugDevice, given_up: Option<GivenUp>) -> DeviceState {
         let device = &entry.device;
         let (backend, identity) = match &device.kind {
             PlacedKind::Disk { path, serial, .. } => (path.display().to_string(), serial.clone()),
@@ -378,9 +379,9 @@ impl Hotplug {
             _ => Default::default(),
         };
         let state = match entry.state {
-            State::Opening => "coming",
-            State::Present => "present",
-            State::Leaving | State::Closing => "leaving",
+            Phase::Opening => "coming",
+            Phase::Present => "present",
+            Phase::Leaving | Phase::Closing => "leaving",
         };
         DeviceState {
             name: device.name.clone(),
