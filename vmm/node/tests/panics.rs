@@ -13,6 +13,7 @@ use devices::platform::hotplug::HotPlug;
 use devices::virtio::Workers;
 use fabric::{FabricError, LaneId, NodeId, Receiver, Transport, TransportStats, sim};
 use firmware::layout::CpuPlace;
+use machine::control::fence::Fence;
 use machine::control::{Change, Control, DeviceOrder, Outgoing, SlotId, ToCoordinator};
 use vmm::clock::thread::{Aligner, ClockLink};
 use vmm::clock::{GuestClock, Scale};
@@ -99,7 +100,7 @@ fn the_node() {
 fn lose_thread(kind: &str, control: &Control) -> Box<dyn std::any::Any> {
     match kind {
         "device" => {
-            let mut workers = Workers::new("disk", Vec::new());
+            let mut workers = Workers::new("disk", Vec::new(), Arc::new(Fence::open()));
             workers.spawn(|| panic!("injected")).unwrap();
             Box::new(workers)
         }

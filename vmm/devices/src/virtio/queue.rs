@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use machine::control::fence::Fence;
+use machine::control::fence::{Fence, Gate};
 
 use super::chain::{Chain, ChainError};
 use super::memory::GuestRam;
@@ -169,8 +169,8 @@ impl LiveQueue {
     }
 
     /// What is asked before a write that others may see after this node.
-    pub fn fence(&self) -> &Arc<Fence> {
-        &self.context.fence
+    pub fn gate(&self) -> Gate {
+        Gate::new(self.context.fence.clone(), self.stop.clone())
     }
 
     /// Waits for the bell; `false` if it is time to end.
@@ -205,14 +205,14 @@ impl LiveQueue {
         self.context.memory.idle();
     }
 
-    /// The next request; none any more once the machine has ended. `memory` is what [`LiveQueue::memory`]
+    /// The next request; none any more once it is time to end. `memory` is what [`LiveQueue::memory`]
     /// gives, cloned. Waits as long as the others may have given this node up.
     ///
     /// # Errors
     /// A driver that breaks the rules.
     pub fn pop<'m>(&mut self, memory: &'m GuestRam) -> Result<Option<Chain<'m>>, QueueError> {
         let map = memory.map();
-        if self.context.fence.pass().is_err() {
+        if self.context.fence.pass_unless(&self.stop).is_err() {
             return Ok(None);
         }
         let next = self.queue.iter(map).map_err(QueueError::Ring)?.next();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use machine::control::fence::Fence;
 use vmm_sys_util::eventfd::EventFd;
 
 /// The threads of one device between start and reset.
@@ -12,16 +13,17 @@ pub struct Workers {
     name: String,
     stop: Arc<AtomicBool>,
     bells: Vec<Arc<EventFd>>,
+    fence: Arc<Fence>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Workers {
-    /// No threads yet; `name` is their name, `bells` wake them.
-    pub fn new(name: &str, bells: Vec<Arc<EventFd>>) -> Workers {
-        Workers { name: name.into(), stop: Arc::default(), bells, threads: Vec::new() }
+    /// No threads yet; `name` is their name. They wait for `bells` or in `fence`.
+    pub fn new(name: &str, bells: Vec<Arc<EventFd>>, fence: Arc<Fence>) -> Workers {
+        Workers { name: name.into(), stop: Arc::default(), bells, fence, threads: Vec::new() }
     }
 
-    /// What tells the threads to end; whoever waits must also be woken by a bell.
+    /// What tells the threads to end; whoever waits must also be woken by a bell or by the fence.
     pub fn stop_flag(&self) -> &Arc<AtomicBool> {
         &self.stop
     }
@@ -48,6 +50,7 @@ impl Workers {
             // Fails only when the counter is full, and then nobody sleeps.
             let _ = bell.write(1);
         }
+        self.fence.wake();
     }
 
     /// Whether all threads have ended; then they may be started again.

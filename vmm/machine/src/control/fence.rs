@@ -21,15 +21,16 @@
 //! [`Machine::silence`]: super::Machine::silence
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// The machine has ended for this node: nothing is written any more.
+/// Nothing is written any more: the machine has ended for this node, or the device for which the caller works
+/// is being reset.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("this node writes nothing any more, because its machine has ended")]
+#[error("nothing is written any more, because the machine has ended or the device is being reset")]
 pub struct Ended;
 
 impl From<Ended> for io::Error {
@@ -65,6 +66,11 @@ pub fn now() -> u64 {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| Duration::from(time).as_nanos() as u64).max(1)
 }
 
+/// How long a node may write after what the coordinator has heard, if others give it up after `silence`.
+pub fn lease(silence: Duration) -> Duration {
+    silence * 3 / 4
+}
+
 impl Fence {
     /// One that is open until it is told that the machine has ended: for devices without a coordinator.
     pub fn open() -> Fence {
@@ -79,7 +85,7 @@ impl Fence {
     /// One of a node that others give up when they have heard nothing of it for `silence`; they have just
     /// heard it.
     pub fn leased(silence: Duration) -> Fence {
-        let fence = Fence { until: AtomicU64::new(1), lease: silence * 3 / 4, ..Fence::open() };
+        let fence = Fence { until: AtomicU64::new(1), lease: lease(silence), ..Fence::open() };
         fence.renew(now());
         fence
     }
@@ -109,35 +115,66 @@ impl Fence {
     /// # Errors
     /// [`Ended`].
     pub fn pass(&self) -> Result<(), Ended> {
+        self.pass_unless(&AtomicBool::new(false))
+    }
+
+    /// The same for whoever is told by `stop` to end; who sets that calls [`Fence::wake`].
+    ///
+    /// # Errors
+    /// [`Ended`].
+    pub fn pass_unless(&self, stop: &AtomicBool) -> Result<(), Ended> {
         // The common case: no lock.
         match self.until.load(Ordering::SeqCst) {
             ENDED => Err(Ended),
             until if now() < until => Ok(()),
-            _ => self.wait(),
+            _ => self.wait(stop),
         }
     }
 
-    fn wait(&self) -> Result<(), Ended> {
+    fn wait(&self, stop: &AtomicBool) -> Result<(), Ended> {
         let mut waiting = base::lock(&self.waiting);
         loop {
             match self.until.load(Ordering::SeqCst) {
                 ENDED => return Err(Ended),
+                _ if stop.load(Ordering::SeqCst) => return Err(Ended),
                 until if now() < until => return Ok(()),
                 _ => waiting = self.changed.wait(waiting).unwrap_or_else(|poisoned| poisoned.into_inner()),
             }
         }
     }
 
-    fn wake(&self) {
+    /// Has all who wait look again.
+    pub fn wake(&self) {
         // Who has looked and does not wait yet has the lock.
         drop(base::lock(&self.waiting));
         self.changed.notify_all();
     }
 }
 
+/// The fence as the threads of a device ask it: whoever waits there ends with the device's use, too.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    fence: Arc<Fence>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Gate {
+    /// For threads that `stop` tells to end; who sets it calls [`Fence::wake`].
+    pub fn new(fence: Arc<Fence>, stop: Arc<AtomicBool>) -> Gate {
+        Gate { fence, stop }
+    }
+
+    /// Lets the caller write once, now: waits as long as the others may have given this node up.
+    ///
+    /// # Errors
+    /// [`Ended`].
+    pub fn pass(&self) -> Result<(), Ended> {
+        self.fence.pass_unless(&self.stop)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::mpsc::channel;
     use std::thread;
 

@@ -357,15 +357,18 @@ impl Drop for Room {
     }
 }
 
-/// Messages of the guest's that may wait for the connection.
+/// Messages of the guest's that may wait for the connection: so many whose senders wait for room, and so many
+/// of others.
 pub const GUEST_MESSAGES: usize = 64;
 
 /// The node's end of its connection to the coordinator. Clones are the same connection.
 #[derive(Clone, Debug)]
 pub struct Control {
     outgoing: Sender<Outgoing>,
-    /// Full when as many messages of the guest's wait as may.
-    room: (Sender<()>, Receiver<()>),
+    /// For messages of the guest's whose senders wait for room.
+    patient: (Sender<()>, Receiver<()>),
+    /// For those whose senders cannot wait; that there are many of the others takes them no room.
+    urgent: (Sender<()>, Receiver<()>),
     incoming: Receiver<FromCoordinator>,
     lost: Arc<Mutex<Option<String>>>,
     fence: Arc<Fence>,
@@ -394,8 +397,8 @@ impl Control {
         let (to_node, incoming) = channel::unbounded();
         let lost = Arc::new(Mutex::new(None));
         let end = ControlEnd { from_node, to_node, lost: lost.clone() };
-        let room = channel::bounded(GUEST_MESSAGES);
-        (Control { outgoing, room, incoming, lost, fence }, end)
+        let (patient, urgent) = (channel::bounded(GUEST_MESSAGES), channel::bounded(GUEST_MESSAGES));
+        (Control { outgoing, patient, urgent, incoming, lost, fence }, end)
     }
 
     /// What is asked before anything is written that others may use after this node.
@@ -403,15 +406,15 @@ impl Control {
         &self.fence
     }
 
-    /// Queues a message that the guest causes; `false` if too many wait already, and then it is left out.
+    /// Queues a message that the guest causes; `false` if too many such wait already, and then it is left out.
     ///
     /// # Errors
     /// [`ControlError::Lost`] once the coordinator is gone.
     pub fn try_send_from_guest(&self, message: ToCoordinator) -> Result<bool, ControlError> {
-        if self.room.0.try_send(()).is_err() {
+        if self.urgent.0.try_send(()).is_err() {
             return Ok(false);
         }
-        self.send_in_room(message).map(|()| true)
+        self.send_in(&self.urgent.1, message).map(|()| true)
     }
 
     /// Queues a message that the guest causes, and waits as long as too many wait already.
@@ -420,12 +423,12 @@ impl Control {
     /// [`ControlError::Lost`] once the coordinator is gone.
     pub fn send_from_guest(&self, message: ToCoordinator) -> Result<(), ControlError> {
         // This value has the other end as well.
-        let _ = self.room.0.send(());
-        self.send_in_room(message)
+        let _ = self.patient.0.send(());
+        self.send_in(&self.patient.1, message)
     }
 
-    fn send_in_room(&self, message: ToCoordinator) -> Result<(), ControlError> {
-        let room = Room(self.room.1.clone());
+    fn send_in(&self, room: &Receiver<()>, message: ToCoordinator) -> Result<(), ControlError> {
+        let room = Room(room.clone());
         self.outgoing.send(Outgoing::FromGuest(message, room)).map_err(|_| self.lost())
     }
 
@@ -526,9 +529,18 @@ mod tests {
         assert_eq!((eject(7), eject(8)), (Ok(true), Ok(false)));
         // Who may wait goes on when the coordinator is gone, too.
         let console = control.clone();
+        (0..GUEST_MESSAGES).for_each(|_| console.send_from_guest(ToCoordinator::Console(vec![1])).unwrap());
         let waiting = std::thread::spawn(move || console.send_from_guest(ToCoordinator::Console(vec![1])));
         drop(end);
         assert!(matches!(waiting.join().unwrap(), Ok(()) | Err(ControlError::Lost(_))));
+    }
+
+    #[test]
+    fn a_guest_that_floods_its_console_takes_no_room_from_its_ejects() {
+        let (control, _end) = Control::pair();
+        (0..GUEST_MESSAGES).for_each(|_| control.send_from_guest(ToCoordinator::Console(vec![1])).unwrap());
+        let ejected = ToCoordinator::Ejected(SlotId { bus: 0, slot: 3 });
+        assert_eq!(control.try_send_from_guest(ejected), Ok(true));
     }
 
     #[test]

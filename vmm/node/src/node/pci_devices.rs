@@ -11,7 +11,7 @@ use crate::router::Router;
 use devices::pci::RootBus;
 use devices::rate_limit::{Limiter, Pool};
 use devices::virtio::balloon::{Account, Balloon};
-use devices::virtio::block::{self, Access, Block, BlockConfig, Durable, Fenced, MemoryDisk};
+use devices::virtio::block::{self, Access, Block, BlockConfig, Durable, MemoryDisk};
 use devices::virtio::console::{Console, Port};
 use devices::virtio::entropy::Entropy;
 use devices::virtio::net::{Net, Tap};
@@ -96,7 +96,7 @@ impl PciDevices {
         if self.lock().contains_key(&slot) {
             bail!("slot {slot} has a device already");
         }
-        let opened = open(device, &self.pools, &self.context.fence)?;
+        let opened = open(device, &self.pools)?;
         let base = RootBus::registers_of(self.number, slot);
         let function = Arc::new(VirtioPciDevice::new(&opened.title, opened.device, base, &self.context)?);
         self.bus.insert(slot, function.clone());
@@ -170,7 +170,7 @@ struct Opened {
     handles: Handles,
 }
 
-fn open(device: &PlacedDevice, pools: &Pools, fence: &Arc<Fence>) -> anyhow::Result<Opened> {
+fn open(device: &PlacedDevice, pools: &Pools) -> anyhow::Result<Opened> {
     let fixed =
         |title: String, device: Box<dyn VirtioDevice>| Opened { title, device, handles: Handles::None };
     let limiter = |pool: &Option<Arc<Pool>>| {
@@ -188,9 +188,9 @@ fn open(device: &PlacedDevice, pools: &Pools, fence: &Arc<Fence>) -> anyhow::Res
             let title = config.name.clone();
             let access = Access { readonly: *readonly, unlocked: *unlocked };
             let disk = block::open(path, access)?;
-            let disk = Fenced::new(Arc::new(Durable::new(disk)), fence.clone());
+            let disk = Arc::new(Durable::new(disk));
             let limiter = limiter(&pools.disks);
-            let device = Box::new(Block::new(Arc::new(disk), config).limited(limiter.clone()));
+            let device = Box::new(Block::new(disk, config).limited(limiter.clone()));
             Opened { title, device, handles: Handles::Limits(vec![limiter]) }
         }
         PlacedKind::Net { tap, mac, queues } => {

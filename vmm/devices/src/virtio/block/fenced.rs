@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
-use machine::control::fence::Fence;
+use machine::control::fence::Gate;
 
 use super::disk::Disk;
 
@@ -12,16 +12,16 @@ use super::disk::Disk;
 /// image, which is only given back as a whole.
 const PIECE: u64 = 2 << 20;
 
-/// A disk behind its node's fence.
+/// A disk behind its node's fence, as one use of the device has it.
 pub struct Fenced {
     disk: Arc<dyn Disk>,
-    fence: Arc<Fence>,
+    gate: Gate,
 }
 
 impl Fenced {
-    /// A disk that is written only where `fence` lets it be.
-    pub fn new(disk: Arc<dyn Disk>, fence: Arc<Fence>) -> Fenced {
-        Fenced { disk, fence }
+    /// A disk that is written only where `gate` lets it be.
+    pub fn new(disk: Arc<dyn Disk>, gate: Gate) -> Fenced {
+        Fenced { disk, gate }
     }
 }
 
@@ -35,25 +35,25 @@ impl Disk for Fenced {
     }
 
     fn write(&self, from: &[u8], offset: u64) -> io::Result<()> {
-        self.fence.pass()?;
+        self.gate.pass()?;
         self.disk.write(from, offset)
     }
 
     /// Some formats write what they have kept until now.
     fn flush(&self) -> io::Result<()> {
-        self.fence.pass()?;
+        self.gate.pass()?;
         self.disk.flush()
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.fence.pass()?;
+        self.gate.pass()?;
         self.disk.discard(offset, len)
     }
 
     fn write_zeroes(&self, mut offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         let end = offset + len;
         while offset < end {
-            self.fence.pass()?;
+            self.gate.pass()?;
             let next = end.min((offset / PIECE + 1) * PIECE);
             self.disk.write_zeroes(offset, next - offset, unmap)?;
             offset = next;

@@ -5,7 +5,7 @@
 //! | this one | the device: features, registers, the threads of each queue |
 //! | [`disk`] | what is behind it: a file or block device of the host |
 //! | [`durable`] | no success after a flush that failed |
-//! | [`fenced`] | no write after the machine has ended |
+//! | [`fenced`] | no write after the machine has ended, or while others may have given the node up |
 //! | [`qcow2`] | the same, in QEMU's format |
 //! | [`request`] | one request: what it wants, and what becomes of it |
 //!
@@ -75,7 +75,7 @@ pub struct Block {
 }
 
 impl Block {
-    /// `disk` as the guest shall see it.
+    /// `disk` as the guest shall see it. Its writes pass the node's fence.
     pub fn new(disk: Arc<dyn Disk>, mut config: BlockConfig) -> Block {
         config.queues = config.queues.clamp(1, MAX_DISK_QUEUES);
         Block { disk, config, limiter: Arc::default(), failures: Arc::default() }
@@ -105,7 +105,7 @@ impl Block {
         bytes
     }
 
-    fn server(&self, memory: GuestRam) -> Server {
+    fn server(&self, disk: Arc<dyn Disk>, memory: GuestRam) -> Server {
         let (name, failures) = (self.config.name.clone(), self.failures.clone());
         let on_failure = move |what: &str, error: &io::Error| {
             let count = failures.fetch_add(1, Ordering::Relaxed);
@@ -115,7 +115,7 @@ impl Block {
                 tracing::warn!("{name}: further failures are not reported");
             }
         };
-        Server::new(self.disk.clone(), &self.config, memory, Box::new(on_failure))
+        Server::new(disk, &self.config, memory, Box::new(on_failure))
     }
 }
 
@@ -154,10 +154,11 @@ impl VirtioDevice for Block {
     fn activate(&mut self, activation: Activation, workers: &mut Workers) -> io::Result<()> {
         let threads = (THREADS / usize::from(self.config.queues)).max(LEAST_THREADS);
         for queue in activation.queues.into_iter().flatten() {
+            let disk: Arc<dyn Disk> = Arc::new(Fenced::new(self.disk.clone(), queue.gate()));
             let shared = SharedQueue::new(queue);
             for _ in 0..threads {
                 let (shared, limiter, pause) = (shared.clone(), self.limiter.clone(), shared.pause());
-                let mut server = self.server(shared.memory().clone());
+                let mut server = self.server(disk.clone(), shared.memory().clone());
                 workers.spawn(move || {
                     shared.serve(|chain| {
                         pause.admitted(&limiter, request::data_len(chain));

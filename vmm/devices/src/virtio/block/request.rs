@@ -62,7 +62,8 @@ impl Server {
     }
 
     /// Does a request; how many bytes of its buffers were written, the outcome among them. `None` if the
-    /// machine has ended before it was done: the guest is not to see an outcome then.
+    /// machine has ended before it was done, or the device is being reset: the guest is not to see an outcome
+    /// then.
     pub fn serve(&mut self, chain: &mut Chain) -> Option<u32> {
         let Some(room) = chain.writable.len().checked_sub(1) else {
             // Nowhere to say anything.

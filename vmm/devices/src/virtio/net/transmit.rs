@@ -10,12 +10,12 @@ use crate::virtio::{GuestRam, LiveQueue};
 /// Sends what the driver puts into the queue, until it is stopped.
 pub fn run(queue: LiveQueue, port: &dyn Port, pair: u16, cable: &Cable, limiter: &Limiter) {
     let (signals, pause, memory) = (queue.signals().clone(), queue.pause(), queue.memory().clone());
-    let fence = queue.fence().clone();
+    let gate = queue.gate();
     let mut packet = vec![0; LARGEST];
     queue.serve_or_keep(|chain| {
         pause.admitted(limiter, chain.readable.len().saturating_sub(HEADER as u64));
         // That may have taken its time.
-        fence.pass().ok()?;
+        gate.pass().ok()?;
         if let Err(error) = send(chain, &memory, &mut packet, port, pair)
             && is_gone(&error)
         {

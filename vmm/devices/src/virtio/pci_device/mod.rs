@@ -114,7 +114,7 @@ impl VirtioPciDevice {
             signals: signals.clone(),
             fence: around.fence.clone(),
         };
-        let workers = Workers::new(name, bells.clone());
+        let workers = Workers::new(name, bells.clone(), around.fence.clone());
         let state = State { space, registers, device, workers, context, resetting: false, closed: false };
         Ok(VirtioPciDevice {
             state: Mutex::new(state),

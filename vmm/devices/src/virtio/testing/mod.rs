@@ -47,16 +47,30 @@ pub struct Driver {
 impl Driver {
     /// A device that has not been touched yet.
     pub fn new(device: Box<dyn VirtioDevice>) -> Driver {
-        let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
-        let memory = GuestRam::plain(map);
-        Driver::with(device, memory.clone(), memory)
+        Driver::fenced(device, Arc::new(Fence::open()))
     }
 
-    /// The same, where device and driver see the memory each in its own way.
+    /// The same on a node with this fence.
+    pub fn fenced(device: Box<dyn VirtioDevice>, fence: Arc<Fence>) -> Driver {
+        let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+        let memory = GuestRam::plain(map);
+        Driver::build(device, memory.clone(), memory, fence)
+    }
+
+    /// A device where device and driver see the memory each in its own way.
     pub fn with(device: Box<dyn VirtioDevice>, devices: GuestRam, memory: GuestRam) -> Driver {
+        Driver::build(device, devices, memory, Arc::new(Fence::open()))
+    }
+
+    fn build(
+        device: Box<dyn VirtioDevice>,
+        devices: GuestRam,
+        memory: GuestRam,
+        fence: Arc<Fence>,
+    ) -> Driver {
         let queues = device.queues().len();
         let (sender, messages): (Sender<Message>, _) = channel();
-        let (sender, fence) = (Mutex::new(sender), Arc::new(Fence::open()));
+        let sender = Mutex::new(sender);
         let around = DeviceContext {
             memory: devices,
             // A test that has ended needs no interrupts.

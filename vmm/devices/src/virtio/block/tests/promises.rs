@@ -4,11 +4,27 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 
 use base::lock;
-use machine::control::fence::{Ended, Fence};
+use machine::control::fence::{self, Ended, Fence, Gate};
 
 use super::*;
 
 const MIB: u64 = 1 << 20;
+
+/// A disk behind a fence, in a use that does not end.
+fn fenced(disk: Arc<dyn Disk>, fence: &Arc<Fence>) -> Fenced {
+    Fenced::new(disk, Gate::new(fence.clone(), Arc::default()))
+}
+
+/// A driver on a node with that fence, which has offered to write 512 KiB: two pieces.
+fn writer(disk: Arc<dyn Disk>, fence: &Arc<Fence>) -> Driver {
+    let mut driver = Driver::fenced(Box::new(Block::new(disk, config(false))), fence.clone());
+    driver.start(0);
+    driver.put(HEADER, &blk::VIRTIO_BLK_T_OUT.to_le_bytes());
+    driver.put(STATUS, &[0xee]);
+    driver.chain(1, &[(HEADER, 16, false), (BUFFER, 512 << 10, false), (STATUS, 1, true)]);
+    driver.offer(1, 0);
+    driver
+}
 
 /// What a host does in place of a disk's writes of any kind (offset, length), and of its flushes.
 struct Host {
@@ -130,7 +146,7 @@ fn of_two_flushes_at_once_none_succeeds_if_one_fails() {
 fn nothing_is_written_once_the_machine_has_ended() {
     let writes = Arc::new(AtomicUsize::new(0));
     let (host, fence) = (Host::that_counts(&writes), Arc::new(Fence::open()));
-    let disk = Fenced::new(Arc::new(Durable::new(host)), fence.clone());
+    let disk = fenced(Arc::new(Durable::new(host)), &fence);
     let all: [&dyn Fn() -> io::Result<()>; 4] =
         [&|| disk.write(&[0; 512], 0), &|| disk.flush(), &|| disk.discard(0, 512), &|| {
             disk.write_zeroes(0, 512, false)
@@ -150,11 +166,7 @@ fn a_request_in_the_middle_of_which_the_machine_ends_goes_no_further_and_gets_no
         lock(&seen).push((offset, len));
         ends.end();
     });
-    let mut driver = driver(Arc::new(Fenced::new(host, fence)), false);
-    driver.put(HEADER, &blk::VIRTIO_BLK_T_OUT.to_le_bytes());
-    driver.put(STATUS, &[0xee]);
-    driver.chain(1, &[(HEADER, 16, false), (BUFFER, 512 << 10, false), (STATUS, 1, true)]);
-    driver.offer(1, 0);
+    let driver = writer(host, &fence);
     // When this is over, all workers have ended.
     while lock(&written).is_empty() {
         std::thread::yield_now();
@@ -175,7 +187,7 @@ fn making_a_long_range_zero_asks_the_fence_again_and_again() {
             ends.end();
         }
     });
-    let disk = Fenced::new(host, fence);
+    let disk = fenced(host, &fence);
     assert!(Ended::is(&disk.write_zeroes(512, 512 * MIB, true).unwrap_err()));
     assert_eq!(*lock(&written), [(512, 2 * MIB - 512), (2 * MIB, 2 * MIB)]);
 }
@@ -186,7 +198,7 @@ fn a_node_that_others_may_have_given_up_writes_nothing_and_goes_on_when_it_is_he
     let host = Host::that_counts(&writes);
     // Its lease was over as soon as it began.
     let fence = Arc::new(Fence::leased(Duration::from_nanos(2)));
-    let disk = Fenced::new(host, fence.clone());
+    let disk = fenced(host, &fence);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| disk.write(&[0; 512], 0));
         // It cannot write, however long this takes.
@@ -194,10 +206,50 @@ fn a_node_that_others_may_have_given_up_writes_nothing_and_goes_on_when_it_is_he
             assert_eq!(writes.load(Ordering::SeqCst), 0);
             std::thread::yield_now();
         }
-        fence.renew(machine::control::fence::now() + 60_000_000_000);
+        fence.renew(fence::now() + 60_000_000_000);
         writer.join().unwrap().unwrap();
     });
     assert_eq!(writes.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_reset_ends_the_wait_of_a_node_that_others_may_have_given_up_before_a_request() {
+    let writes = Arc::new(AtomicUsize::new(0));
+    let fence = Arc::new(Fence::leased(Duration::from_nanos(2)));
+    let mut driver = writer(Host::that_counts(&writes), &fence);
+    driver.reset();
+    assert_eq!((driver.given_back(1), driver.get(STATUS, 1)[0]), (0, 0xee));
+    // The next use of the device is none the worse for it.
+    driver.start(0);
+    fence.renew(fence::now() + 60_000_000_000);
+    let sector = [(BUFFER, 512, false)];
+    assert_eq!(request(&mut driver, blk::VIRTIO_BLK_T_OUT, 0, &sector), blk::VIRTIO_BLK_S_OK);
+    assert_eq!(writes.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_reset_ends_the_wait_of_a_node_that_others_may_have_given_up_in_the_middle_of_a_request() {
+    let silence = Duration::from_millis(200);
+    let fence = Arc::new(Fence::leased(silence));
+    // How many were written, and when the fence was renewed for the last time.
+    let (writes, last) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicU64::new(0)));
+    let (counted, renewed) = (writes.clone(), last.clone());
+    let host = Host::that_writes(move |_, _| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        let over = |last| last != 0 && fence::now() > last + fence::lease(silence).as_nanos() as u64;
+        while !over(renewed.load(Ordering::SeqCst)) {
+            std::thread::yield_now();
+        }
+    });
+    let driver = writer(host, &fence);
+    while writes.load(Ordering::SeqCst) == 0 {
+        fence.renew(fence::now());
+        std::thread::yield_now();
+    }
+    last.store(fence::now(), Ordering::SeqCst);
+    driver.reset();
+    assert_eq!(writes.load(Ordering::SeqCst), 1);
+    assert_eq!((driver.given_back(1), driver.get(STATUS, 1)[0]), (0, 0xee));
 }
 
 #[test]
