@@ -109,8 +109,8 @@ impl Protocol {
         !matches!(self.classes, Classes::Off)
     }
 
-    /// The home is about to answer a Get.
-    pub(super) fn note_get(&mut self, page: Page, from: NodeId, want: Want) {
+    /// The home is about to answer a Get; whether the page goes to who asks though it is delegated.
+    pub(super) fn note_get(&mut self, page: Page, from: NodeId, want: Want) -> bool {
         let (takes, readers) = match self.entry(page) {
             Entry::Exclusive(owner) => (owner != from, 0),
             Entry::Shared(mut others) => {
@@ -122,8 +122,9 @@ impl Protocol {
             && takes
         {
             let (may_ship, write) = (want.may_ship, want.rights == Rights::Exclusive);
-            classifier.wanted(page, Demanded { by: from, may_ship, write, readers }, *now);
+            return classifier.wanted(page, Demanded { by: from, may_ship, write, readers }, *now);
         }
+        false
     }
 
     /// Whether those who read a page that is about to be written are to ask themselves this time.
@@ -131,10 +132,12 @@ impl Protocol {
         matches!(&self.classes, Classes::Auto(classifier, _) if classifier.surveys(page))
     }
 
-    /// The home is about to see to an operation.
-    pub(super) fn note_operation(&mut self, page: Page, by: NodeId) {
-        if let Classes::Auto(classifier, now) = &mut self.classes {
-            classifier.operated(page, by, *now);
+    /// The home is about to see to an operation, which writes or does not; whether the node that makes it is
+    /// to ask for the page instead.
+    pub(super) fn note_operation(&mut self, page: Page, by: NodeId, writes: bool) -> bool {
+        match &mut self.classes {
+            Classes::Auto(classifier, now) => classifier.operated(page, by, writes, *now),
+            _ => false,
         }
     }
 
