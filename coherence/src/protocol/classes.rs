@@ -9,7 +9,7 @@ use fabric::NodeId;
 
 use super::classify::{Classifier, Demanded, Rules};
 use super::state::PageMap;
-use super::{Entry, Protocol, Rights, Want};
+use super::{Entry, Local, Protocol, Rights, Want};
 use crate::page::Page;
 
 /// Whether operations are shipped.
@@ -22,7 +22,8 @@ pub enum Shipping {
     Auto(Rules),
     /// Where [`Protocol::set_class`] says so, and nowhere else: for tests.
     Manual,
-    /// Wherever it is possible: for tests.
+    /// Wherever it is possible, of pages that have left their home once: what nobody but its home has used goes
+    /// to the first who wants it. For tests.
     Always,
 }
 
@@ -46,7 +47,7 @@ pub(super) enum Classes {
     Off,
     Auto(Classifier, u64),
     Manual(PageMap<Class>),
-    /// All are delegated.
+    /// All that have left their home are delegated.
     Always,
 }
 
@@ -88,7 +89,8 @@ impl Protocol {
             Classes::Off => Class::Moving,
             Classes::Auto(classifier, _) => classifier.class(page),
             Classes::Manual(pages) => pages.get(page).copied().unwrap_or_default(),
-            Classes::Always => Class::Delegated,
+            Classes::Always if self.has_left(page) => Class::Delegated,
+            Classes::Always => Class::Moving,
         }
     }
 
@@ -98,6 +100,11 @@ impl Protocol {
             Classes::Auto(classifier, _) => classifier.special(),
             _ => 0,
         }
+    }
+
+    /// Whether a page of this home was ever another node's, since power-on or since it was discarded.
+    fn has_left(&self, page: Page) -> bool {
+        self.bits(page) & Local::KNOWN != 0
     }
 
     pub(super) fn is_delegated(&self, page: Page) -> bool {
