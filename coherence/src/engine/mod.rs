@@ -144,7 +144,7 @@ impl ShardHandle {
         sent
     }
 
-    /// Has the shard look for news.
+    /// Has the shard look for requests, and whether it is to stop.
     fn wake(&self) {
         // A full eventfd wakes as well.
         let _ = self.bell.write(1);
@@ -212,7 +212,7 @@ impl Engine {
     /// The calling thread's vCPU has nothing to do until somebody wakes it: what was kept for it may go.
     pub fn idle(&self, thread: u32) {
         if self.chains.idle(thread) {
-            self.handles.iter().for_each(ShardHandle::wake);
+            self.handles.iter().for_each(|shard| _ = shard.ask(Request::Reconsider));
         }
     }
 

@@ -16,6 +16,8 @@ use crate::protocol::{Class, Operation, Shipping};
 pub enum Request {
     /// What is under way.
     Describe(Sender<Vec<String>>),
+    /// A vCPU of this node has gone idle: what is kept for it may go earlier than planned.
+    Reconsider,
     /// Nobody needs the content of these pages of this shard, of one home and one block.
     Discard(Range<u64>, Sender<()>),
     /// A device reads or overwrites pages of this shard.

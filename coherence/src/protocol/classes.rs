@@ -9,7 +9,7 @@ use fabric::NodeId;
 
 use super::classify::{Classifier, Demanded, Rules};
 use super::state::PageMap;
-use super::{Entry, Protocol, Rights, Want};
+use super::{Entry, Local, Protocol, Rights, Want};
 use crate::page::Page;
 
 /// Whether operations are shipped.
@@ -22,7 +22,8 @@ pub enum Shipping {
     Auto(Rules),
     /// Where [`Protocol::set_class`] says so, and nowhere else: for tests.
     Manual,
-    /// Wherever it is possible: for tests.
+    /// Wherever it is possible, of pages that have left their home once: what nobody but its home has used goes
+    /// to the first who wants it. For tests.
     Always,
 }
 
@@ -46,7 +47,7 @@ pub(super) enum Classes {
     Off,
     Auto(Classifier, u64),
     Manual(PageMap<Class>),
-    /// All are delegated.
+    /// All that have left their home are delegated.
     Always,
 }
 
@@ -88,7 +89,8 @@ impl Protocol {
             Classes::Off => Class::Moving,
             Classes::Auto(classifier, _) => classifier.class(page),
             Classes::Manual(pages) => pages.get(page).copied().unwrap_or_default(),
-            Classes::Always => Class::Delegated,
+            Classes::Always if self.has_left(page) => Class::Delegated,
+            Classes::Always => Class::Moving,
         }
     }
 
@@ -100,6 +102,11 @@ impl Protocol {
         }
     }
 
+    /// Whether a page of this home was ever another node's, since power-on or since it was discarded.
+    fn has_left(&self, page: Page) -> bool {
+        self.bits(page) & Local::KNOWN != 0
+    }
+
     pub(super) fn is_delegated(&self, page: Page) -> bool {
         self.class(page) == Class::Delegated
     }
@@ -109,8 +116,8 @@ impl Protocol {
         !matches!(self.classes, Classes::Off)
     }
 
-    /// The home is about to answer a Get.
-    pub(super) fn note_get(&mut self, page: Page, from: NodeId, want: Want) {
+    /// The home is about to answer a Get; whether the page goes to who asks though it is delegated.
+    pub(super) fn note_get(&mut self, page: Page, from: NodeId, want: Want) -> bool {
         let (takes, readers) = match self.entry(page) {
             Entry::Exclusive(owner) => (owner != from, 0),
             Entry::Shared(mut others) => {
@@ -122,8 +129,9 @@ impl Protocol {
             && takes
         {
             let (may_ship, write) = (want.may_ship, want.rights == Rights::Exclusive);
-            classifier.wanted(page, Demanded { by: from, may_ship, write, readers }, *now);
+            return classifier.wanted(page, Demanded { by: from, may_ship, write, readers }, *now);
         }
+        false
     }
 
     /// Whether those who read a page that is about to be written are to ask themselves this time.
@@ -131,10 +139,12 @@ impl Protocol {
         matches!(&self.classes, Classes::Auto(classifier, _) if classifier.surveys(page))
     }
 
-    /// The home is about to see to an operation.
-    pub(super) fn note_operation(&mut self, page: Page, by: NodeId) {
-        if let Classes::Auto(classifier, now) = &mut self.classes {
-            classifier.operated(page, by, *now);
+    /// The home is about to see to an operation, which writes or does not; whether the node that makes it is
+    /// to ask for the page instead.
+    pub(super) fn note_operation(&mut self, page: Page, by: NodeId, writes: bool) -> bool {
+        match &mut self.classes {
+            Classes::Auto(classifier, now) => classifier.operated(page, by, writes, *now),
+            _ => false,
         }
     }
 

@@ -4,18 +4,15 @@
 //! ```text
 //!               `changes` changes of hands, each within `quick`:
 //!               one node writes and several read ──────────────────> pushed
-//!               else ──────────────────────────────────────────────> delegated
+//!               else ──────────────────────────────────────────────> delegated, to its users in turn
 //!  moving ──────────────────────────────────────────────────────────────┘
-//!   ▲  ▲                                                            │   │
-//!   │  └─ `cold`, or most of those who come do not fit the class ───┘   │ one node makes nine tenths
-//!   │                                                                   │ of `window` operations
-//!   └─ kept longer than `quick` ── on trial with that node <────────────┘
-//!                                        │ taken away within `quick`: delegated again, `window` doubled
+//!     ▲                                                                 │
+//!     └─ `cold`; most of those who come do not fit the class;           │
+//!        who got a delegated page by a turn was alone with it for longer than `quick`
 //! ```
 //! What a home cannot see is what the owner itself does with the page: it costs no message. So that one node
-//! alone sends operations may mean that it alone uses the page, or that it shares it with the owner. The page
-//! goes to that node *on trial*, which shows. Since the window doubles with each trial that fails, these cost
-//! a part of the operations that goes to zero, and nothing swings to and fro.
+//! alone sends operations may mean that it alone uses the page, or that it shares it with the owner. Its turn
+//! to own the page ([`super::turns`]) shows.
 //!
 //! Nor can a home see whether what it pushes is read. So one write in [`SURVEY`] is not pushed: who then asks
 //! is a reader still.
@@ -24,6 +21,7 @@ use fabric::NodeId;
 
 use super::Class;
 use super::state::PageMap;
+use super::turns::{NOBODY, Turns};
 use crate::page::Page;
 
 /// When a page is delegated or pushed, and when no more. Times are microseconds.
@@ -33,7 +31,7 @@ pub struct Rules {
     pub quick: u64,
     /// So many such changes delegate it.
     pub changes: u8,
-    /// Operations of which one node makes nine tenths before it has the page on trial, at first.
+    /// Operations of others that write, after which another node owns a delegated page, at first; at least 1.
     pub window: u16,
     /// A page that nobody operates on, or writes, for so long is moving again.
     pub cold: u64,
@@ -43,15 +41,12 @@ pub struct Rules {
 
 impl Default for Rules {
     fn default() -> Rules {
-        Rules { quick: 8_000, changes: 6, window: 64, cold: 2_000_000, most: 256 }
+        Rules { quick: 8_000, changes: 6, window: 128, cold: 2_000_000, most: 256 }
     }
 }
 
 /// Moving pages that are watched: a page takes the place of another that the same slot watched.
 const SLOTS: usize = 256;
-
-/// The longest window.
-const LONGEST: u16 = 1 << 15;
 
 /// How much more than a demand that fits its class one weighs that does not.
 const MISFIT: u16 = 8;
@@ -74,19 +69,12 @@ const MOST_PUSHED: u8 = 3;
 /// The most doublings of the changes that it takes to delegate a page that did not fit.
 const MOST_STRIKES: u8 = 8;
 
-/// What is remembered of a page when its class changes.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
-struct Past {
-    window: u16,
-    /// How often the page was delegated and did not fit.
-    strikes: u8,
-}
-
 /// A moving page that is watched.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 struct Candidate {
     page: Page,
-    past: Past,
+    /// How often it was delegated or pushed and did not fit.
+    strikes: u8,
     /// When it last changed hands.
     since: u64,
     /// Quick changes of hands.
@@ -94,14 +82,12 @@ struct Candidate {
     /// Who wrote it last, and how often in a row, each time after several had read it.
     writer: NodeId,
     writes: u16,
-    /// Who has it, or is to have it, on trial.
-    trial: Option<NodeId>,
 }
 
 /// A page that is not moving.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 struct Special {
-    past: Past,
+    strikes: u8,
     /// When it was last operated on, or written.
     last: u64,
     /// Demands that did not fit, against those that did.
@@ -111,13 +97,7 @@ struct Special {
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
 enum How {
-    Delegated {
-        /// Who may be the one that makes most of the operations.
-        by: NodeId,
-        /// Operations since it may be, and those of others.
-        operations: u16,
-        strays: u16,
-    },
+    Delegated(Turns),
     Pushed {
         writer: NodeId,
         writes: u32,
@@ -154,7 +134,7 @@ impl Classifier {
     pub(super) fn class(&self, page: Page) -> Class {
         match self.special.get(page).map(|known| known.how) {
             None => Class::Moving,
-            Some(How::Delegated { .. }) => Class::Delegated,
+            Some(How::Delegated(_)) => Class::Delegated,
             Some(How::Pushed { .. }) => Class::Pushed,
         }
     }
@@ -176,35 +156,47 @@ impl Classifier {
         matches!(how, Some(How::Pushed { writes, .. }) if writes % SURVEY == 0)
     }
 
-    /// Somebody asks for a page that other nodes have.
-    pub(super) fn wanted(&mut self, page: Page, demanded: Demanded, now: u64) {
+    /// Somebody asks for a page that other nodes have; whether it is to get it though the page is delegated.
+    pub(super) fn wanted(&mut self, page: Page, demanded: Demanded, now: u64) -> bool {
+        let Demanded { by, may_ship, write, readers } = demanded;
+        let Rules { quick, window, cold, .. } = self.rules;
         let Some(known) = self.special.get_mut(page) else {
             // What moves in any case is not worth watching.
-            if demanded.may_ship
-                && let Some((past, how)) = self.heat_up(page, demanded, now)
-            {
+            if may_ship && let Some((strikes, how)) = self.heat_up(page, demanded, now) {
                 self.candidates[slot(page)] = None;
-                self.begin(page, past, how, now);
+                self.begin(page, strikes, how, now);
             }
-            return;
+            return false;
         };
-        let is_cold = now.saturating_sub(known.last) > self.rules.cold;
+        let is_cold = now.saturating_sub(known.last) > cold;
+        let mut has_turn = false;
         let fits = match &mut known.how {
-            How::Delegated { .. } => (!demanded.may_ship).then_some(false),
-            How::Pushed { writer, writes, unread } if demanded.write => {
+            How::Delegated(turns) if turns.is_kept(quick, now) => {
+                self.end(page, 0, now);
+                return false;
+            }
+            How::Delegated(turns) => {
+                // A page that several can read moves when one of them writes.
+                if write && (!may_ship || readers > 0) {
+                    turns.moved(by, now);
+                }
+                has_turn = turns.asks(by, write, window, now);
+                (!may_ship).then_some(false)
+            }
+            How::Pushed { writer, writes, unread } if write => {
                 known.last = now;
                 if *writer == NOBODY {
-                    *writer = demanded.by;
+                    *writer = by;
                 }
                 // After a survey, those who asked are all who read.
                 if *writes > 0 && *writes % SURVEY == 0 {
-                    *unread = if demanded.readers < READERS { *unread + 1 } else { 0 };
+                    *unread = if readers < READERS { *unread + 1 } else { 0 };
                 }
                 *writes = writes.wrapping_add(1);
                 if *unread == MOST_UNREAD {
                     known.misfits = UNFIT;
                 }
-                Some(*unread < MOST_UNREAD && *writer == demanded.by)
+                Some(*unread < MOST_UNREAD && *writer == by)
             }
             How::Pushed { .. } => None,
         };
@@ -214,14 +206,14 @@ impl Classifier {
             None => known.misfits,
         };
         if known.misfits > UNFIT || is_cold {
-            let strikes = (known.past.strikes + u8::from(!is_cold)).min(MOST_STRIKES);
-            let past = Past { strikes, ..known.past };
-            self.end(page, past, None, now);
+            let strikes = (known.strikes + u8::from(!is_cold)).min(MOST_STRIKES);
+            self.end(page, strikes, now);
         }
+        has_turn
     }
 
     /// A moving page changes hands; what is to be done with it if that is once too often.
-    fn heat_up(&mut self, page: Page, demanded: Demanded, now: u64) -> Option<(Past, How)> {
+    fn heat_up(&mut self, page: Page, demanded: Demanded, now: u64) -> Option<(u8, How)> {
         let Demanded { by, write, readers, .. } = demanded;
         let Rules { quick, changes, window, .. } = self.rules;
         let slot = &mut self.candidates[slot(page)];
@@ -233,9 +225,8 @@ impl Classifier {
                 return None;
             }
             _ => {
-                let past = Past { window, strikes: 0 };
-                let (writer, trial) = (NOBODY, None);
-                *slot = Some(Candidate { page, past, since: now, heat: 0, writer, writes: 0, trial });
+                let (writer, writes) = (NOBODY, 0);
+                *slot = Some(Candidate { page, strikes: 0, since: now, heat: 0, writer, writes });
                 return None;
             }
         };
@@ -246,87 +237,66 @@ impl Classifier {
             known.writer = by;
             known.writes = if again { known.writes.saturating_add(1) } else { 0 };
         }
-        if known.trial == Some(by) {
-            return None;
-        }
         if residency > quick {
             known.heat /= 2;
-            if known.trial.take().is_some() {
-                known.past = Past { window: (known.past.window / 2).max(window), strikes: 0 };
-            }
             return None;
         }
         known.heat = known.heat.saturating_add(1);
-        let enough =
-            known.trial.take().is_some() || u32::from(known.heat) >= u32::from(changes) << known.past.strikes;
-        let pushed = known.writes >= 2 && known.past.strikes < MOST_PUSHED;
+        let enough = u32::from(known.heat) >= u32::from(changes) << known.strikes;
+        let pushed = known.writes >= 2 && known.strikes < MOST_PUSHED;
         let how = match pushed {
             true => How::Pushed { writer: known.writer, writes: 0, unread: 0 },
-            false => How::Delegated { by: NOBODY, operations: 0, strays: 0 },
+            false => How::Delegated(Turns::new(window, now)),
         };
-        enough.then_some((known.past, how))
+        enough.then_some((known.strikes, how))
     }
 
-    fn begin(&mut self, page: Page, past: Past, how: How, now: u64) {
+    fn begin(&mut self, page: Page, strikes: u8, how: How, now: u64) {
         if self.special.len() >= self.rules.most {
             let coldest = self.special.iter().min_by_key(|(_, known)| known.last);
             let Some((coldest, known)) = coldest.map(|(page, known)| (page, *known)) else { return };
             if now.saturating_sub(known.last) <= self.rules.cold {
                 return;
             }
-            self.end(coldest, known.past, None, now);
+            self.end(coldest, known.strikes, now);
         }
-        self.special.insert(page, Special { past, last: now, misfits: 0, how });
+        self.special.insert(page, Special { strikes, last: now, misfits: 0, how });
     }
 
     /// Gives a page a class, whatever is known of it.
     pub(super) fn tell(&mut self, page: Page, class: Class, now: u64) {
         self.special.remove(page);
-        let past = Past { window: self.rules.window, strikes: 0 };
-        match class {
-            Class::Moving => {}
-            Class::Delegated => {
-                self.begin(page, past, How::Delegated { by: NOBODY, operations: 0, strays: 0 }, now);
-            }
-            Class::Pushed => {
-                self.begin(page, past, How::Pushed { writer: NOBODY, writes: 0, unread: 0 }, now)
-            }
-        }
+        let how = match class {
+            Class::Moving => return,
+            Class::Delegated => How::Delegated(Turns::new(self.rules.window, now)),
+            Class::Pushed => How::Pushed { writer: NOBODY, writes: 0, unread: 0 },
+        };
+        self.begin(page, 0, how, now);
     }
 
     /// The page is moving again.
-    fn end(&mut self, page: Page, past: Past, trial: Option<NodeId>, now: u64) {
+    fn end(&mut self, page: Page, strikes: u8, now: u64) {
         self.special.remove(page);
         let (writer, writes) = (NOBODY, 0);
-        self.candidates[slot(page)] =
-            Some(Candidate { page, past, since: now, heat: 0, writer, writes, trial });
+        self.candidates[slot(page)] = Some(Candidate { page, strikes, since: now, heat: 0, writer, writes });
     }
 
-    /// Somebody operates on the page; afterwards it may not be delegated any more.
-    pub(super) fn operated(&mut self, page: Page, node: NodeId, now: u64) {
-        let Some(known) = self.special.get_mut(page) else { return };
-        let How::Delegated { by, operations, strays } = &mut known.how else { return };
-        if now.saturating_sub(known.last) > self.rules.cold {
-            let past = known.past;
-            return self.end(page, past, None, now);
+    /// A node operates on the page, which may not be delegated any more afterwards; whether it is to ask for
+    /// the page instead.
+    pub(super) fn operated(&mut self, page: Page, by: NodeId, writes: bool, now: u64) -> bool {
+        let Some(known) = self.special.get_mut(page) else { return false };
+        let How::Delegated(turns) = &mut known.how else { return false };
+        let is_kept = turns.is_kept(self.rules.quick, now);
+        if is_kept || now.saturating_sub(known.last) > self.rules.cold {
+            let strikes = if is_kept { 0 } else { known.strikes };
+            self.end(page, strikes, now);
+            return true;
         }
         known.last = now;
         known.misfits = known.misfits.saturating_sub(1);
-        *operations += 1;
-        *strays += u16::from(*by != node);
-        if u32::from(*strays) * 10 > u32::from(*operations) {
-            (*by, *operations, *strays) = (node, 1, 0);
-        }
-        if *operations >= known.past.window && *by == node {
-            let window = known.past.window.saturating_mul(2).min(LONGEST);
-            let past = Past { window, ..known.past };
-            self.end(page, past, Some(node), now);
-        }
+        turns.operated(by, writes, self.rules.window, now)
     }
 }
-
-/// No node.
-const NOBODY: NodeId = NodeId(u16::MAX);
 
 /// The slot that may watch a page.
 fn slot(page: Page) -> usize {
@@ -341,7 +311,6 @@ mod tests {
     const PAGE: Page = Page(7);
     const A: NodeId = NodeId(1);
     const B: NodeId = NodeId(2);
-    const C: NodeId = NodeId(3);
 
     fn is_delegated(classifier: &Classifier, page: Page) -> bool {
         classifier.class(page) == Class::Delegated
@@ -379,11 +348,11 @@ mod tests {
     fn a_page_that_must_move_is_not_delegated_and_one_that_mostly_must_is_not_for_long() {
         let mut classifier = Classifier::new(Rules::default());
         let must_move = |by| Demanded { may_ship: false, ..write(by) };
-        (0..1000).for_each(|now| classifier.wanted(PAGE, must_move(A), now));
+        assert!((0..1000).all(|now| !classifier.wanted(PAGE, must_move(A), now)));
         assert!(!is_delegated(&classifier, PAGE));
         let (mut classifier, now) = hot();
         for _ in 0..10 {
-            classifier.operated(PAGE, A, now);
+            classifier.operated(PAGE, A, true, now);
             classifier.wanted(PAGE, must_move(B), now);
         }
         assert!(!is_delegated(&classifier, PAGE));
@@ -395,49 +364,39 @@ mod tests {
         assert_eq!(turns.count(), 11);
     }
 
-    /// Operations of one node until it has the page on trial.
-    fn until_trial(classifier: &mut Classifier, by: NodeId, now: u64) -> u64 {
-        let count = (1..100_000).take_while(|_| {
-            classifier.operated(PAGE, by, now);
-            is_delegated(classifier, PAGE)
-        });
-        count.count() as u64 + 1
+    #[test]
+    fn a_delegated_page_goes_to_whose_turn_it_is_and_stays_delegated() {
+        let (mut classifier, now) = hot();
+        let operations = (1..1_000).find(|_| classifier.operated(PAGE, A, true, now)).unwrap();
+        assert_eq!(operations, 128);
+        assert!(!classifier.wanted(PAGE, write(B), now), "it is another's turn");
+        assert!(classifier.wanted(PAGE, write(A), now));
+        assert!(is_delegated(&classifier, PAGE));
+        assert!(!classifier.wanted(PAGE, write(A), now), "it had its turn");
+        // The owner before used it too.
+        assert!(!classifier.wanted(PAGE, write(B), now + 100));
+        assert!(!classifier.operated(PAGE, B, true, now + 100));
+        assert!(is_delegated(&classifier, PAGE));
     }
 
     #[test]
-    fn trials_that_fail_become_rare_and_one_that_succeeds_lets_the_page_move() {
-        let (mut classifier, now) = hot();
-        let mut operations = 0;
-        for trial in 0..9 {
-            let window = until_trial(&mut classifier, A, now);
-            assert_eq!(window, 64 << trial);
-            operations += window;
-            // It gets the page, and the owner, who used it too, wants it back at once.
-            classifier.wanted(PAGE, write(A), now);
+    fn a_page_that_one_node_alone_uses_moves_after_its_turn() {
+        for operates in [false, true] {
+            let (mut classifier, now) = hot();
+            while !classifier.operated(PAGE, A, true, now) {}
+            assert!(classifier.wanted(PAGE, write(A), now));
+            match operates {
+                true => assert!(classifier.operated(PAGE, B, true, now + 50_000)),
+                false => assert!(!classifier.wanted(PAGE, write(B), now + 50_000)),
+            }
             assert!(!is_delegated(&classifier, PAGE));
-            classifier.wanted(PAGE, write(B), now + 100);
-            assert!(is_delegated(&classifier, PAGE));
-        }
-        assert!(operations > 9 * 1000, "a trial in a thousand operations and less");
-        until_trial(&mut classifier, A, now);
-        classifier.wanted(PAGE, write(A), now);
-        classifier.wanted(PAGE, write(B), now + 50_000);
-        assert!(!is_delegated(&classifier, PAGE), "it alone used the page");
-    }
-
-    #[test]
-    fn a_page_that_several_nodes_operate_on_stays_delegated() {
-        let (mut classifier, now) = hot();
-        for turn in 0..100_000 {
-            classifier.operated(PAGE, if turn % 7 == 0 { C } else { A }, now);
-            assert!(is_delegated(&classifier, PAGE));
         }
     }
 
     #[test]
     fn a_page_that_has_gone_cold_moves_again_and_makes_room_for_another() {
         let (mut classifier, now) = hot();
-        classifier.operated(PAGE, A, now + 2_000_001);
+        classifier.operated(PAGE, A, true, now + 2_000_001);
         assert!(!is_delegated(&classifier, PAGE));
 
         let mut classifier = Classifier::new(Rules { most: 2, ..Rules::default() });
@@ -445,7 +404,7 @@ mod tests {
             classifier.tell(page, Class::Delegated, 0);
         }
         assert_eq!((classifier.special(), is_delegated(&classifier, Page(3))), (2, false));
-        classifier.operated(Page(1), A, 1_000_000);
+        classifier.operated(Page(1), A, true, 1_000_000);
         classifier.tell(Page(3), Class::Delegated, 2_500_000);
         assert!(is_delegated(&classifier, Page(1)) && is_delegated(&classifier, Page(3)));
     }

@@ -70,12 +70,12 @@ impl Protocol {
             busy.queue.push_back((from, Request::Get(want)));
             return Ok(());
         }
-        self.note_get(page, from, want);
+        let moves = self.note_get(page, from, want);
         match (self.directory.get(page), want.rights) {
             (Entry::Exclusive(owner), _) if owner == from => {
                 return Err("it asked for a page that it owns".into());
             }
-            (Entry::Exclusive(_), _) if want.may_ship && self.is_delegated(page) => {
+            (Entry::Exclusive(_), _) if want.may_ship && self.is_delegated(page) && !moves => {
                 self.send(from, page, Kind::Ship, out);
             }
             (Entry::Exclusive(owner), Rights::Exclusive) => {

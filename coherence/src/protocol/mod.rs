@@ -56,7 +56,7 @@
 //!
 //! ```text
 //!   fault_may_ship of a page that is not here
-//!       │ Get, may ship               ┌─ moving, pushed: Data, as ever
+//!       │ Get, may ship               ┌─ moving, pushed, or its turn: Data, as ever
 //!       ├──────────────────────> home ┤
 //!       │                             └─ delegated, with an owner: Ship
 //!       ▼ known to be delegated               │
@@ -71,7 +71,7 @@
 //! |---|---|
 //! | delegated, the home has it to write | done there |
 //! | delegated, another node owns it | passed on; done there if it has the page to write, else refused |
-//! | not delegated, shared, owned by who asks, or something under way on it | refused |
+//! | not delegated, shared, owned by who asks, its turn, or something under way on it | refused |
 //!
 //! | the reader's side of a page, when a push comes | then |
 //! |---|---|
@@ -105,6 +105,7 @@ mod ship;
 mod state;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod under_way;
 mod wire;
 

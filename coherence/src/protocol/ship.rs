@@ -17,7 +17,8 @@
 //! the answer. If anything is in the way, because the page is moving, going home, shared, being discarded, or
 //! not delegated any more, the answer is that it was not done and will not be: nothing ever waits for
 //! something that is under way. The CPU may then fault again as before; after some refusals it should want
-//! the page.
+//! the page. It is also refused when it is its node's turn to own the page ([`super::turns`]): then its next
+//! fault brings the page.
 //!
 //! # What the caller does
 //! - [`Effect::Ship`]: no page will come, so nobody's wait for it is timed any more. Each vCPU that waits for
@@ -139,8 +140,8 @@ impl Protocol {
         operation: Operation,
         out: &mut Vec<Effect>,
     ) {
-        self.note_operation(page, by);
-        let delegated = self.is_delegated(page);
+        let moves = self.note_operation(page, by, operation.action().writes());
+        let delegated = self.is_delegated(page) && !moves;
         match self.entry(page) {
             _ if by != self.me && self.makes(Mistake::OperateAtHome) => {
                 self.carry_out(page, by, token, operation, out)

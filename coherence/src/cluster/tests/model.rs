@@ -31,7 +31,9 @@
 //! | shipping, 2 nodes x 1 page; evictions, devices of both | 7,926 | yes |
 //! | shipping, 2 nodes x 2 pages of one home, runs | 184,164 | yes |
 //! | shipping, 2 nodes x 2 pages of one home; memory for one copy | 604,420 | `--ignored` |
-//! | shipping always, 3 nodes x 1 page | 7,980 | yes |
+//! | shipping always, 3 nodes x 1 page | 7,784 | yes |
+//! | shipping always, 2 nodes x 1 page; evictions, discards | 8,301 | yes |
+//! | shipping always, 2 nodes x 2 pages of one home, runs | 25,862 | yes |
 //! | pushing, 2 nodes x 1 page; evictions, prefetches | 15,127 | yes |
 //! | pushing, 3 nodes x 1 page | 464,561 | yes |
 //! | pushing, 2 nodes x 1 page; evictions, discards | 42,880 | yes |
@@ -380,12 +382,28 @@ fn two_nodes_and_one_page_of_all_classes() {
     exhaust(Small { evictions: true, reads: true, classes, ..small }, 27_806);
 }
 
-/// Nothing but operations, all shipped that can be.
-#[test]
-fn three_nodes_and_a_page_that_is_always_delegated() {
-    let small = Small::shipping(Cluster::new(3, 1));
+/// Nodes with one CPU each that adds to the pages; all is shipped that can be.
+fn always(cluster: Cluster) -> Small {
+    let small = Small::shipping(cluster);
     let cluster = small.cluster.clone().with_shipping(Shipping::Always);
-    exhaust(Small { cluster, classes: &[], ..small }, 7_980);
+    Small { cluster, classes: &[], ..small }
+}
+
+#[test]
+fn three_nodes_and_a_page_that_is_delegated_once_it_has_left_its_home() {
+    exhaust(always(Cluster::new(3, 1)), 7_784);
+}
+
+/// A discarded page is as at power-on, and so moves to the first who wants it.
+#[test]
+fn two_nodes_and_a_page_that_is_delegated_once_it_has_left_its_home_and_discarded() {
+    exhaust(Small { evictions: true, discards: 2, ..always(Cluster::new(2, 1)) }, 8_301);
+}
+
+/// Pages that nobody has touched go as a run, and are delegated from then on.
+#[test]
+fn two_nodes_and_a_run_of_two_pages_that_are_delegated_once_they_have_left_their_home() {
+    exhaust(always(one_home(2, 2, RUNS)), 25_862);
 }
 
 /// With room for one copy at a time, who wants two pages makes the other go.

@@ -168,9 +168,9 @@ impl Shard {
             if self.receiver.arm()? {
                 continue;
             }
-            if self.sleep(bell)? && bell.read().is_ok() {
-                let now = self.core.holds.now();
-                self.core.holds.reconsider(now);
+            if self.sleep(bell)? {
+                // Who rang has asked for something, or wants this to stop; another may have taken the ring.
+                let _ = bell.read();
             }
         }
         Ok(())
@@ -220,6 +220,10 @@ impl Core {
                 self.collect_garbage()?;
                 // Who asked may have stopped waiting.
                 drop(reply.send(self.protocol.describe()));
+                Ok(())
+            }
+            Request::Reconsider => {
+                self.holds.reconsider(self.holds.now());
                 Ok(())
             }
             Request::Discard(pages, done) => self.discard(pages, done),

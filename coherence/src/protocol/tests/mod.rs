@@ -179,6 +179,20 @@ fn when_a_page_is_not_delegated_any_more_who_believes_so_is_refused_once() {
 }
 
 #[test]
+fn where_all_is_shipped_a_page_still_goes_to_the_first_node_that_wants_it() {
+    let mut cluster = Cluster::new(4, 4).with_shipping(Shipping::Always);
+    assert_eq!(operate(&mut cluster, 0), (0, 0), "its home's own");
+    assert_eq!(operate(&mut cluster, 1), (2, 1), "moved as any page");
+    assert_eq!(operate(&mut cluster, 1), (0, 2));
+    assert_eq!(operate(&mut cluster, 2), (5, 3), "asked for, shipped to its owner by way of the home");
+    assert_eq!(operate(&mut cluster, 2), (3, 0));
+    // It has left its home, to which it comes back.
+    cluster.step(Step::Evict { node: 1, page: Page(0) }).unwrap();
+    cluster.settle().unwrap();
+    assert_eq!(operate(&mut cluster, 2), (2, 1), "shipped to its home");
+}
+
+#[test]
 fn readers_of_a_pushed_page_have_what_was_written_without_asking() {
     for readers in 1..5 {
         let mut cluster = Cluster::new(9, 9).with_shipping(Shipping::Manual);

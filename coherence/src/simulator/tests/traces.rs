@@ -126,16 +126,18 @@ fn halves(name: &str, trace: impl Fn() -> Box<dyn Iterator<Item = Access>>) -> (
 fn the_rules_settle_on_the_class_that_suits_a_trace_and_do_not_swing() {
     println!("| trace | accesses | first half | second half | misses | if moving | messages | if moving |");
     println!("|---|---|---|---|---|---|---|---|");
+    // The page goes to another owner after each window of operations, and stays delegated.
+    let in_turn = |told: &Told| told.moves <= told.shipped / 60 + 2 && told.changes == 0;
     let (first, second) = halves("two nodes hand a word to and fro", || Box::new(turns(&[1, 2], 5, 20_000)));
-    assert!(first.moves < 60 && first.shipped > 4_000, "{first:?}");
-    assert!(second.moves <= 6 && second.changes <= 6, "{second:?}");
+    assert!(first.moves < 120 && first.shipped > 4_000, "{first:?}");
+    assert!(in_turn(&second), "{second:?}");
 
     let (_, second) =
         halves("the home and a node hand a word to and fro", || Box::new(turns(&[0, 1], 5, 20_000)));
-    assert!(second.moves <= 6 && second.changes <= 6, "{second:?}");
+    assert!(in_turn(&second), "{second:?}");
 
     let (_, second) = halves("four nodes add to a counter", || Box::new(turns(&[0, 1, 2, 3], 50, 20_000)));
-    assert_eq!((second.moves, second.changes), (0, 0));
+    assert!(in_turn(&second), "{second:?}");
 
     let (first, second) = halves("nodes work on the page in long turns", || {
         Box::new((0..40_000).map(|i| Access {
@@ -170,11 +172,42 @@ fn the_rules_settle_on_the_class_that_suits_a_trace_and_do_not_swing() {
     let alone = |after| move |_| Access { node: other, write: true, shippable: true, after };
     let then = tracer.run((0..10_000).map(alone(5)));
     println!("hot, then one node's alone: {} moves, {} shipped", then.moves, then.shipped);
-    assert!(then.moves == 1 && then.shipped <= 64, "{then:?}");
+    assert!(then.moves == 1 && then.shipped <= 128, "{then:?}");
 
     // Hot, then cold, then one node's.
     let mut tracer = Tracer::new(Shipping::Auto(RULES));
     tracer.run(turns(&[1, 2, 3], 5, 3_000));
     let then = tracer.run((0..10).map(alone(200_000)));
     assert_eq!((tracer.class, then.moves), (Class::Moving, 1), "{then:?}");
+}
+
+/// Nodes that do nothing but use a page: in the time of one shipped operation its owner does a hundred, and
+/// each of the others one, if it does not move. How many operations each node did, and what came of it.
+fn counting(nodes: &[usize], rounds: usize) -> (Vec<u64>, Told) {
+    let mut tracer = Tracer::new(Shipping::Auto(RULES));
+    let mut done = vec![0; nodes.len()];
+    for _ in 0..rounds {
+        for (done, &node) in done.iter_mut().zip(nodes) {
+            for _ in 0..100 {
+                let owns = tracer.cluster.mapped(node, Page(0)) == Rights::Exclusive;
+                tracer.access(Access { node, write: true, shippable: true, after: 0 });
+                *done += 1;
+                if !owns {
+                    break;
+                }
+            }
+        }
+    }
+    (done, tracer.told)
+}
+
+#[test]
+fn nodes_that_do_nothing_but_count_get_equal_shares_in_the_long_run() {
+    for nodes in [&[1, 2][..], &[0, 1], &[0, 1, 2, 3]] {
+        let (done, told) = counting(nodes, 3_000);
+        let share = done.iter().sum::<u64>() / nodes.len() as u64;
+        println!("nodes {nodes:?}: {done:?}, {told:?}");
+        assert!(done.iter().all(|&done| done > share / 2), "{done:?}");
+        assert!(told.changes <= 2 && told.moves < 300, "{told:?}");
+    }
 }

@@ -102,6 +102,9 @@ pub(super) fn count(counter: &AtomicU64, by: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
 }
 
+/// Of a note that an instruction is to be shipped: the vCPU has touched the page once more since.
+const AGAIN: u64 = 1 << 63;
+
 /// One vCPU's shared side.
 #[derive(Debug)]
 pub struct Slot {
@@ -112,7 +115,7 @@ pub struct Slot {
     pub(super) in_guest: AtomicBool,
     /// The TSC offset that the vCPU runs with.
     pub(super) offset: AtomicU64,
-    /// One more than the page whose accessing instruction is to be shipped; 0: none.
+    /// One more than the page whose accessing instruction is to be shipped, and perhaps [`AGAIN`]; 0: none.
     ship: AtomicU64,
     /// One more than the page that must come the next time that it is touched; 0: none.
     pub(super) wants: AtomicU64,
@@ -145,8 +148,20 @@ impl Slot {
     pub(super) fn take_ship(&self) -> Option<Page> {
         match self.ship.load(Ordering::SeqCst) {
             0 => None,
-            _ => self.ship.swap(0, Ordering::SeqCst).checked_sub(1).map(Page),
+            _ => (self.ship.swap(0, Ordering::SeqCst) & !AGAIN).checked_sub(1).map(Page),
         }
+    }
+
+    /// A fault of the vCPU on `page` comes; whether it was called out for that page and cannot leave.
+    ///
+    /// It may have touched the page, after an interrupt say, before it was called out: such a fault is known
+    /// only afterwards, and the vCPU is about to look. A second one is of a vCPU that does not leave: KVM's
+    /// emulator waits.
+    fn is_stuck(&self, page: Page) -> bool {
+        let (note, again) = (page.0 + 1, (page.0 + 1) | AGAIN);
+        let swap =
+            |old, new| self.ship.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        !swap(note, again) && swap(again, 0)
     }
 
     pub(super) fn set_state(&self, state: State) {
@@ -230,12 +245,9 @@ impl Table {
     /// guest, where a kick ends a wait, and has not said that it needs the page itself.
     pub fn may_ship(&self, thread: u32, page: Page) -> bool {
         let Some(slot) = self.slot_of(thread) else { return false };
-        let is = |word: &AtomicU64| {
-            word.compare_exchange(page.0 + 1, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-        };
-        // One that was called out and comes again without having looked cannot leave: KVM's emulator waits.
-        let called = is(&slot.ship);
-        slot.in_guest.load(Ordering::SeqCst) && !is(&slot.wants) && !called
+        let stuck = slot.is_stuck(page);
+        let wants = slot.wants.compare_exchange(page.0 + 1, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        slot.in_guest.load(Ordering::SeqCst) && !wants && !stuck
     }
 
     /// Has the vCPU whose thread is `thread` called out of its wait for `page`, to have the instruction that
@@ -243,15 +255,17 @@ impl Table {
     pub fn ship(&self, thread: u32, page: Page) -> bool {
         let slot = self.slot_of(thread).filter(|slot| slot.in_guest.load(Ordering::SeqCst));
         let Some(slot) = slot else { return false };
-        // Order: who is called out finds the page.
-        slot.ship.store(page.0 + 1, Ordering::SeqCst);
+        // Order: who is called out finds the page. One that was called out for it already stays marked.
+        if slot.ship.load(Ordering::SeqCst) != (page.0 + 1) | AGAIN {
+            slot.ship.store(page.0 + 1, Ordering::SeqCst);
+        }
         slot.mailbox.kick();
         true
     }
 
     /// Whether the vCPU was called out for `page` and has not looked yet.
     pub fn is_to_ship(&self, thread: u32, page: Page) -> bool {
-        self.slot_of(thread).is_some_and(|slot| slot.ship.load(Ordering::SeqCst) == page.0 + 1)
+        self.slot_of(thread).is_some_and(|slot| slot.ship.load(Ordering::SeqCst) & !AGAIN == page.0 + 1)
     }
 
     fn slot_of(&self, thread: u32) -> Option<&Slot> {
@@ -280,5 +294,53 @@ impl Table {
 
     pub(super) fn idle(&self) -> MutexGuard<'_, Idle> {
         base::lock(&self.idle)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: Page = Page(7);
+
+    /// A vCPU of the calling thread, inside the guest.
+    fn inside() -> (Table, u32) {
+        crate::vcpu::signal::install_handler().unwrap();
+        let table = Table::new(1);
+        table.slots[0].mailbox.adopt();
+        table.slots[0].in_guest.store(true, Ordering::SeqCst);
+        (table, base::thread::id() as u32)
+    }
+
+    #[test]
+    fn a_page_touched_again_before_its_vcpu_was_called_out_is_still_shipped() {
+        let (table, thread) = inside();
+        assert!(table.may_ship(thread, PAGE));
+        // An interrupt ended the wait, the vCPU touched the page once more, and only then is it called out.
+        assert!(table.ship(thread, PAGE));
+        assert!(table.may_ship(thread, PAGE));
+        assert!(table.is_to_ship(thread, PAGE));
+        assert_eq!(table.slots[0].take_ship(), Some(PAGE));
+        assert!(!table.is_to_ship(thread, PAGE));
+    }
+
+    #[test]
+    fn a_page_that_a_vcpu_touches_again_and_again_without_looking_must_come() {
+        let (table, thread) = inside();
+        assert!(table.ship(thread, PAGE));
+        assert!(table.may_ship(thread, PAGE));
+        assert!(table.ship(thread, PAGE), "it is told once more");
+        assert!(!table.may_ship(thread, PAGE));
+        assert!(!table.is_to_ship(thread, PAGE));
+        // The next time begins from the beginning.
+        assert!(table.ship(thread, PAGE) && table.may_ship(thread, PAGE));
+    }
+
+    #[test]
+    fn a_page_that_a_vcpu_wants_comes_once() {
+        let (table, thread) = inside();
+        table.slots[0].wants.store(PAGE.0 + 1, Ordering::SeqCst);
+        assert!(!table.may_ship(thread, PAGE) && table.may_ship(thread, PAGE));
+        assert!(table.may_ship(thread, Page(8)) && !table.may_ship(thread + 1, PAGE));
     }
 }
