@@ -49,11 +49,17 @@ pub fn prepare(host: &HostCpu, vcpu: &mut Vcpu) -> Result<()> {
 }
 
 /// Runs the guest from `regs` on; `port` does what the guest asks for by writing to a port, and says `false`
-/// when that ends the run. Returns how often the guest was kicked.
+/// when that ends the run; `kicked` is told of each kick, with the vCPU between two instructions. Returns how
+/// often the guest was kicked.
 ///
 /// # Errors
 /// The guest left for another reason.
-pub fn run(vcpu: &mut Vcpu, regs: &kvm_regs, mut port: impl FnMut(u16) -> Result<bool>) -> Result<u64> {
+pub fn run(
+    vcpu: &mut Vcpu,
+    regs: &kvm_regs,
+    mut port: impl FnMut(u16) -> Result<bool>,
+    mut kicked: impl FnMut(&mut Vcpu) -> Result<()>,
+) -> Result<u64> {
     vcpu.set_regs(&kvm_regs { rflags: user_mode::RFLAGS, ..*regs })?;
     let mut kicks = 0;
     loop {
@@ -66,6 +72,7 @@ pub fn run(vcpu: &mut Vcpu, regs: &kvm_regs, mut port: impl FnMut(u16) -> Result
                 // Else it would end the next run at once, and all after it.
                 signal::take_pending();
                 kicks += 1;
+                kicked(vcpu)?;
             }
             other => anyhow::bail!("left the guest by {other:?} at {:#x}", vcpu.regs()?.rip),
         }

@@ -75,7 +75,7 @@ fn check(rows: &[Row]) {
 #[should_panic(expected = "SB+mfences (a node each, two pages)")]
 fn one_forbidden_outcome_among_many_fails() {
     let sb = &ALL[0];
-    let placement = Placement { nodes: true, pages: true };
+    let placement = Placement { nodes: true, pages: true, delegated: None };
     let fine = Outcome { loads: [[1, 0]; 4], last: [1, 1] };
     let counts = Counts::from([(fine, 99_999), (Outcome::default(), 1)]);
     // Plain, the store buffers may make it.
@@ -95,7 +95,7 @@ fn report() {
     let Some(host) = host() else { return };
     let rows = all(&host, [1 << 20, 100_000], |row| {
         println!(
-            "{:14} {:22} {:9} seen {:6} of {:8}, {} outcomes",
+            "{:14} {:37} {:9} seen {:6} of {:8}, {} outcomes",
             row.test,
             row.placement,
             row.verdict,

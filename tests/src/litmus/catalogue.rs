@@ -18,6 +18,15 @@ pub enum Access {
     R(Var),
 }
 
+impl Access {
+    /// What is accessed.
+    pub fn var(self) -> Var {
+        match self {
+            Access::W(var, _) | Access::R(var) => var,
+        }
+    }
+}
+
 /// How the accesses are made.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Variant {

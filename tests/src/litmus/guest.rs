@@ -3,18 +3,22 @@
 //! Guest memory, by page number: 1 to 3 page tables, 4 the code, from 16 the variables; each thread's results
 //! are in memory of its own node.
 
-use std::sync::mpsc;
+use std::ops::Range;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use coherence::page::PAGE_SIZE;
+use coherence::engine::ship::Vcpus;
+use coherence::page::{PAGE_SIZE, Page};
+use coherence::protocol::{Class, Shipping};
 use coherence::testing;
 use kvm_bindings::kvm_regs;
 use vmm::kvm::{HostCpu, Vm, caps};
 use vmm::vcpu::signal;
 
 use super::code::{AWAY, DONE};
+use super::ship::{Desk, Shipper};
 use crate::cpl3;
 use crate::engines::Engines;
 
@@ -61,13 +65,34 @@ pub fn host() -> Option<HostCpu> {
 const PATIENCE: Duration = Duration::from_secs(120);
 
 impl Machine {
-    /// `nodes[i]` is the node on which thread `i` runs.
+    /// `nodes[i]` is the node on which thread `i` runs. All pages move.
     ///
     /// # Errors
     /// What KVM or userfaultfd say.
     pub fn start(host: &HostCpu, nodes: &[usize], hold: Duration) -> Result<Machine> {
+        Machine::with_delegated(host, nodes, hold, 0..0)
+    }
+
+    /// As [`Machine::start`], but these pages, which have one home, are delegated to whoever owns them, and
+    /// others' instructions are shipped there.
+    ///
+    /// # Errors
+    /// What KVM or userfaultfd say.
+    pub fn with_delegated(
+        host: &HostCpu,
+        nodes: &[usize],
+        hold: Duration,
+        delegated: Range<u64>,
+    ) -> Result<Machine> {
         let count = nodes.iter().max().map_or(1, |most| most + 1);
         let engines = Engines::start(&vec![NODE_PAGES; count], 1, hold)?;
+        let desks: Vec<_> = (0..count).map(|_| Arc::new(Desk::new(nodes.len()))).collect();
+        for (node, desk) in desks.iter().enumerate().filter(|_| !delegated.is_empty()) {
+            engines.engine(node).ship(&(desk.clone() as Arc<dyn Vcpus>), Shipping::Manual);
+        }
+        for page in delegated.clone() {
+            engines.engine((page / NODE_PAGES) as usize).set_class(Page(page), Class::Delegated);
+        }
         let kvm = caps::open()?;
         let mut vms = Vec::new();
         for node in 0..count {
@@ -87,17 +112,29 @@ impl Machine {
             let (cpu, registers) = mpsc::channel::<kvm_regs>();
             let tell = tell.clone();
             let (introduce, ids) = mpsc::channel();
+            let (desk, engine, memory) =
+                (desks[node].clone(), engines.engine(node).clone(), engines.memory(node).clone());
+            let (host, ships) = (host.clone(), !delegated.is_empty());
             let thread = std::thread::Builder::new().name(format!("litmus{thread}")).spawn(move || {
                 let ready = signal::block_all().map_err(anyhow::Error::from);
                 let ready = ready.and_then(|mask| Ok(vcpu.set_signal_mask(mask)?));
-                if introduce.send(ready.map(|()| base::thread::id())).is_err() {
+                let shipper = ready.and_then(|()| Shipper::new(&host, desk, index, engine, memory));
+                let (ready, mut shipper) = match shipper {
+                    Ok(shipper) => (Ok(base::thread::id()), Some(shipper).filter(|_| ships)),
+                    Err(error) => (Err(error), None),
+                };
+                if introduce.send(ready).is_err() {
                     return;
                 }
                 for regs in registers {
                     let mut ports = 0;
-                    let result = cpl3::run(&mut vcpu, &regs, |port| {
+                    let port = |port| {
                         ports += u64::from(port == AWAY);
                         Ok(port != DONE)
+                    };
+                    let result = cpl3::run(&mut vcpu, &regs, port, |vcpu| match &mut shipper {
+                        Some(shipper) => shipper.look(vcpu),
+                        None => Ok(()),
                     });
                     let result = result.map(|kicks| Exits { ports, kicks });
                     let result = result.map_err(|error| format!("{error:#}"));

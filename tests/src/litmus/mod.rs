@@ -11,9 +11,11 @@
 //! - [`catalogue`]: the tests, and what TSO says of them.
 //! - [`code`]: their machine code.
 //! - [`guest`]: a virtual machine for a node, and vCPUs that begin at CPL 3.
+//! - [`ship`]: what they do with pages that are delegated.
 //! - [`run`]: iterations, and outcomes counted.
 
 pub mod catalogue;
 pub mod code;
 pub mod guest;
 pub mod run;
+pub mod ship;

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use anyhow::Result;
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
 use coherence::page::PAGE_SIZE;
 use kvm_bindings::kvm_regs;
 use vmm::kvm::HostCpu;
 
-use super::catalogue::{Litmus, Outcome, Variant};
+use super::catalogue::{Litmus, Outcome, Var, Variant};
 use super::code;
 use super::guest::{Machine, NODE_PAGES};
 
@@ -25,21 +27,44 @@ pub struct Placement {
     pub nodes: bool,
     /// `x` and `y` on different pages, instead of different lines of one.
     pub pages: bool,
+    /// The variable whose pages are delegated, if one's are: nodes that do not own them ship what they do with
+    /// it. Only where both are on pages of their own, and nodes too.
+    pub delegated: Option<Var>,
 }
 
 impl Placement {
     /// All there are.
-    pub const ALL: [Placement; 4] = [
-        Placement { nodes: false, pages: false },
-        Placement { nodes: false, pages: true },
-        Placement { nodes: true, pages: false },
-        Placement { nodes: true, pages: true },
+    pub const ALL: [Placement; 6] = [
+        Placement { nodes: false, pages: false, delegated: None },
+        Placement { nodes: false, pages: true, delegated: None },
+        Placement { nodes: true, pages: false, delegated: None },
+        Placement { nodes: true, pages: true, delegated: None },
+        Placement { nodes: true, pages: true, delegated: Some(Var::X) },
+        Placement { nodes: true, pages: true, delegated: Some(Var::Y) },
     ];
 
     /// As reports call it.
     pub fn title(self) -> String {
         let nodes = if self.nodes { "a node each" } else { "one node" };
-        format!("{nodes}, {}", if self.pages { "two pages" } else { "one page" })
+        let pages = if self.pages { "two pages" } else { "one page" };
+        let delegated = match self.delegated {
+            None => "",
+            Some(Var::X) => ", x delegated",
+            Some(Var::Y) => ", y delegated",
+        };
+        format!("{nodes}, {pages}{delegated}")
+    }
+
+    /// The pages that are delegated.
+    fn delegated_pages(self, nodes: usize) -> Range<u64> {
+        let (to_y, step) = self.layout(nodes);
+        let first = VARIABLES * PAGE_SIZE;
+        let bytes = match self.delegated {
+            None => 0..0,
+            Some(Var::X) => first..first + BATCH * step,
+            Some(Var::Y) => first + to_y..first + to_y + BATCH * step,
+        };
+        (bytes.start / PAGE_SIZE) as u64..(bytes.end / PAGE_SIZE) as u64
     }
 
     /// Bytes from the first `x` to the first `y`, and from one iteration's variables to the next's.
@@ -70,7 +95,8 @@ pub fn outcomes(
     let threads = test.threads.len();
     let nodes: Vec<usize> = (0..threads).map(|thread| if placement.nodes { thread } else { 0 }).collect();
     // Nothing is kept longer than needed: what is wanted here is that pages change hands.
-    let machine = Machine::start(host, &nodes, Duration::ZERO)?;
+    let delegated = placement.delegated_pages(if placement.nodes { threads } else { 1 });
+    let machine = Machine::with_delegated(host, &nodes, Duration::ZERO, delegated)?;
     let mut counts = Counts::new();
     for batch in 0..iterations.div_ceil(BATCH) {
         let pauses = placement.nodes && batch % 4 != 0;
@@ -78,6 +104,10 @@ pub fn outcomes(
         machine.load(&test.threads.iter().map(code).collect::<Vec<_>>());
         one_batch(host, &machine, placement, threads, batch, &mut counts)?;
     }
+    let shipped: u64 = machine.engines().totals().iter().map(|totals| totals.operations_done).sum();
+    let uses =
+        |var| test.threads.iter().flat_map(|accesses| accesses.iter()).any(|access| access.var() == var);
+    ensure!(placement.delegated.is_none_or(|var| shipped > 0 || !uses(var)), "nothing was shipped");
     Ok(counts)
 }
 
@@ -103,7 +133,11 @@ fn one_batch(
     }
     let ticks = |ns: u64| ns * u64::from(host.tsc_khz) / 1_000_000;
     // Time enough for a page to come and go; and delays up to half of it.
-    let period = ticks(if placement.nodes { 40_000 } else { 600 });
+    let period = ticks(match (placement.nodes, placement.delegated) {
+        (false, _) => 600,
+        (true, None) => 40_000,
+        (true, Some(_)) => 100_000,
+    });
     let delay = if placement.nodes { period } else { period / 4 };
     let begin = base::trace::now() + ticks(300_000);
     let registers: Vec<kvm_regs> = (0..threads)
