@@ -35,6 +35,8 @@ pub enum Event {
         link: LinkId,
         /// How, as a clause.
         why: String,
+        /// Whether it was the node that closed it, whose fence is shut then.
+        by_node: bool,
     },
     /// A node process of ours ended.
     Ended {

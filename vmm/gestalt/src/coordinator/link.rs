@@ -11,7 +11,7 @@ use std::time::Duration;
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
 
 use super::event::{Event, LinkId};
-use machine::control::wire::{self, ControlChannel, HEARTBEAT, MAX_FRAME};
+use machine::control::wire::{self, ControlChannel, HEARTBEAT, MAX_FRAME, WireError};
 use machine::control::{FromCoordinator, ToCoordinator};
 
 /// An open connection. Dropping it closes the socket and ends both threads.
@@ -72,9 +72,10 @@ fn read(link: LinkId, mut stream: TcpStream, mut receiver: wire::Receiver, tell:
         match receiver.read_message::<ToCoordinator>(&mut stream, MAX_FRAME) {
             Ok(message) => tell(Event::Said { link, message }),
             Err(error) => {
+                tell(closed(link, &error));
                 // Whatever it was, this peer is no longer listened to; it should know.
                 let _ = stream.shutdown(Shutdown::Both);
-                return tell(Event::Closed { link, why: error.to_string() });
+                return;
             }
         }
     }
@@ -94,8 +95,14 @@ fn write(
             Err(RecvTimeoutError::Disconnected) => return,
         };
         if let Err(error) = sender.write_message(&mut stream, &message) {
+            // Before the reader sees the end that is made here.
+            tell(closed(link, &error));
             let _ = stream.shutdown(Shutdown::Both);
-            return tell(Event::Closed { link, why: error.to_string() });
+            return;
         }
     }
+}
+
+fn closed(link: LinkId, error: &WireError) -> Event {
+    Event::Closed { link, why: error.to_string(), by_node: matches!(error, WireError::Closed) }
 }

@@ -401,7 +401,7 @@ impl Driver {
             .and_then(|()| Ok(Link::open(link, stream, *session, self.config.silence, tell.clone())?));
         match opened {
             Ok(open) => drop(self.links.insert(link, open)),
-            Err(error) => tell(Event::Closed { link, why: error.to_string() }),
+            Err(error) => tell(Event::Closed { link, why: error.to_string(), by_node: false }),
         }
     }
 }

@@ -10,10 +10,13 @@
 //! Settling ── 0.3 s: consequences and causes come in ──┐   │
 //!                                                      ▼   ▼
 //!                               Stopping: all told Stop, within its grace
-//!                                                      │ all gone, or killed
+//!                                                      │ all gone, or killed, and none may write any more
 //!                                                      ▼
 //!                                         Over, or Joining again after Reset
 //! ```
+//!
+//! A node that was cut off hears no Stop, and goes on writing to its disks until its lease is over
+//! ([`fence`]). The machine has not ended before: a new one may have the same disks.
 //!
 //! [`Session::handle`] takes what happened and the time; it returns what to do. When one node goes, others
 //! notice and say so within moments, and the order in which that reaches us is chance: Settling waits for
@@ -28,6 +31,7 @@ use super::hotplug::{Hotplug, Step};
 use super::report::Tally;
 use machine::config::devices::PlacedDevice;
 use machine::config::{CheckedMachine, NodeHost};
+use machine::control::fence;
 use machine::control::wire::Hello;
 use machine::control::{FromCoordinator, Joined, Start, Stop, ToCoordinator};
 
@@ -41,6 +45,9 @@ pub const GRACE_CLEAN: Duration = Duration::from_secs(3);
 pub const PREPARE: Duration = Duration::from_secs(110);
 /// How long killed processes may take to disappear.
 pub const KILL: Duration = Duration::from_secs(1);
+
+/// By how much the clocks of nodes may differ from this one's over a lease.
+const CLOCKS: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 enum Phase {
@@ -69,6 +76,14 @@ struct Node {
     ready: bool,
     silent: bool,
     reported: bool,
+    /// Until when it may write to its disks, if it may; see [`machine::control::fence`].
+    writes: Option<Instant>,
+}
+
+impl Node {
+    fn writes(&self, now: Instant) -> bool {
+        self.writes.is_some_and(|until| now < until)
+    }
 }
 
 /// The coordinator's state.
@@ -154,15 +169,19 @@ impl Session {
                     self.said(node, message, now, &mut actions);
                 }
             }
-            Event::Closed { link, why } => {
+            Event::Closed { link, why, by_node } => {
                 if let Some(node) = self.node_of(link) {
                     self.nodes[node].link = None;
+                    if by_node {
+                        self.nodes[node].writes = None;
+                    }
                     self.suspect(node, Cause::Closed(why), now);
                 }
             }
             Event::Ended { node, life, how } => {
                 if life == self.life {
                     self.nodes[node].process = false;
+                    self.nodes[node].writes = None;
                     self.process_ended(node, how, now, &mut actions);
                 }
             }
@@ -253,6 +272,7 @@ impl Session {
                 ToCoordinator::Heartbeat(said),
                 Phase::Joining { .. } | Phase::Preparing { .. } | Phase::Running,
             ) => {
+                self.nodes[node].writes = Some(now + self.lease());
                 let link = self.nodes[node].link;
                 let message = FromCoordinator::Heartbeat(said);
                 out.extend(link.map(|link| Action::Send { link, message }));
@@ -428,6 +448,8 @@ impl Session {
     fn advance(&mut self, now: Instant, out: &mut Vec<Action>) {
         let left = |node: &&Node| node.link.is_some() || node.process;
         let gone = !self.nodes.iter().any(|node| left(&node));
+        // Another machine may have their disks after this one.
+        let quiet = !self.nodes.iter().any(|node| node.writes(now));
         // A silent node will not end because it is told to.
         let hopeless = self.nodes.iter().filter(left).all(|node| node.silent);
         match &mut self.phase {
@@ -457,21 +479,31 @@ impl Session {
                 let why = super::cause::first(evidence, &self.config);
                 self.stop(Ending::Over(Outcome::Failed(why)), now, out);
             }
-            Phase::Stopping { ending, .. } if gone => {
+            Phase::Stopping { ending, .. } if gone && quiet => {
                 let ending = ending.clone();
                 self.end(ending, now, out);
             }
             Phase::Stopping { until, ending } if hopeless || now >= *until => {
                 let ending = ending.clone();
                 let names = self.names(|node| node.link.is_some() || node.process);
-                if !matches!(ending, Ending::Over(Outcome::Failed(_))) {
+                if !gone && !matches!(ending, Ending::Over(Outcome::Failed(_))) {
                     out.push(Action::Warn(format!("{names} did not end in time")));
+                }
+                // The processes of the others are killed.
+                if self.nodes.iter().any(|node| node.writes(now) && !node.process) {
+                    let names = self.names(|node| node.writes(now) && !node.process);
+                    let most = self.nodes.iter().filter_map(|node| node.writes).max().unwrap_or(now);
+                    let seconds = most.saturating_duration_since(now).as_secs_f64();
+                    out.push(Action::Say(format!(
+                        "{names} may not know that the machine has ended: waiting {seconds:.1} s more, then \
+                         nothing is written to its disks"
+                    )));
                 }
                 out.extend(self.nodes.iter_mut().filter_map(|node| node.link.take()).map(Action::Close));
                 out.push(Action::KillAll);
                 self.phase = Phase::Killing { until: now + KILL, ending };
             }
-            Phase::Killing { until, ending } if gone || now >= *until => {
+            Phase::Killing { until, ending } if quiet && (gone || now >= *until) => {
                 let ending = ending.clone();
                 self.end(ending, now, out);
             }
@@ -492,6 +524,11 @@ impl Session {
                 out.push(Action::Over(outcome));
             }
         }
+    }
+
+    /// How long a node may write after its heartbeat has been answered, as counted here.
+    fn lease(&self) -> Duration {
+        fence::lease(self.config.silence) + CLOCKS
     }
 
     fn send_all(&self, message: &FromCoordinator, out: &mut Vec<Action>) {

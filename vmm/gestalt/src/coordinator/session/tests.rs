@@ -43,10 +43,14 @@ fn fabric(port: u16) -> Joined {
 
 impl Run {
     fn new(hosts: &[NodeHost]) -> (Run, Vec<Action>) {
-        let now = Instant::now();
-        let mut session = Session::new(config(hosts).check().unwrap(), "192.0.2.1:7700".into(), now);
+        Run::with(config(hosts))
+    }
+
+    fn with(config: MachineConfig) -> (Run, Vec<Action>) {
+        let (now, links) = (Instant::now(), (0..config.nodes.len() as u64).collect());
+        let mut session = Session::new(config.check().unwrap(), "192.0.2.1:7700".into(), now);
         let actions = session.start(now);
-        (Run { session, now, links: (0..hosts.len() as u64).collect() }, actions)
+        (Run { session, now, links }, actions)
     }
 
     fn handle(&mut self, event: Event) -> Vec<Action> {
@@ -70,7 +74,19 @@ impl Run {
 
     fn closed(&mut self, node: usize) -> Vec<Action> {
         let link = self.links[node];
-        self.handle(Event::Closed { link, why: "it closed the connection".into() })
+        self.handle(Event::Closed { link, why: "it closed the connection".into(), by_node: true })
+    }
+
+    /// Takes a machine of a local node, which has ended, and a remote one to where only the latter is left, at
+    /// which nothing arrives any more; how long it takes from there to the end.
+    fn waits_for_remote(&mut self) -> (Vec<Action>, Duration) {
+        self.closed(0);
+        let (mut actions, begin) = (self.ended(0, ProcessEnd::Code(0)), self.now);
+        while outcome(&actions).is_none() {
+            assert!(self.now - begin < Duration::from_secs(60), "{actions:?}");
+            actions.extend(self.pass(super::super::TICK, &[]));
+        }
+        (actions, self.now - begin)
     }
 
     /// Lets time pass in ticks, with heartbeats of the nodes in `alive`.
@@ -244,6 +260,37 @@ fn a_remote_node_that_stays_silent_is_given_up() {
     assert!(actions.contains(&Action::Close(1)), "nobody else is waited for: {actions:?}");
     let actions = run.pass(super::super::TICK, &[]);
     assert!(failure(&actions).starts_with("node n1 was lost: it was silent"));
+}
+
+#[test]
+fn the_machine_has_not_ended_while_a_node_that_is_cut_off_may_still_write_to_its_disks() {
+    for silence in [MachineConfig::default().silence, Duration::from_secs(20)] {
+        let hosts = [NodeHost::Local, NodeHost::Remote];
+        let (mut run, _) = Run::with(MachineConfig { silence, ..config(&hosts) });
+        run.boot();
+        run.pass(Duration::from_secs(1), &[0, 1]);
+        // From here on n1 hears nothing and says nothing; the operator is in a hurry.
+        let mut said = Vec::new();
+        (0..2).for_each(|_| said.extend(run.handle(Event::Interrupted(Interrupt::Signal(2)))));
+        let (actions, took) = run.waits_for_remote();
+        said.extend(actions);
+        assert!(took >= fence::lease(silence) && took < silence, "{took:?}");
+        let told = |action: &Action| matches!(action, Action::Say(text) if text.contains("node n1"));
+        assert!(said.iter().any(told), "{said:?}");
+        assert_eq!(outcome(&said), Some(&Outcome::Interrupted(Interrupt::Signal(2))));
+    }
+}
+
+#[test]
+fn a_connection_that_breaks_on_its_way_is_not_the_end_of_the_nodes_writing() {
+    let mut run = running(&[NodeHost::Local, NodeHost::Remote]);
+    run.pass(Duration::from_secs(1), &[0, 1]);
+    run.handle(Event::Closed { link: 1, why: "its connection failed".into(), by_node: false });
+    let broke = run.now;
+    run.pass(SETTLE, &[0]);
+    run.waits_for_remote();
+    let lease = fence::lease(MachineConfig::default().silence);
+    assert!(run.now - broke >= lease, "{:?}", run.now - broke);
 }
 
 #[test]
