@@ -9,7 +9,7 @@ use std::time::Duration;
 use ::tests::cpl3;
 use anyhow::{Context, Result, bail, ensure};
 use coherence::engine::Engine;
-use coherence::engine::ship::Vcpus as ShippingVcpus;
+use coherence::engine::vcpus::Vcpus as ShippingVcpus;
 use coherence::memory::DualMemory;
 use coherence::protocol::{self, Rules};
 use crossbeam::channel::{Receiver as Inbox, Sender, unbounded};

@@ -19,6 +19,7 @@ mod recall;
 mod request;
 mod shard;
 pub mod ship;
+pub mod vcpus;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use crossbeam::channel::Sender;
 
 use super::lent::{Lent, LentMut};
-use super::ship::Vcpus;
+use super::vcpus::Vcpus;
 use crate::page::Page;
 use crate::protocol::{Class, Operation, Shipping};
 

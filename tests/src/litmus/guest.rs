@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use coherence::engine::ship::Vcpus;
+use coherence::engine::vcpus::Vcpus;
 use coherence::page::{PAGE_SIZE, Page};
 use coherence::protocol::{Class, Shipping};
 use coherence::testing;

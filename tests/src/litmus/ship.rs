@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use coherence::engine::Engine;
-use coherence::engine::ship::Vcpus;
+use coherence::engine::vcpus::Vcpus;
 use coherence::memory::DualMemory;
 use coherence::page::{PAGE_SIZE, Page};
 use vmm::instruction::{self, Cpu, GuestPhysical, Shipment};

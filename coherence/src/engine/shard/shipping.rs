@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::EngineError;
-use super::super::ship::Vcpus;
+use super::super::vcpus::Vcpus;
 use super::Core;
 use crate::page::Page;
 use crate::protocol::{self, Body, Operation};

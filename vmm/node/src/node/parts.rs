@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use base::lock;
-use coherence::engine::ship::Vcpus as ShippingVcpus;
+use coherence::engine::vcpus::Vcpus as ShippingVcpus;
 use coherence::engine::{Engine, EngineConfig, OnFailure};
 use coherence::memory::DualMemory;
 use coherence::page::Homes;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use coherence::engine::Engine;
-use coherence::engine::ship::Vcpus;
+use coherence::engine::vcpus::Vcpus;
 use coherence::memory::DualMemory;
 use coherence::page::{PAGE_SIZE, Page};
 use firmware::layout::RamRange;

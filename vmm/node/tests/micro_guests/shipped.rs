@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
-use coherence::engine::ship::Vcpus as ShippingVcpus;
+use coherence::engine::vcpus::Vcpus as ShippingVcpus;
 use coherence::page::{Homes, PAGE_SIZE, Page};
 use coherence::protocol::{Rules, Shipping as How};
 use coherence::stats::Totals;
