@@ -176,12 +176,12 @@ impl Classifier {
                 return false;
             }
             How::Delegated(turns) => {
+                has_turn = turns.asks(by, write, window, now);
                 // A page that several can read moves when one of them writes.
-                if write && (!may_ship || readers > 0) {
+                if write && !has_turn && (!may_ship || readers > 0) {
                     turns.moved(by, now);
                 }
-                has_turn = turns.asks(by, write, window, now);
-                (!may_ship).then_some(false)
+                (!may_ship && !has_turn).then_some(false)
             }
             How::Pushed { writer, writes, unread } if write => {
                 known.last = now;

@@ -80,6 +80,10 @@ impl Turns {
 
     /// A node operates on the page; `true` if it is to ask for the page instead. `window` is the shortest.
     pub(super) fn operated(&mut self, by: NodeId, writes: bool, window: u16, now: u64) -> bool {
+        // Of the owner's, another of its vCPUs may have asked just before the page came.
+        if by == self.owner {
+            return false;
+        }
         // The tenure begins when there is somebody else who is kept waiting.
         if std::mem::take(&mut self.alone) {
             self.since = now;

@@ -9,6 +9,7 @@
 //! | state | dead when |
 //! |---|---|
 //! | something is in flight, and the peer has room | none of it has been acknowledged for a *silence*: whatever else comes from the peer, what is sent does not get there |
+//! | something is in flight, and the peer has no room any more | it was sent twice again, and nothing came for a silence |
 //! | nothing is in flight, and two probes are unanswered | nothing came for a silence |
 //! | the peer has no room, and answers | never by this rule |
 //!
@@ -83,23 +84,26 @@ fn look(link: &Link, watched: &mut Option<Watched>, silence: Duration) {
 #[derive(Debug)]
 struct Vigil {
     looked: Instant,
+    in_flight: bool,
     acked: u64,
     waited: Duration,
 }
 
 impl Vigil {
     fn new(now: Instant) -> Vigil {
-        Vigil { looked: now, acked: 0, waited: Duration::ZERO }
+        Vigil { looked: now, in_flight: false, acked: 0, waited: Duration::ZERO }
     }
 
     /// Takes a look's result; whether the connection is dead.
     fn is_dead(&mut self, info: &TcpInfo, silence: Duration, now: Instant) -> bool {
         // If this host stood still, that time proves nothing of the peer.
         let passed = now.saturating_duration_since(self.looked).min(2 * silence / LOOKS);
-        let waits = info.in_flight && info.has_room && info.acked == self.acked;
+        let waits = info.in_flight && self.in_flight && info.has_room && info.acked == self.acked;
         self.waited = if waits { self.waited + passed } else { Duration::ZERO };
-        (self.looked, self.acked) = (now, info.acked);
-        self.waited >= silence || !info.in_flight && info.probes >= 2 && info.heard >= silence
+        (self.looked, self.in_flight, self.acked) = (now, info.in_flight, info.acked);
+        let asked = if info.in_flight { info.sent_again } else { info.probes };
+        let unheard = asked >= 2 && info.heard >= silence && !(info.in_flight && info.has_room);
+        self.waited >= silence || unheard
     }
 }
 
@@ -110,8 +114,14 @@ mod tests {
     const SILENCE: Duration = Duration::from_secs(3);
     const LOOK: Duration = Duration::from_millis(500);
     /// Idle and well.
-    const IDLE: TcpInfo =
-        TcpInfo { in_flight: false, acked: 9, probes: 0, has_room: true, heard: Duration::ZERO };
+    const IDLE: TcpInfo = TcpInfo {
+        in_flight: false,
+        acked: 9,
+        sent_again: 0,
+        probes: 0,
+        has_room: true,
+        heard: Duration::ZERO,
+    };
 
     /// After which time in this state a connection is dead, if it is within a minute.
     fn dead_after(state: impl Fn(u64) -> TcpInfo) -> Option<Duration> {
@@ -127,7 +137,8 @@ mod tests {
 
     #[test]
     fn a_peer_is_dead_when_what_was_sent_is_not_acknowledged_whatever_it_sends_itself() {
-        assert_eq!(dead_after(|_| TcpInfo { in_flight: true, ..IDLE }), Some(SILENCE));
+        // It may have been sent just before it was seen for the first time.
+        assert_eq!(dead_after(|_| TcpInfo { in_flight: true, ..IDLE }), Some(SILENCE + LOOK));
         assert_eq!(dead_after(|n| TcpInfo { in_flight: true, acked: n, ..IDLE }), None, "it is slow");
     }
 
@@ -136,6 +147,8 @@ mod tests {
         let full = TcpInfo { has_room: false, ..IDLE };
         assert_eq!(dead_after(|_| full), None);
         assert_eq!(dead_after(|_| TcpInfo { in_flight: true, ..full }), None, "the window shrank");
+        let lost = |n| TcpInfo { in_flight: true, sent_again: n as u8, heard: LOOK * n as u32, ..full };
+        assert_eq!(dead_after(lost), Some(SILENCE));
         // A look may come between a probe and its answer, and the last probe may be long ago.
         let rare = |n| TcpInfo { probes: u8::from(n % 4 == 0), heard: Duration::from_secs(60), ..full };
         assert_eq!(dead_after(rare), None);

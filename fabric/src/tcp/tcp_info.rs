@@ -13,6 +13,8 @@ pub(super) struct TcpInfo {
     pub(super) in_flight: bool,
     /// Bytes that have been acknowledged since the connection began.
     pub(super) acked: u64,
+    /// How often in a row the first of them has been sent again.
+    pub(super) sent_again: u8,
     /// Probes that have been sent, of an idle connection or of a window of zero, since something came.
     pub(super) probes: u8,
     /// The peer has said that it has room.
@@ -22,6 +24,7 @@ pub(super) struct TcpInfo {
 }
 
 // Offsets of fields, whose order is part of the kernel's interface.
+const RETRANSMITS: usize = 2;
 const PROBES: usize = 3;
 const UNACKED: usize = 24;
 const LAST_ACK_RECV: usize = 56;
@@ -54,6 +57,7 @@ impl TcpInfo {
         TcpInfo {
             in_flight: word(UNACKED) > 0,
             acked: u64::from_ne_bytes(acked),
+            sent_again: info[RETRANSMITS],
             probes: info[PROBES],
             has_room: word(SND_WND) > 0,
             heard: Duration::from_millis(word(LAST_ACK_RECV).into()),

@@ -207,7 +207,7 @@ fn nodes_that_do_nothing_but_count_get_equal_shares_in_the_long_run() {
         let (done, told) = counting(nodes, 3_000);
         let share = done.iter().sum::<u64>() / nodes.len() as u64;
         println!("nodes {nodes:?}: {done:?}, {told:?}");
-        assert!(done.iter().all(|&done| done > share / 2), "{done:?}");
+        assert!(done.iter().all(|&done| done > share / 10 * 9), "{done:?}");
         assert!(told.changes <= 2 && told.moves < 300, "{told:?}");
     }
 }
