@@ -3,7 +3,7 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -468,7 +468,11 @@ fn a_node_that_has_lost_its_coordinator_writes_nothing_in_the_time_that_it_has_t
 
 #[test]
 fn a_node_notices_within_five_seconds_that_its_coordinator_is_gone() {
-    let (why, _) = loss_seen_by_node(drop);
+    let (why, _) = loss_seen_by_node(|mut stream| {
+        stream.shutdown(Shutdown::Write).unwrap();
+        // Dropped before the node's heartbeats are read, it would be reset.
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
     assert_eq!(why, "the coordinator was lost: it closed the connection");
     let (hold, until) = channel::bounded::<()>(0);
     let (why, after) = loss_seen_by_node(move |stream| {

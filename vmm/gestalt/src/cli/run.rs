@@ -154,7 +154,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE[,node=NAME]", value_parser = parse_balloon, num_args = 0..=1,
           default_missing_value = "")]
     balloon: Option<DeviceRequest>,
-    /// A node that says nothing for so long is lost
+    /// A node that says nothing for so long is lost: 1 s to 60 s
     #[arg(long, value_parser = parse_duration)]
     silence: Option<Duration>,
     /// Threads per node that keep memory coherent; default: one for every eight CPUs of the largest node

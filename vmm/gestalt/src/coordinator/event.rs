@@ -35,7 +35,7 @@ pub enum Event {
         link: LinkId,
         /// How, as a clause.
         why: String,
-        /// Whether it was the node that closed it, whose fence is shut then.
+        /// Whether it was the node that closed it, in good order: its fence is shut then.
         by_node: bool,
     },
     /// A node process of ours ended.

@@ -72,7 +72,10 @@ fn read(link: LinkId, mut stream: TcpStream, mut receiver: wire::Receiver, tell:
         match receiver.read_message::<ToCoordinator>(&mut stream, MAX_FRAME) {
             Ok(message) => tell(Event::Said { link, message }),
             Err(error) => {
-                tell(closed(link, &error));
+                // Only a node that has closed the connection has shut its fence. One whose connection was cut
+                // off on its way may not know.
+                let by_node = matches!(error, WireError::Closed);
+                tell(Event::Closed { link, why: error.to_string(), by_node });
                 // Whatever it was, this peer is no longer listened to; it should know.
                 let _ = stream.shutdown(Shutdown::Both);
                 return;
@@ -96,13 +99,82 @@ fn write(
         };
         if let Err(error) = sender.write_message(&mut stream, &message) {
             // Before the reader sees the end that is made here.
-            tell(closed(link, &error));
+            tell(Event::Closed { link, why: error.to_string(), by_node: false });
             let _ = stream.shutdown(Shutdown::Both);
             return;
         }
     }
 }
 
-fn closed(link: LinkId, error: &WireError) -> Event {
-    Event::Closed { link, why: error.to_string(), by_node: matches!(error, WireError::Closed) }
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    use machine::control::wire::Hello;
+    use machine::keys::MachineKey;
+    use nix::sys::socket::{setsockopt, sockopt};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A node's end of a connection, and the coordinator's after the handshake.
+    fn connected() -> (TcpStream, TcpStream, ControlChannel) {
+        let key = MachineKey::from_bytes([0x42; 32]);
+        let (node_key, keys) = (key.node("n0").unwrap(), key.coordinator(["n0"].into_iter()).unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let node = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (coordinator, _) = listener.accept().unwrap();
+        let introduction = thread::spawn({
+            let node = node.try_clone().unwrap();
+            let hello = Hello { name: "n0".into(), host: "h".into(), kernel: "6.12".into(), emulated: false };
+            move || wire::introduce(&node, &node_key, &hello).map(drop)
+        });
+        let (_, mut session) = wire::receive_hello(&coordinator, &keys).unwrap();
+        let no = wire::Answer::Refused { why: "a test".into(), later: false };
+        wire::answer(&coordinator, &mut session.sender, &no).unwrap();
+        introduction.join().unwrap().unwrap();
+        (node, coordinator, session)
+    }
+
+    /// What the coordinator's reader says of a connection to whose other end `end` happens.
+    fn told_of(end: impl FnOnce(TcpStream)) -> (String, bool) {
+        let (node, stream, session) = connected();
+        let (tell, told) = channel::unbounded();
+        end(node);
+        read(3, stream, session.receiver, move |event| tell.send(event).unwrap());
+        match told.recv_timeout(PATIENCE).unwrap() {
+            Event::Closed { link: 3, why, by_node } => (why, by_node),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn reset(node: TcpStream) {
+        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+        setsockopt(&node, sockopt::Linger, &linger).unwrap();
+    }
+
+    #[test]
+    fn only_an_end_of_the_connection_in_good_order_is_the_nodes_own() {
+        assert_eq!(told_of(drop), ("it closed the connection".into(), true));
+        assert_eq!(told_of(reset), ("its connection was cut off".into(), false));
+        for half in [&[2, 0][..], &[2, 0, 0, 0], &[2, 0, 0, 0, 1]] {
+            let told = told_of(|mut node| node.write_all(half).unwrap());
+            assert_eq!(told, ("its connection was cut off".into(), false), "{half:?}");
+        }
+    }
+
+    #[test]
+    fn what_the_writer_meets_is_never_the_nodes_own_end() {
+        let (node, stream, session) = connected();
+        let (tell, told) = channel::unbounded();
+        let (queue, said) = channel::unbounded();
+        // Without a reader only the writer can notice; what it meets is the reset.
+        reset(node);
+        queue.send(FromCoordinator::Go).unwrap();
+        write(3, stream, session.sender, said, move |event| tell.send(event).unwrap());
+        let event = told.recv_timeout(PATIENCE).unwrap();
+        assert!(matches!(event, Event::Closed { link: 3, by_node: false, .. }), "{event:?}");
+    }
 }

@@ -12,8 +12,8 @@ use super::devices::{DeviceRequest, PlacedDevice, check_share, place, place_next
 use super::rdma::FabricKind;
 use super::units::{check_name, check_word};
 use super::{
-    ConfigError, MAX_HOLD, MAX_SHARDS, MAX_TIMER_REST, MIN_SILENCE, MachineConfig, NodeConfig, NodeHost,
-    wrong,
+    ConfigError, MAX_HOLD, MAX_SHARDS, MAX_SILENCE, MAX_TIMER_REST, MIN_SILENCE, MachineConfig, NodeConfig,
+    NodeHost, wrong,
 };
 use crate::control::Machine;
 
@@ -131,6 +131,13 @@ impl MachineConfig {
                 self.silence
             ));
         }
+        if self.silence > MAX_SILENCE {
+            return wrong(format!(
+                "a silence of {:?} would let a machine whose node is lost stand still for so long: choose \
+                 {MAX_SILENCE:?} or less",
+                self.silence
+            ));
+        }
         if self.hold > MAX_HOLD {
             return wrong(format!(
                 "a hold of {:?} would stall every other node: choose {MAX_HOLD:?} or less",
@@ -223,6 +230,17 @@ mod tests {
 
     fn refusal(config: &MachineConfig) -> String {
         config.clone().check().unwrap_err().0
+    }
+
+    #[test]
+    fn a_silence_is_neither_shorter_than_a_busy_host_s_nor_longer_than_anybody_waits() {
+        let with = |silence| MachineConfig { silence, ..machine(vec![node("n0", NodeHost::Local)]) };
+        let passes = |silence| with(silence).check().is_ok();
+        assert!(passes(MIN_SILENCE) && passes(MAX_SILENCE));
+        let short = refusal(&with(MIN_SILENCE - Duration::from_millis(1)));
+        assert!(short.contains("999ms") && short.contains("choose 1s or more"), "{short}");
+        let long = refusal(&with(MAX_SILENCE + Duration::from_millis(1)));
+        assert!(long.contains("60.001s") && long.contains("choose 60s or less"), "{long}");
     }
 
     #[test]

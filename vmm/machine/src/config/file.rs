@@ -7,7 +7,7 @@
 //! initrd = "initrd.img"
 //! cmdline = "console=ttyS0"
 //! listen = "192.0.2.1:7700"           # default: loopback, any port
-//! silence = "3s"                      # a node that says nothing for so long is lost
+//! silence = "3s"                      # a node that says nothing for so long (1 to 60 s) is lost
 //! shards = 2                          # threads per node that keep memory coherent; default: by CPUs
 //! hold = "100us"                      # how long a node keeps a page it just won
 //! ship = "off"                        # or "auto", "always": instructions go to pages, not pages to instructions

@@ -40,6 +40,8 @@ use self::rdma::{FabricKind, RdmaConfig};
 pub const DEFAULT_SILENCE: Duration = Duration::from_secs(3);
 /// The shortest silence that can be told from a busy host: several heartbeats (every 0.5 s) must fit.
 pub const MIN_SILENCE: Duration = Duration::from_secs(1);
+/// The longest silence: the end of a machine waits for most of one if a node was cut off.
+pub const MAX_SILENCE: Duration = Duration::from_secs(60);
 /// How long a node keeps a page that it just won, unless the machine file says otherwise.
 pub const DEFAULT_HOLD: Duration = Duration::from_micros(100);
 /// The longest hold: every other node's access to the page waits for it.
@@ -139,7 +141,7 @@ pub struct MachineConfig {
     pub devices: Vec<DeviceRequest>,
     /// SLIT distances; empty for 10 and 20.
     pub distances: Vec<Vec<u8>>,
-    /// How long a node may say nothing.
+    /// How long a node may say nothing: [`MIN_SILENCE`] to [`MAX_SILENCE`].
     pub silence: Duration,
     /// Coherence shards; `None`: as many as [`MachineConfig::shards`] thinks.
     pub shards: Option<u16>,

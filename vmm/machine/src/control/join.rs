@@ -115,7 +115,7 @@ pub fn join(options: &JoinOptions) -> Result<(Assignment, Control), JoinError> {
                     return Err(JoinError::Refused { address, why });
                 }
                 // A coordinator that is just ending; another may come.
-                Err(WireError::Closed) if !late => {}
+                Err(WireError::Closed | WireError::CutOff) if !late => {}
                 Err(why) => return Err(JoinError::Handshake { address, why }),
             },
             Err(_) if !late => {}
@@ -164,6 +164,7 @@ fn open(
     let (control, ControlEnd { from_node, to_node, lost }) = Control::fenced(fence.clone());
     let ended = Arc::new(AtomicBool::new(false));
     let (reading, node_left) = (stream.try_clone()?, ended.clone());
+    let writers_fence = fence.clone();
     let (watchdog, name) = (options.watchdog, options.hello.name.clone());
     thread::Builder::new().name("control-read".into()).spawn(move || {
         let stopped = Cell::new(false);
@@ -185,7 +186,7 @@ fn open(
     })?;
     thread::Builder::new()
         .name("control-write".into())
-        .spawn(move || write(stream, sender, &from_node, &ended))?;
+        .spawn(move || write(stream, sender, &from_node, &ended, &writers_fence))?;
     Ok((Assignment { node: assigned.node, machine: assigned.machine, fabric_listen }, control))
 }
 
@@ -242,6 +243,7 @@ fn write(
     mut sender: wire::Sender,
     from_node: &Receiver<Outgoing>,
     ended: &AtomicBool,
+    fence: &Fence,
 ) {
     let mut beat = Instant::now();
     loop {
@@ -275,5 +277,36 @@ fn write(
             break;
         }
     }
+    // Before the coordinator hears of it: it takes this node's end of the connection for its last write.
+    fence.end();
     let _ = stream.shutdown(Shutdown::Both);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_node_writes_nothing_any_more_before_the_coordinator_hears_that_it_has_gone() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        let (fence, ended) = (Arc::new(Fence::leased(Duration::from_secs(40))), AtomicBool::new(false));
+        let (control, end) = Control::fenced(fence.clone());
+        let coordinator = thread::spawn({
+            let fence = fence.clone();
+            move || {
+                far.read_to_end(&mut Vec::new()).unwrap();
+                fence.has_ended()
+            }
+        });
+        drop(control);
+        assert!(!fence.has_ended());
+        // No reader runs that could shut the fence instead.
+        write(near, wire::tests::sessions().0.sender, &end.from_node, &ended, &fence);
+        assert!(coordinator.join().unwrap());
+    }
 }

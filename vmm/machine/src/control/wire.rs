@@ -91,9 +91,12 @@ pub struct Assigned {
 /// Why a connection cannot go on, as a clause about the peer: `it closed the connection`.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// End of stream between frames.
+    /// End of stream where a frame could begin: the peer has closed the connection, in good order.
     #[error("it closed the connection")]
     Closed,
+    /// A reset, or an end of stream within a frame: the peer may live, and know nothing of it.
+    #[error("its connection was cut off")]
+    CutOff,
     /// Nothing came within the connection's read timeout.
     #[error("it was silent for {0:.1?}")]
     Silent(Duration),
@@ -149,10 +152,9 @@ pub enum WireError {
 impl From<io::Error> for WireError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::UnexpectedEof
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::BrokenPipe
-            | io::ErrorKind::ConnectionAborted => WireError::Closed,
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionAborted => {
+                WireError::CutOff
+            }
             _ => WireError::Io(error),
         }
     }
@@ -188,9 +190,11 @@ pub fn read_frame(stream: &mut impl Read, limit: usize) -> Result<Vec<u8>, WireE
 }
 
 fn read_length(stream: &mut impl Read, limit: usize) -> Result<usize, WireError> {
-    let mut length = [0; 4];
-    stream.read_exact(&mut length)?;
-    let length = u32::from_le_bytes(length) as usize;
+    let length = match read_up_to(stream, 4)?[..] {
+        [] => return Err(WireError::Closed),
+        [a, b, c, d] => u32::from_le_bytes([a, b, c, d]) as usize,
+        _ => return Err(WireError::CutOff),
+    };
     if length == 0 || length > limit {
         return Err(WireError::Length { length, limit });
     }
@@ -198,13 +202,16 @@ fn read_length(stream: &mut impl Read, limit: usize) -> Result<usize, WireError>
 }
 
 fn read_exactly(stream: &mut impl Read, length: usize) -> Result<Vec<u8>, WireError> {
+    let payload = read_up_to(stream, length)?;
+    if payload.len() < length { Err(WireError::CutOff) } else { Ok(payload) }
+}
+
+/// Fewer bytes only at the end of the stream.
+fn read_up_to(stream: &mut impl Read, length: usize) -> io::Result<Vec<u8>> {
     // Grows as bytes arrive: a length alone allocates nothing.
-    let mut payload = Vec::new();
-    stream.take(length as u64).read_to_end(&mut payload)?;
-    if payload.len() < length {
-        return Err(WireError::Closed);
-    }
-    Ok(payload)
+    let mut bytes = Vec::new();
+    stream.take(length as u64).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// The sending direction of a control connection.
@@ -475,7 +482,7 @@ impl Write for Deadline<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::control::{FromCoordinator, Stop};
 
@@ -510,7 +517,7 @@ mod tests {
     }
 
     /// Both ends of a session.
-    fn sessions() -> (ControlChannel, ControlChannel) {
+    pub(in crate::control) fn sessions() -> (ControlChannel, ControlChannel) {
         let key = |byte| fabric::secure::PrivateKey::from_bytes([byte; 32]);
         let mut near = Handshake::call(PATTERN, &key(1), &key(2).public(), b"").unwrap();
         let mut far = Handshake::answer(PATTERN, &key(2), None, b"").unwrap();
@@ -529,8 +536,10 @@ mod tests {
         assert!(matches!(refused(&[65, 0, 0, 0, 1]), WireError::Length { length: 65, .. }));
         assert!(matches!(refused(&[1, 0, 0, 0, 99]), WireError::Malformed(_)));
         assert!(matches!(refused(&[2, 0, 0, 0, 2, 2]), WireError::Malformed(_)));
-        assert!(matches!(refused(&[2, 0, 0, 0, 2]), WireError::Closed));
-        assert!(matches!(refused(&[2, 0]), WireError::Closed));
+        assert!(matches!(refused(&[2, 0, 0, 0, 2]), WireError::CutOff));
+        assert!(matches!(refused(&[2, 0, 0, 0]), WireError::CutOff));
+        assert!(matches!(refused(&[2, 0]), WireError::CutOff));
+        assert!(matches!(refused(&[]), WireError::Closed));
     }
 
     #[test]

@@ -16,7 +16,8 @@
 //! ```
 //!
 //! A node that was cut off hears no Stop, and goes on writing to its disks until its lease is over
-//! ([`fence`]). The machine has not ended before: a new one may have the same disks.
+//! ([`fence`]). The machine has not ended before: a new one may have the same disks. Who is told so and
+//! interrupts all the same ends that wait, and is warned.
 //!
 //! [`Session::handle`] takes what happened and the time; it returns what to do. When one node goes, others
 //! notice and say so within moments, and the order in which that reaches us is chance: Settling waits for
@@ -51,12 +52,27 @@ const CLOCKS: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 enum Phase {
-    Joining { until: Instant },
-    Preparing { until: Instant },
+    Joining {
+        until: Instant,
+    },
+    Preparing {
+        until: Instant,
+    },
     Running,
-    Settling { until: Instant, evidence: Vec<Evidence> },
-    Stopping { until: Instant, ending: Ending },
-    Killing { until: Instant, ending: Ending },
+    Settling {
+        until: Instant,
+        evidence: Vec<Evidence>,
+    },
+    Stopping {
+        until: Instant,
+        ending: Ending,
+    },
+    /// `hurried`: there was an interrupt since.
+    Killing {
+        until: Instant,
+        ending: Ending,
+        hurried: bool,
+    },
     Over,
 }
 
@@ -400,7 +416,29 @@ impl Session {
                 }
             }
             Phase::Settling { until, .. } => *until = now,
-            Phase::Killing { .. } | Phase::Over => {}
+            Phase::Killing { hurried: true, ending, .. } => {
+                let ending = ending.clone();
+                if let Some((names, seconds)) = self.writers(now, |_| true) {
+                    out.push(Action::Warn(format!(
+                        "{names} may still write to disks for {seconds:.1} s: wait so long before these disks are \
+                         given to another machine"
+                    )));
+                }
+                self.end(ending, now, out);
+            }
+            Phase::Killing { hurried, ending, .. } => {
+                *hurried = true;
+                if let Ending::Restart = ending {
+                    *ending = Ending::Over(Outcome::Interrupted(who));
+                }
+                if let Some((names, seconds)) = self.writers(now, |_| true) {
+                    out.push(Action::Say(format!(
+                        "{names} may still write to disks for {seconds:.1} s: another interrupt ends this at once \
+                         all the same"
+                    )));
+                }
+            }
+            Phase::Over => {}
             Phase::Joining { .. } | Phase::Preparing { .. } | Phase::Running => {
                 self.stop(Ending::Over(Outcome::Interrupted(who)), now, out);
             }
@@ -490,10 +528,7 @@ impl Session {
                     out.push(Action::Warn(format!("{names} did not end in time")));
                 }
                 // The processes of the others are killed.
-                if self.nodes.iter().any(|node| node.writes(now) && !node.process) {
-                    let names = self.names(|node| node.writes(now) && !node.process);
-                    let most = self.nodes.iter().filter_map(|node| node.writes).max().unwrap_or(now);
-                    let seconds = most.saturating_duration_since(now).as_secs_f64();
+                if let Some((names, seconds)) = self.writers(now, |node| !node.process) {
                     out.push(Action::Say(format!(
                         "{names} may not know that the machine has ended: waiting {seconds:.1} s more, then \
                          nothing is written to its disks"
@@ -501,9 +536,9 @@ impl Session {
                 }
                 out.extend(self.nodes.iter_mut().filter_map(|node| node.link.take()).map(Action::Close));
                 out.push(Action::KillAll);
-                self.phase = Phase::Killing { until: now + KILL, ending };
+                self.phase = Phase::Killing { until: now + KILL, ending, hurried: false };
             }
-            Phase::Killing { until, ending } if quiet && (gone || now >= *until) => {
+            Phase::Killing { until, ending, .. } if quiet && (gone || now >= *until) => {
                 let ending = ending.clone();
                 self.end(ending, now, out);
             }
@@ -549,6 +584,15 @@ impl Session {
         let chosen = self.nodes.iter().zip(&self.config.nodes).filter(|(node, _)| which(node));
         let names: Vec<_> = chosen.map(|(_, config)| config.spec.name.as_str()).collect();
         format!("{} {}", if names.len() == 1 { "node" } else { "nodes" }, names.join(", "))
+    }
+
+    /// The names of those among `which` that may write to their disks, if there are any, and for how many
+    /// seconds more: tenths, rounded up.
+    fn writers(&self, now: Instant, which: impl Fn(&Node) -> bool) -> Option<(String, f64)> {
+        let writes = |node: &Node| node.writes(now) && which(node);
+        let until = self.nodes.iter().filter(|node| writes(node)).filter_map(|node| node.writes).max()?;
+        let tenths = until.saturating_duration_since(now).as_nanos().div_ceil(100_000_000);
+        Some((self.names(writes), tenths as f64 / 10.0))
     }
 
     fn missing_sentence(&self) -> String {

@@ -281,6 +281,60 @@ fn the_machine_has_not_ended_while_a_node_that_is_cut_off_may_still_write_to_its
     }
 }
 
+/// A machine whose guest asked for a reboot and whose node n1 is cut off, where only n1's lease is waited for.
+fn rebooting_without_n1() -> Run {
+    let mut run = running(&[NodeHost::Local, NodeHost::Remote]);
+    run.pass(Duration::from_secs(1), &[0, 1]);
+    run.said(0, ToCoordinator::Reset);
+    run.handle(Event::Closed { link: 1, why: "its connection was cut off".into(), by_node: false });
+    run.closed(0);
+    let actions = run.ended(0, ProcessEnd::Code(0));
+    assert!(actions.contains(&Action::KillAll), "{actions:?}");
+    run
+}
+
+const CTRL_C: Interrupt = Interrupt::Signal(2);
+
+#[test]
+fn an_interrupt_while_a_cut_off_node_is_waited_for_keeps_the_machine_from_starting_again() {
+    let mut run = rebooting_without_n1();
+    let actions = run.handle(Event::Interrupted(CTRL_C));
+    assert!(matches!(&actions[..], [Action::Say(text)] if text.contains("another interrupt")), "{actions:?}");
+    let actions = run.pass(Duration::from_secs(2), &[]);
+    assert_eq!(actions, vec![], "the lease is waited for all the same");
+    let actions = run.pass(Duration::from_millis(500), &[]);
+    assert_eq!(actions, vec![Action::Over(Outcome::Interrupted(CTRL_C))]);
+}
+
+#[test]
+fn a_further_interrupt_ends_the_wait_with_a_warning_of_who_may_write_and_for_how_long() {
+    let mut run = rebooting_without_n1();
+    run.handle(Event::Interrupted(CTRL_C));
+    // Of the lease, 2.25 s and what clocks may differ.
+    run.now += Duration::from_millis(1090);
+    let actions = run.handle(Event::Interrupted(CTRL_C));
+    let warning = "node n1 may still write to disks for 1.3 s: wait so long before these disks are given to \
+                   another machine";
+    let over = Action::Over(Outcome::Interrupted(CTRL_C));
+    assert_eq!(actions, vec![Action::Warn(warning.into()), over]);
+    assert_eq!(run.handle(Event::Interrupted(CTRL_C)), vec![]);
+}
+
+#[test]
+fn interrupts_do_not_change_why_a_machine_ended() {
+    let mut run = running(&[NodeHost::Local, NodeHost::Remote]);
+    run.pass(Duration::from_secs(1), &[0, 1]);
+    run.handle(Event::Closed { link: 1, why: "its connection was cut off".into(), by_node: false });
+    run.pass(SETTLE, &[0]);
+    // Stopping: the first says now; Killing: the second is noted, the third ends it.
+    let mut actions = Vec::new();
+    (0..3).for_each(|_| {
+        assert_eq!(outcome(&actions), None);
+        actions.extend(run.handle(Event::Interrupted(CTRL_C)));
+    });
+    assert_eq!(failure(&actions), "node n1 was lost: its connection was cut off");
+}
+
 #[test]
 fn a_connection_that_breaks_on_its_way_is_not_the_end_of_the_nodes_writing() {
     let mut run = running(&[NodeHost::Local, NodeHost::Remote]);
