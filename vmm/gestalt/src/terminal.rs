@@ -72,10 +72,9 @@ pub fn leave_raw() {
 /// # Errors
 /// What the system says; then everything goes on as before.
 pub fn queue_lines() -> io::Result<()> {
-    let gap = |stderr: &mut io::Stderr, bytes| {
+    let gap = |bytes| {
         let line = format!("({bytes} bytes of messages were left out here: standard error stood still)\n");
-        // With stderr closed there is nobody to tell.
-        let _ = stderr.write_all(&with_returns(line.as_bytes()));
+        with_returns(line.as_bytes())
     };
     let output = Output::start(io::stderr(), gap)?;
     if ERRORS.set(output).is_ok() {

@@ -1,7 +1,7 @@
 //! `gestalt run`: reads what machine is wanted, refuses what cannot be, and holds it to its end.
 
 use std::fs::File;
-use std::io::{Stdout, Write};
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -255,8 +255,10 @@ fn hold(
     terminal::end_on_panic();
     let _restore = terminal::Restore;
     signals::watch(interrupt.clone())?;
-    let gap = |_: &mut Stdout, bytes| {
+    let gap = |bytes| {
         tracing::warn!("standard output stood still: {bytes} bytes of what the guest wrote were left out");
+        // Not among the guest's output.
+        Vec::new()
     };
     let output = Output::start(std::io::stdout(), gap)?;
     let guest = output.clone();
