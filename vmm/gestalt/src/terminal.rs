@@ -23,6 +23,8 @@ pub const ESCAPE_HINT: &str = "press Ctrl-] then q to end the machine";
 const ESCAPE: u8 = 0x1d;
 /// How long a line may take to be written before nobody waits for that any more.
 const LINE: Duration = Duration::from_millis(50);
+/// How long the last lines wait for a terminal that takes nothing.
+const LAST_LINES: Duration = Duration::from_secs(2);
 /// How much is read from the terminal at once, in bytes.
 const PIECE: usize = 4096;
 
@@ -72,21 +74,27 @@ pub fn leave_raw() {
 /// # Errors
 /// What the system says; then everything goes on as before.
 pub fn queue_lines() -> io::Result<()> {
-    let gap = |stderr: &mut io::Stderr, bytes| {
+    let gap = |bytes| {
         let line = format!("({bytes} bytes of messages were left out here: standard error stood still)\n");
-        // With stderr closed there is nobody to tell.
-        let _ = stderr.write_all(&with_returns(line.as_bytes()));
+        with_returns(line.as_bytes())
     };
     let output = Output::start(io::stderr(), gap)?;
     if ERRORS.set(output).is_ok() {
-        set_hook(Box::new(|panic| say(&panic_text(panic))));
+        set_hook(Box::new(|panic| say_last(&panic_text(panic))));
     }
     Ok(())
 }
 
-/// Waits until all lines have been written, `timeout` at most.
-pub fn flush_lines(timeout: Duration) -> bool {
-    ERRORS.get().is_none_or(|output| output.settle(timeout))
+/// Waits until all lines have been written: for a slow terminal as long as that takes, for one that stands
+/// still [`LAST_LINES`].
+pub fn flush_lines() -> bool {
+    ERRORS.get().is_none_or(|output| output.settle(LAST_LINES))
+}
+
+/// Waits until all lines have been written, [`LAST_LINES`] at most: for whoever has no time for a slow
+/// terminal.
+pub fn flush_lines_soon() -> bool {
+    ERRORS.get().is_none_or(|output| output.settle_within(LAST_LINES))
 }
 
 fn panic_text(panic: &PanicHookInfo) -> String {
@@ -107,6 +115,8 @@ pub fn end_on_panic() {
     set_hook(Box::new(move |panic| {
         leave_raw();
         usual(panic);
+        // The exit ends the thread that writes it. Not for long: the machine is in nobody's hands.
+        flush_lines_soon();
         std::process::exit(101);
     }));
 }
@@ -127,14 +137,21 @@ pub fn say(line: &str) {
     let _ = Stderr.write_all(format!("{line}\n").as_bytes());
 }
 
+/// [`say`] for a line that explains the end: queued even if the queue is full.
+pub fn say_last(line: &str) {
+    match ERRORS.get() {
+        Some(output) => output.write_last(returned(format!("{line}\n").as_bytes()).into_owned(), LINE),
+        None => say(line),
+    }
+}
+
 /// Standard error for whole lines: a raw terminal needs a carriage return with every newline.
 #[derive(Copy, Clone, Debug)]
 pub struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let raw = RAW.load(Ordering::Acquire);
-        let bytes_out = if raw { Cow::Owned(with_returns(bytes)) } else { Cow::Borrowed(bytes) };
+        let bytes_out = returned(bytes);
         match ERRORS.get() {
             Some(output) => output.write(bytes_out.into_owned(), LINE),
             None => io::stderr().lock().write_all(&bytes_out)?,
@@ -146,6 +163,11 @@ impl Write for Stderr {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// `bytes` as the terminal's mode needs them.
+fn returned(bytes: &[u8]) -> Cow<'_, [u8]> {
+    if RAW.load(Ordering::Acquire) { Cow::Owned(with_returns(bytes)) } else { Cow::Borrowed(bytes) }
 }
 
 fn with_returns(bytes: &[u8]) -> Vec<u8> {

@@ -25,7 +25,6 @@ pub mod run;
 mod signals;
 
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -35,9 +34,6 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::log_limit::LogLimit;
 use crate::terminal;
 use machine::control::{Assignment, Control, Exit};
-
-/// How long the last lines may take to be written.
-const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// What a node does once it has its assignment: `node::run`.
 pub type NodeMain = fn(Assignment, Control) -> anyhow::Result<Exit>;
@@ -95,13 +91,14 @@ pub fn main(node_main: NodeMain) -> ExitCode {
     terminal::leave_raw();
     let code = ended.map_or_else(
         |error| {
-            terminal::say(&format!("gestalt: {error:#}"));
+            terminal::say_last(&format!("gestalt: {error:#}"));
             ExitCode::FAILURE
         },
         ExitCode::from,
     );
+    signals::release();
     // What is not written by then is lost: nobody reads it.
-    terminal::flush_lines(LAST_LINES);
+    terminal::flush_lines();
     code
 }
 

@@ -111,6 +111,8 @@ fn start_over() -> anyhow::Error {
     tracing::info!("the machine starts again: joining it again");
     let mut arguments = std::env::args_os();
     let program = std::env::current_exe();
+    // The thread that writes them does not live on. Not for long: the other nodes wait for this one.
+    terminal::flush_lines_soon();
     let error = match program {
         Ok(program) => Command::new(program).args(arguments.by_ref().skip(1)).exec(),
         Err(error) => error,

@@ -1,7 +1,7 @@
 //! `gestalt run`: reads what machine is wanted, refuses what cannot be, and holds it to its end.
 
 use std::fs::File;
-use std::io::{Stdout, Write};
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -34,7 +34,7 @@ use machine::keys::{KeyFile, MachineKey};
 const DEFAULT_CPUS: u32 = 1;
 /// Memory per node if nothing is said, in bytes.
 const DEFAULT_MEMORY: u64 = 512 << 20;
-/// How long the console's last bytes may take to be written once the machine is over.
+/// How long the console's last bytes wait for a standard output that takes nothing, once the machine is over.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 /// Pieces of typed text between the reading thread and the coordinator.
 const TYPED: usize = 4;
@@ -223,9 +223,9 @@ pub fn run(args: RunArgs, verbose: u8) -> anyhow::Result<u8> {
     }
     let (asked, requests) = channel::unbounded();
     // Without it the machine runs as well, and cannot be changed meanwhile.
-    let _operators = Server::start(&operator::place::folder(), &name, asked)
+    let server = Server::start(&operator::place::folder(), &name, asked)
         .inspect_err(|error| tracing::warn!("`gestalt device` cannot reach this machine: {error}"));
-    let outcome = hold(coordinator, requests, args.dump_dir, report)?;
+    let outcome = hold(coordinator, (server.ok(), requests), args.dump_dir, report)?;
     match outcome {
         Outcome::PoweredOff => Ok(0),
         Outcome::Interrupted(Interrupt::Escape) => Ok(0),
@@ -246,7 +246,7 @@ fn unprotected(config: &MachineConfig) -> Option<&'static str> {
 /// Connects the coordinator to terminal and signals and runs it.
 fn hold(
     coordinator: Coordinator,
-    requests: Receiver<Asked>,
+    (server, requests): (Option<Server>, Receiver<Asked>),
     dumps: Option<PathBuf>,
     report: Option<(PathBuf, File)>,
 ) -> anyhow::Result<Outcome> {
@@ -255,8 +255,10 @@ fn hold(
     terminal::end_on_panic();
     let _restore = terminal::Restore;
     signals::watch(interrupt.clone())?;
-    let gap = |_: &mut Stdout, bytes| {
+    let gap = |bytes| {
         tracing::warn!("standard output stood still: {bytes} bytes of what the guest wrote were left out");
+        // Not among the guest's output.
+        Vec::new()
     };
     let output = Output::start(std::io::stdout(), gap)?;
     let guest = output.clone();
@@ -291,13 +293,17 @@ fn hold(
     };
     let ended = coordinator.run(console)?;
     terminal::leave_raw();
+    let reported = report.map_or(Ok(()), |(path, mut file)| {
+        let text = format!("{:#}\n", ended.report);
+        file.write_all(text.as_bytes()).with_context(|| format!("{} cannot be written", path.display()))
+    });
+    drop(server);
+    // The machine is over, and a slow terminal may take long: whoever does not want to wait for it need not.
+    signals::release();
     if !output.settle(LAST_OUTPUT) {
         tracing::warn!("standard output stands still: the guest's last output is lost");
     }
-    if let Some((path, mut file)) = report {
-        let text = format!("{:#}\n", ended.report);
-        file.write_all(text.as_bytes()).with_context(|| format!("{} cannot be written", path.display()))?;
-    }
+    reported?;
     Ok(ended.outcome)
 }
 

@@ -20,6 +20,13 @@ pub fn block() -> io::Result<()> {
     Ok(ending().thread_block()?)
 }
 
+/// From now on they end the process at once: nothing is left but to write to a terminal that may be slow.
+/// Does something only in a thread that called [`block`].
+pub fn release() {
+    // Fails only for a wrong set.
+    let _ = ending().thread_unblock();
+}
+
 /// Turns the blocked signals into interrupts, for as long as the process lives.
 ///
 /// # Errors
