@@ -71,7 +71,11 @@ pub fn node(args: NodeArgs, node_main: NodeMain) -> anyhow::Result<u8> {
         key,
         fabric_listen: args.fabric_listen,
         patience: args.join_timeout,
-        watchdog: Watchdog::EndProcess,
+        watchdog: Watchdog::EndProcess {
+            flush: || {
+                terminal::flush_lines_soon();
+            },
+        },
     };
     let (assignment, control) = join(&options)?;
     let spec = &assignment.machine.spec.nodes[usize::from(assignment.node)];

@@ -39,10 +39,13 @@ pub struct JoinOptions {
 }
 
 /// The watchdog that ends a node which does not end by itself.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug)]
 pub enum Watchdog {
     /// The process is ended, [`ORPHAN_GRACE`] after the coordinator was lost or [`Stop::grace`] after Stop.
-    EndProcess,
+    EndProcess {
+        /// Called before: waits, not for long, until what was logged has been written.
+        flush: fn(),
+    },
     /// Nothing: the process has other things to do. For tests.
     None,
 }
@@ -192,13 +195,12 @@ fn open(
 
 /// Ends the process after `grace`; the caller goes on meanwhile.
 fn watch(watchdog: Watchdog, name: &str, grace: Duration, after: &'static str) {
-    if watchdog == Watchdog::None {
-        return;
-    }
+    let Watchdog::EndProcess { flush } = watchdog else { return };
     let name = name.to_string();
     let end = move || {
         thread::sleep(grace);
         tracing::error!("node {name} did not end within {grace:?} of {after}: its process is ended now");
+        flush();
         std::process::exit(1);
     };
     // Without a thread there is nothing to wait with.
