@@ -58,6 +58,7 @@ impl Driver {
     }
 
     /// A device where device and driver see the memory each in its own way.
+    #[cfg(test)]
     pub fn with(device: Box<dyn VirtioDevice>, devices: GuestRam, memory: GuestRam) -> Driver {
         Driver::build(device, devices, memory, Arc::new(Fence::open()))
     }
