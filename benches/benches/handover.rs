@@ -1,4 +1,4 @@
-//! The cost of a word that several nodes write: see `benches::handover`.
+//! The cost of passing on a word that CPUs of several nodes write: see `benches::handover`.
 //!
 //! `cargo bench -p benches --bench handover -- [--rounds N] [--tcp] [--tcp-plain] [--tcp-rails]
 //! [--in-process] [--busy] [--blocking]`

@@ -1,5 +1,5 @@
-//! Coherent memory: several nodes share the guest's pages as the caches of one machine share lines, and this
-//! crate knows who may read or write which.
+//! Coherent memory: several nodes share the guest's pages as the caches of one machine share cache lines, and
+//! this crate decides which node may read or write which page.
 //!
 //! - [`page`]: pages, their homes, and the shards that work on them.
 //! - [`protocol`]: the home-based directory protocol, a pure state machine.

@@ -1,4 +1,4 @@
-//! Nothing waits in silence: whatever gets no answer ends the engine with a sentence, also while it is busy.
+//! Waits that get no answer: each ends the engine with a sentence, also while the engine is busy.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;

@@ -1,4 +1,5 @@
-//! Sending again over another rail: the frames that may have to be, and when to acknowledge those that came.
+//! Sending again over another rail: frames that are kept until the peer acknowledges them, and when to
+//! acknowledge those that came.
 //!
 //! ```text
 //!  first             unsent                  next      numbers of frames, from 0 at the lane's beginning

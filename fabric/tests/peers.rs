@@ -1,4 +1,5 @@
-//! Handshakes and frames in the hands of others: admission, trust, and the secrecy of what leaves a node.
+//! Strangers, eavesdroppers and peers that break the rules: admission, trust, and the secrecy of what leaves
+//! a node.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Particular to RDMA: errors where there is none, and the ends of connections.
+//! Tests of RDMA alone: the errors of a host without it, and the ends of connections.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Particular to TCP: building the mesh among strangers, and peers that break the framing.
+//! Tests of TCP alone: building the mesh among strangers, and peers that break the framing.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Devices read and overwrite pages where these are.
+//! Direct access: devices read and overwrite pages of other nodes without bringing them to their own.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;

@@ -1,4 +1,5 @@
-//! The plan: the operations that are measured over each transport, and what is hoped for.
+//! The plan of the fabric's bench: the operations that are measured over each transport, and the goal of
+//! each.
 
 use std::collections::BTreeMap;
 

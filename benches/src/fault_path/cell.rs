@@ -1,4 +1,4 @@
-//! Nodes put together: engines or bare nodes, over one transport, waiting in one way.
+//! A cell: a set of nodes, engines or bare ones, over one transport and with one way of waiting.
 
 use std::net::SocketAddr;
 

@@ -1,4 +1,4 @@
-//! A node of a cell, which does as it is told.
+//! The worker: one node of a cell, which carries out the bench's commands.
 
 use std::net::TcpListener;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! The cost of a word that several nodes write: micro guests on KVM, a vCPU on each node, beside a bare round
-//! trip of 64 bytes over the same transport.
+//! The cost of passing on a word that CPUs of several nodes write: micro guests on KVM, a vCPU on each node,
+//! beside a bare round trip of 64 bytes over the same transport.
 //!
 //! ```text
 //!   node 0: vCPU ── fault ──> engine ──┐          node 1: vCPU ── fault ──> engine

@@ -1,5 +1,5 @@
-//! A whole cluster of protocols as one value: what the property tests, the model checker and the simulator
-//! drive, and what they check.
+//! A cluster: the protocols of all nodes and the messages between them as one value, which the property
+//! tests, the model checker and the simulator drive and check.
 //!
 //! There is no time here, and hardly any data. A frame is *current* or it is not: a write makes every other
 //! copy of the page, in frames and in flight, stale; a read must find a current one. That keeps the state

@@ -1,6 +1,6 @@
-//! CPUs that operate on the byte of a page, there or by shipping, and what must hold of that: each operation
-//! happens exactly once, between its beginning and its end, on the last write, and its CPU gets the byte that
-//! it found.
+//! CPUs that operate on one byte of a page, at their own node or by shipping. Each operation must happen
+//! exactly once, between its beginning and its end, on the last write, and its CPU must get the byte that the
+//! operation found.
 //!
 //! ```text
 //!  begin ── the page is here ─────────────────────────────────────> done

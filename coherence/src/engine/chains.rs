@@ -1,4 +1,5 @@
-//! Chains of faults, and for how long the pages that a chain won are kept.
+//! Chains: faults of one thread that follow each other closely, and for how long the pages that a chain won
+//! are held.
 //!
 //! One instruction may need many pages at once: its code, its data, and the page tables that lead there (on
 //! AMD CPUs, and on Intel's with EPT accessed/dirty bits, a page-table walk needs its pages *writable*). If a

@@ -1,4 +1,5 @@
-//! Devices read and overwrite whole pages where these are: [`Engine::load`] and [`Engine::store`].
+//! Direct access: devices read and overwrite whole pages without bringing them to their node, by
+//! [`Engine::load`] and [`Engine::store`].
 //!
 //! A device's thread asks for all pages of a request at once, each shard asks for its part of them at once,
 //! and the thread sleeps until the last answer is in. So long it lends its buffer: what is stored is sent

@@ -1,4 +1,4 @@
-//! Bytes that a thread lends to others, and waits until it has them back.
+//! Lent buffers: a thread lends its bytes to other threads, and waits until it has them back.
 //!
 //! A [`Lender`] that is dropped waits until all is dropped that it has lent: so others reach the thread's own
 //! buffer, and nothing is copied for them.

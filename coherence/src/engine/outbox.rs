@@ -1,4 +1,4 @@
-//! Messages that leave together.
+//! The outbox: messages of a shard, gathered so that those for one node leave together.
 //!
 //! While a shard works through what has arrived, its answers wait here, and those for one node then take one
 //! system call, and wake its shard once: the pages of a reader's window, the grant of an upgrade and the

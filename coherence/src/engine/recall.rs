@@ -1,4 +1,4 @@
-//! Prefetching what is needed together.
+//! Recall: the prefetching of pages that were needed together before.
 //!
 //! What a node loses to another it mostly wants back together: the page tables of a walk, a lock and what it
 //! guards. So each shard notes which pages a chain of faults ([`super::chains`]) wrote after its first: they

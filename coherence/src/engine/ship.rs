@@ -1,5 +1,5 @@
-//! Shipping: between the threads of vCPUs, which know what an instruction would do with a page, and the
-//! shards, which know that the page stays where it is.
+//! Shipping in the engine, between the threads of vCPUs, which know what an instruction would do with a page,
+//! and the shards, which know that the page stays where it is.
 //!
 //! ```text
 //!  vCPU's thread                          its shard                            the owner's shard

@@ -1,4 +1,5 @@
-//! A node's vCPUs, as its engine deals with them.
+//! A node's vCPUs as its engine sees them: a trait to call them out of their waits and to answer their
+//! operations.
 
 use crate::page::Page;
 

@@ -1,5 +1,5 @@
-//! Memory for copies of other nodes' pages: how many frames there are, who waits for one, and which copy
-//! goes.
+//! The budget for copies of other nodes' pages: how many frames there are, which faults wait for one, and
+//! which copy is given back to make room.
 //!
 //! A copy needs a frame from the moment at which it is asked for until its home has acknowledged that it is
 //! given back. A fault that finds no frame is *parked*, first come first served, and asks when a copy has

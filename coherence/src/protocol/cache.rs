@@ -1,4 +1,5 @@
-//! The cache's part: faults of this node, answers to them, and what others want of its copies.
+//! The cache's part of the protocol: faults of this node, answers to them, and other nodes' demands for its
+//! copies.
 
 use fabric::NodeId;
 

@@ -1,6 +1,6 @@
-//! The classes of pages at their home: most *move* to who uses them, some are *delegated* and stay where they
-//! are while their users' operations come to them ([`super::ship`]), some are *pushed* to their readers
-//! whenever they were written ([`super::push`]). [`super::classify`] says when.
+//! The classes of pages at their home: most *move* to the node that uses them; some are *delegated*, stay
+//! where they are, and have their users' operations shipped to them ([`super::ship`]); some are *pushed* to
+//! their readers after each write ([`super::push`]). [`super::classify`] has the rules.
 //!
 //! A class says only how the home answers from now on. It may begin and end at any moment, whatever is under
 //! way on the page: what was asked before is answered by what the page is when its turn comes.

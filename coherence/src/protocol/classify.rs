@@ -1,5 +1,5 @@
-//! The rules by which a home delegates and pushes its pages: from what it sees of them, which is who asks for
-//! them when, and the operations that come. Pure; the time comes with each question.
+//! The rules by which a home delegates and pushes its pages, from the requests and operations that it sees:
+//! by which node, and when. Pure; the time comes with each question.
 //!
 //! ```text
 //!               `changes` changes of hands, each within `quick`:

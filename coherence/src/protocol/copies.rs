@@ -1,6 +1,6 @@
-//! The table of a node's copies: pages whose home is another node. Nothing is kept for pages that are not
-//! here, and what is kept for the others is so small that a whole cluster's stays a fraction of a percent of
-//! its memory.
+//! The table of a node's copies: pages whose home is another node. Pages that are not here take no room in
+//! it, and the others so little that the tables of a whole cluster take a fraction of a percent of its
+//! memory.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! Direct access: a device reads or overwrites a whole page that is not here, where it is. The page does not
-//! move, and nobody who has it loses it, save to an overwriting.
+//! Direct access: a device reads or overwrites a whole page that is not here, without bringing it here. A
+//! read takes the page from nobody; an overwriting takes it from all but the home.
 //!
 //! ```text
 //!  device's node                  home                               owner, sharers

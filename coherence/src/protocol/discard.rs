@@ -1,5 +1,5 @@
-//! Giving up content that nobody needs any more: what the guest has freed costs no frames, at the home or
-//! where copies are, and no bytes on the wire.
+//! Discards: pages that nobody needs any more, such as those that the guest has freed, lose their frames at
+//! the home and wherever copies are, and no page is sent for it.
 //!
 //! ```text
 //!  balloon's node                 home                               owner, sharers

@@ -1,5 +1,5 @@
-//! Runs of untouched pages: memory that nobody ever touched is granted many pages at a time, since who
-//! touches the first page of it mostly goes on with the next.
+//! Runs of untouched pages: memory that nobody ever touched is granted many pages at a time, since a node
+//! that touches the first mostly goes on with the next.
 
 use fabric::NodeId;
 

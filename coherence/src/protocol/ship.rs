@@ -1,4 +1,5 @@
-//! Delegated pages: who needs a word of them sends what it would do with it, and the page stays where it is.
+//! Delegated pages: a CPU's node sends the operation on a few bytes to the node that has the page, and the
+//! page stays there.
 //!
 //! ```text
 //!  a CPU's node                   home                               owner

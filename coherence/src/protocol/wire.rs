@@ -1,4 +1,5 @@
-//! The wire form of messages: heads of fixed lengths, every field checked, one form for each message.
+//! The wire form of messages: heads of fixed lengths, every field checked, exactly one encoding of each
+//! message.
 
 use fabric::NodeId;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian as le};

@@ -1,4 +1,4 @@
-//! The production protocol at hundreds of nodes, in virtual time, by seed.
+//! The simulator: the production protocol at hundreds of nodes, in virtual time, reproducible by seed.
 //!
 //! Every node has a few CPUs that access memory one access at a time; messages take time, in order on a lane
 //! and in any order across lanes; some nodes are slow; pages are evicted, prefetched, discarded, and used by

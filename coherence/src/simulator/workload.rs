@@ -1,5 +1,5 @@
-//! The accesses of simulated CPUs: mostly to what is popular or near, now and then something in sequence, and
-//! at times all of them the same.
+//! The accesses of simulated CPUs: mostly to popular pages or the node's own, now and then to page after
+//! page, and at times of all CPUs to one page.
 
 use super::Config;
 use super::random::{Random, Zipf};

@@ -1,4 +1,5 @@
-//! Virtual time: what happens next, and what that leads to.
+//! The simulated world: events in the order of virtual time, and the steps of the cluster that follow from
+//! them.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};

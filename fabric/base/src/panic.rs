@@ -1,4 +1,4 @@
-//! The end of a process of which a thread panics.
+//! The panic hook: a panic in any thread ends the process.
 //!
 //! A thread that is gone leaves its part of a machine standing still: a disk that answers nothing, a clock
 //! that nobody corrects. So a panic ends the process, whichever thread it is in. This is done by the

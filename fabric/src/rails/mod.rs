@@ -1,4 +1,4 @@
-//! Several transports as the rails of one.
+//! Rails: several transports behind one, so that a lane goes on over another when its own fails.
 //!
 //! ```text
 //! RailsTransport::send ── Link: which rail ──> Transport of that rail ~~~> LaneReceiver: all rails ── Link ── sink

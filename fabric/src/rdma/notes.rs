@@ -1,5 +1,5 @@
-//! Notes: the messages on the session beside the queue pairs, which say how to connect them, and goodbye.
-//! After a goodbye another hello may follow (`reconnect`).
+//! Notes: messages on the session, beside the queue pairs, that say how to connect these, and goodbye. After
+//! a goodbye another hello may follow (`reconnect`).
 //!
 //! ```text
 //! hello    0 kind=1  1 protocol  2 link layer  3 MTU  4 queue pair  8 packet number  12 LID  14 credits

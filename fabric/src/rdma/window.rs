@@ -1,4 +1,4 @@
-//! The window: how much may be under way.
+//! The window: how many messages a peer may have under way, and the slots that these need.
 //!
 //! The receive slots of a lane are shared out to its peers. Each may send as many messages as it has
 //! *credits*, which come back as its messages are worked through, so that its slots never run out ("receiver

@@ -1,4 +1,5 @@
-//! Silence of a connection: its peer acknowledges nothing any more, as told apart from one that takes nothing.
+//! Silence of a connection: a peer that acknowledges nothing any more is lost, unlike one that has no room
+//! for more.
 //!
 //! A lane's packets may get lost while all other lanes are fine, and heartbeats of the users above travel on
 //! one lane only. The kernel would go on sending for a quarter of an hour. Its own limit (TCP_USER_TIMEOUT)

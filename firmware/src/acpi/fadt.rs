@@ -1,4 +1,4 @@
-//! FADT: fixed hardware, or rather its absence, and the registers that end the machine (ACPI 6.5, 5.2.9).
+//! FADT: the absence of fixed hardware, and the registers for power-off and reset (ACPI 6.5, 5.2.9).
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, serialize};
 use crate::addresses::{ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT};

@@ -1,4 +1,4 @@
-//! The BIOS's last service: a jump to its start resets the machine (Linux `reboot=bios`).
+//! The reset code where a BIOS begins: a jump there resets the machine (Linux `reboot=bios`).
 
 use crate::addresses::{ACPI_RESET_PORT, ACPI_RESET_VALUE, BIOS_END, BIOS_RESET_ENTRY};
 

@@ -1,4 +1,4 @@
-//! CPUID: the abilities and the topology of its CPUs, as the guest's kernel may know them.
+//! CPUID: the abilities and the topology of the guest's CPUs, as its kernel may know them.
 //!
 //! Every node says what its KVM supports (`KVM_GET_SUPPORTED_CPUID`). [`intersect`] makes of that the one
 //! set of abilities that all CPUs of the machine have, without those that this kind of machine cannot

@@ -1,4 +1,4 @@
-//! The one feature word that is an MSR.
+//! IA32_ARCH_CAPABILITIES: the one set of CPU features that is in an MSR and not in a CPUID leaf.
 
 /// RSBA and RRSBA say that a CPU *is* vulnerable: one such CPU is enough.
 const VULNERABLE: u64 = 1 << 2 | 1 << 19;

@@ -1,5 +1,5 @@
-//! The limits of a search: everything on a disk is the guest's word, and must not cost the host more than
-//! this.
+//! The limits of a search: the guest wrote everything on its disk, and reading that must not cost the host
+//! more than this.
 
 use std::io;
 use std::sync::Arc;

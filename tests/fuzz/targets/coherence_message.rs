@@ -1,4 +1,4 @@
-//! Coherence messages: one message has one form.
+//! Coherence messages, from any bytes: refused, or about a page that the guest has.
 #![no_main]
 use coherence::protocol::Message;
 

@@ -1,4 +1,5 @@
-//! The messages between nodes and the coordinator, before and after it is known who speaks.
+//! The messages between nodes and the coordinator, from any bytes: one that decodes is the same after
+//! encoding and decoding it again.
 #![no_main]
 use std::fmt::Debug;
 

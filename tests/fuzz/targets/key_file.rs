@@ -1,4 +1,4 @@
-//! Key files: what is read is what would be written.
+//! Key files, from any text: a key that was read is the same after writing and reading it again.
 #![no_main]
 use machine::keys::KeyFile;
 

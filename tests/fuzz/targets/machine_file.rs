@@ -1,4 +1,4 @@
-//! Machine files: any text is a machine or a sentence of one line.
+//! Machine files, from any text: a machine, or an error of one line.
 #![no_main]
 libfuzzer_sys::fuzz_target!(|text: &str| {
     match machine::config::file::parse(text) {

@@ -1,4 +1,4 @@
-//! Interrupts and device accesses between nodes: one message has one form.
+//! Messages between nodes on lane 0, from any bytes: one that decodes encodes to the same bytes.
 #![no_main]
 use vmm::node_msg::NodeMsg;
 

@@ -1,5 +1,5 @@
-//! Operators' requests to a running machine: a request has one meaning, and whatever it asks for
-//! is done or refused with one line.
+//! Operators' requests to a running machine, from any bytes: one that was read is the same after writing and
+//! reading it again, and is done, or refused with one line.
 #![no_main]
 use std::time::Instant;
 

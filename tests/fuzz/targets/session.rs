@@ -1,3 +1,3 @@
-//! A peer that is who it should be, and sends valid frames, repeated ones, and anything else.
+//! A peer that has proven its identity, and sends valid frames, repeated ones, and anything else.
 #![no_main]
 libfuzzer_sys::fuzz_target!(|data: &[u8]| fabric::fuzzing::session(data));

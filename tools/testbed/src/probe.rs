@@ -1,4 +1,4 @@
-//! Can this machine run Linux guests itself, or does it need the emulated rack?
+//! The probe: whether this machine can run Linux guests itself, or needs the emulated rack.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! Did the guest find the machine that was asked for?
+//! The verdict on a boot: whether the guest found the machine that was asked for.
 
 use serde_json::Value;
 

@@ -1,5 +1,5 @@
-//! What a host in Bochs is asked beside the boot of a guest: whether `gestalt doctor` finds it fit, whether
-//! micro guests do what they should on its KVM, and for what nested paging stopped the guest.
+//! The study of a host in Bochs, beside the boot of a guest: whether `gestalt doctor` finds the host fit,
+//! whether micro guests do what they should on its KVM, and why nested paging stopped the guest.
 //!
 //! On Intel the last is the point: with EPT's accessed and dirty bits every walk of the guest's page tables
 //! counts as a write to them, as it always does on AMD, and then nodes cannot share page tables.

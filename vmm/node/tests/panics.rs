@@ -1,5 +1,5 @@
-//! A thread that panics ends its node: a process that loses a thread of each kind, and whose main thread
-//! looks elsewhere. (`main_panics` is the same for the main thread.)
+//! A thread that panics ends its node, whichever kind of thread it is, while the main thread is busy with
+//! something else. (`main_panics` is the same for the main thread.)
 
 use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;

@@ -1,5 +1,4 @@
-//! The check can fail: every [`Mistake`], built into all nodes, is found, by the model checker and by the
-//! simulator.
+//! Mistakes built into the protocol of all nodes: the model checker and the simulator find every [`Mistake`].
 
 use stateright::{Checker, HasDiscoveries, Model};
 

@@ -1,4 +1,5 @@
-//! Faults: threads that are stopped at pages, and since when other nodes are asked for these.
+//! Faults: the threads that are stopped at pages of a shard, and since when it has asked other nodes for
+//! these pages.
 
 use std::time::Instant;
 

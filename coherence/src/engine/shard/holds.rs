@@ -1,4 +1,5 @@
-//! Holds: who waits for which page of a shard, and pages that are kept after they were won.
+//! Holds: the threads that wait for pages of a shard, and the pages that are kept for a while after they were
+//! won.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

@@ -1,4 +1,4 @@
-//! What a shard asks for ahead of its need: the next pages of a reader, and what was needed together before.
+//! Prefetches of a shard: the next pages of a reader, and pages that were needed together before.
 
 use super::super::EngineError;
 use super::super::ahead::{ReadAhead, Window};

@@ -1,5 +1,5 @@
-//! Shipping: vCPUs of a shard's faults that were called out because their page stays where it is, and what
-//! they have done with it there.
+//! Shipping in a shard: vCPUs that were called out of their faults because the page stays at another node,
+//! and the operations on it that are under way for them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

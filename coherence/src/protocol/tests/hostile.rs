@@ -1,5 +1,6 @@
-//! Peers that send whatever fits the wire form: the protocol refuses what makes no sense, and whatever it
-//! accepts, it asks for nothing that the engine's unsafe code relies on never being asked for.
+//! Hostile peers, which send anything that fits the wire form. The protocol refuses messages that make no
+//! sense, and whatever it accepts, it never asks for an effect that the engine's unsafe code relies on not
+//! being asked for.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Short runs, and that what breaks is found and breaks again.
+//! Short simulations: correct nodes pass, a failure is found, and its seed fails again in the same way.
 
 mod traces;
 

@@ -1,5 +1,5 @@
-//! Patterns of access to one page, one access after the other, and what the rules make of them: the class
-//! that suits the pattern, soon, and then no more changes.
+//! Patterns of access to one page, and the class that the rules give it: soon the one that suits the pattern,
+//! and no more changes after that.
 
 use crate::cluster::{Cluster, Seen, Step};
 use crate::page::Page;

@@ -1,4 +1,4 @@
-//! An opened device.
+//! An opened RDMA device, its ports, and its asynchronous events.
 
 use std::ffi::c_int;
 use std::io;

@@ -1,4 +1,4 @@
-//! An emulated host with another processor than QEMU can emulate: Bochs, which has VMX with EPT.
+//! An emulated host in Bochs: with Intel's VMX and EPT, which QEMU cannot emulate, or with AMD's SVM.
 //!
 //! - [`program`] is Bochs itself. [`disk`] is what it boots, and [`initramfs`] what is on it: the whole host.
 //! - [`BochsHost`] is one running host.

@@ -1,5 +1,5 @@
-//! Through these ports node 0 tells the guest which PCI devices have come and which should go, and the guest
-//! says which it has let go of. The other side is AML in the DSDT (`firmware::acpi`).
+//! The hotplug registers, through which node 0 tells the guest which PCI devices have come and which should
+//! go, and the guest says which it has let go of. The other side is AML in the DSDT (`firmware::acpi`).
 //!
 //! ```text
 //!  announce(slot, Come | Leave) ──> queue ── line up ──> guest reads EVENT until it is 0 ──> line down

@@ -1,4 +1,4 @@
-//! A token bucket without a clock: when may the next one go?
+//! A token bucket without a clock: how long the next request must wait.
 
 use std::time::Duration;
 

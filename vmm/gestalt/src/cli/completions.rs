@@ -1,5 +1,5 @@
-//! `gestalt completions`: what makes a shell complete `gestalt`'s commands and flags, from what the command
-//! line says of itself.
+//! `gestalt completions`: scripts with which a shell completes `gestalt`'s commands and flags, generated from
+//! the definition of the command line.
 
 use std::io::Write;
 

@@ -1,4 +1,4 @@
-//! `gestalt doctor`.
+//! `gestalt doctor`: prints the findings of [`crate::doctor`].
 
 use std::io::Write;
 

@@ -1,5 +1,5 @@
-//! `gestalt man`: the manual, a page for the program and for each of its commands, from what the command line
-//! says of itself.
+//! `gestalt man`: the manual, a page for the program and for each of its commands, generated from the
+//! definition of the command line.
 
 use std::fs;
 use std::io;

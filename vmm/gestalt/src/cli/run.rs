@@ -1,4 +1,5 @@
-//! `gestalt run`: reads what machine is wanted, refuses what cannot be, and holds it to its end.
+//! `gestalt run`: reads the description of a machine, refuses one that cannot run, and holds the machine to
+//! its end.
 
 use std::fs::File;
 use std::io::Write;

@@ -1,4 +1,5 @@
-//! What nodes leave behind when something fails: text for its owner alone, and not without end.
+//! The dumps that nodes send when something fails, kept in files for their owner alone or written to standard
+//! error, and only so many of each node.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};

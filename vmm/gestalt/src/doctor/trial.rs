@@ -1,4 +1,4 @@
-//! Trying, on one page, what the coherence engine lives on.
+//! The trial of userfaultfd, on one page, with the calls that the coherence engine depends on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! The side of the command: finds the machine and asks it.
+//! The side of `gestalt device`: finds the machine and asks it.
 
 use std::io::{self, BufReader, Write};
 use std::os::unix::net::UnixStream;

@@ -1,4 +1,4 @@
-//! The thread that keeps a node's clock with node 0's.
+//! The thread that keeps a node's clock in step with node 0's.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;

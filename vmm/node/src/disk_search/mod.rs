@@ -1,4 +1,4 @@
-//! Looking into a disk for what it boots, in a child process that can do nothing else.
+//! The search of a disk for the kernel that it boots, in a child process that can do nothing else.
 //!
 //! What is on a disk is the guest's word: file systems, a boot loader's script, compressed images. It is read
 //! by a process of its own, which may read one descriptor, write one pipe and use so much memory and time;

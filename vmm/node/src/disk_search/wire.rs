@@ -1,4 +1,4 @@
-//! The words of a disk search's child, and their form.
+//! The answer of a disk search's child process, and its form on the pipe.
 
 use serde::{Deserialize, Serialize};
 

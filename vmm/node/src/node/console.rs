@@ -1,4 +1,5 @@
-//! Between COM1 and the coordinator's terminal: output in batches, input as the guest has room for it.
+//! The console at a node, between COM1 and the coordinator's terminal: output in batches, input as the guest
+//! has room for it.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

@@ -1,5 +1,5 @@
-//! Shipping instructions: between a vCPU that was called out of its wait, the decoder, and the coherence
-//! engine.
+//! Shipping at a node, between a vCPU that was called out of its wait, the decoder of instructions, and the
+//! coherence engine.
 //!
 //! ```text
 //!  engine: the page stays ── call_out ──> the vCPU leaves KVM_RUN

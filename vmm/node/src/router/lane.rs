@@ -1,4 +1,4 @@
-//! The thread that owns lane 0: everything that other nodes say to this one.
+//! The thread that owns lane 0, and handles the messages that other nodes send on it.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Between this node's CPUs and devices and those of the others: lane 0 of the fabric.
+//! The router: interrupts and device accesses between this node and the others, over lane 0 of the fabric.
 //!
 //! The way of one interrupt to another node: a local APIC says [`devices::irq::Effect::Ipi`] ->
 //! [`Router::deliver`] finds the CPUs -> those here get it in their mailboxes, and each other node that has

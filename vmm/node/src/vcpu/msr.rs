@@ -1,4 +1,5 @@
-//! Model-specific registers that are ours: the local APIC's, and the few that a guest may touch unasked.
+//! Accesses to model-specific registers that KVM leaves to the node and that are not the local APIC's: some
+//! reads give zero, writes to the TSC are dropped, and all others fault.
 
 /// What becomes of an access that is not the local APIC's.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]

@@ -1,4 +1,5 @@
-//! The shared side of all vCPUs of a node.
+//! The table of a node's vCPUs: the part of each that other threads reach, such as its mailbox, state and
+//! counters.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};

@@ -1,5 +1,5 @@
-//! The trial whether a vCPU that waits for a page can be called out of its wait, on a guest of two
-//! instructions.
+//! The trial, on a guest of two instructions, whether a vCPU that waits for a page can be called out of its
+//! wait.
 //!
 //! A guest's access to a page that is not here waits inside KVM_RUN until userfaultfd's handler brings the
 //! page. Since Linux 6.2 a signal ends that wait: KVM_RUN returns EINTR, and the instruction has not

@@ -1,4 +1,4 @@
-//! The control queue (5.1.6.5): of its commands, how many pairs of queues the driver uses.
+//! The control queue (5.1.6.5), with one command: how many pairs of queues the driver uses.
 
 use virtio_bindings::virtio_net as net;
 

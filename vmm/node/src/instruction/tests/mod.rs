@@ -1,4 +1,5 @@
-//! Every form on this CPU, page tables against an oracle, whole shipments, and bytes that nobody thought of.
+//! Shipped instructions: every form compared with this CPU, walks of page tables with an oracle, whole
+//! shipments, and random bytes.
 
 mod encoding;
 mod native;
