@@ -6,7 +6,8 @@
 //! kept; `recall` asks for pages that were needed together before, `ahead` for those that a reader will need
 //! next; messages that can leave together do (`outbox`). A node with a `budget` gives copies back;
 //! [`Engine::discard`] gives up content that nobody needs; [`Engine::load`] and [`Engine::store`] are for
-//! devices, whose buffers are `lent`; [`ship`] is for instructions whose page stays where it is.
+//! devices, whose buffers are `lent`; [`ship`] is for instructions whose page stays where it is, and asks
+//! [`vcpus`] to leave their waits for that.
 
 mod ahead;
 mod budget;

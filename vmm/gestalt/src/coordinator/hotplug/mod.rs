@@ -50,7 +50,7 @@ pub enum Step {
 
 /// How far a device has come.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
-enum Phase {
+enum Presence {
     Opening,
     Present,
     Leaving,
@@ -60,7 +60,7 @@ enum Phase {
 #[derive(Debug)]
 struct HotplugDevice {
     device: PlacedDevice,
-    state: Phase,
+    state: Presence,
     /// Who waits for what is being done to it, and until when.
     asker: Option<(AskerId, Instant)>,
 }
@@ -115,7 +115,7 @@ pub struct Hotplug {
 impl Hotplug {
     /// The devices that a machine begins with.
     pub fn new(config: &CheckedMachine) -> Hotplug {
-        let entry = |device| HotplugDevice { device, state: Phase::Present, asker: None };
+        let entry = |device| HotplugDevice { device, state: Presence::Present, asker: None };
         let entries = config.placed().iter().cloned().map(entry).collect();
         Hotplug { config: config.clone(), entries, given: BTreeMap::new(), next: 0, known: BTreeMap::new() }
     }
@@ -136,17 +136,17 @@ impl Hotplug {
         for entry in &mut self.entries {
             let name = &entry.device.name;
             let answer = match entry.state {
-                Phase::Opening => {
+                Presence::Opening => {
                     Answer::Refused(format!("the machine started again before {name} was there"))
                 }
-                Phase::Present => Answer::Done(format!("{name} is as it was: the machine started again")),
-                Phase::Leaving | Phase::Closing => {
+                Presence::Present => Answer::Done(format!("{name} is as it was: the machine started again")),
+                Presence::Leaving | Presence::Closing => {
                     Answer::Done(format!("{name} is gone: the machine started again"))
                 }
             };
             steps.extend(entry.asker.take().map(|(asker, _)| Step::Answer(asker, answer)));
         }
-        self.entries.retain(|entry| entry.state == Phase::Present);
+        self.entries.retain(|entry| entry.state == Presence::Present);
         steps
     }
 
@@ -179,7 +179,7 @@ impl Hotplug {
                 match result {
                     Ok(_) => {
                         let entry = &mut self.entries[place];
-                        entry.state = Phase::Present;
+                        entry.state = Presence::Present;
                         let (slot, asker) = (entry.slot(), entry.asker.take());
                         self.announce(slot, Change::Come, &mut steps);
                         let said = format!("{name} is at {} on {}", address(slot), self.node_name(node));
@@ -211,7 +211,8 @@ impl Hotplug {
                     Err(why) => Answer::Refused(why),
                 };
                 // Who asked may have given up, and another may ask for something else.
-                let asker = entry.asker.take_if(|(asker, _)| *asker == by && entry.state == Phase::Present);
+                let asker =
+                    entry.asker.take_if(|(asker, _)| *asker == by && entry.state == Presence::Present);
                 tell(asker, answer, &mut steps);
             }
         }
@@ -221,16 +222,16 @@ impl Hotplug {
     /// The guest has let go of what is in a slot.
     pub fn ejected(&mut self, slot: SlotId) -> Vec<Step> {
         let mut steps = Vec::new();
-        let held = |entry: &&mut HotplugDevice| matches!(entry.state, Phase::Present | Phase::Leaving);
+        let held = |entry: &&mut HotplugDevice| matches!(entry.state, Presence::Present | Presence::Leaving);
         // A guest may say so of an empty slot, or twice.
         let Some(entry) = self.entries.iter_mut().filter(held).find(|entry| entry.slot() == slot) else {
             return steps;
         };
         let name = entry.device.name.clone();
-        if entry.state == Phase::Present {
+        if entry.state == Presence::Present {
             steps.push(Step::Say(format!("the guest has let go of {name}: it is removed")));
         }
-        entry.state = Phase::Closing;
+        entry.state = Presence::Closing;
         self.tell_node(
             usize::from(slot.bus),
             Given::Close(name),
@@ -253,7 +254,7 @@ impl Hotplug {
             let (name, seconds) = (&entry.device.name, PATIENCE.as_secs());
             let Some((asker, _)) = entry.asker.take_if(|(_, until)| now >= *until) else { continue };
             let why = match entry.state {
-                Phase::Leaving => format!(
+                Presence::Leaving => format!(
                     "the guest has not let go of {name} within {seconds} s: it has been asked, and {name} goes when it \
                      does; see whether the guest is busy, or its kernel lacks ACPI hot plug (acpiphp)"
                 ),
@@ -281,7 +282,7 @@ impl Hotplug {
         let device = self.config.place_more(&wanted, &taken)?;
         let (node, name) = (usize::from(device.node), device.name.clone());
         let order = DeviceOrder::Add(device.clone());
-        self.entries.push(HotplugDevice { device, state: Phase::Opening, asker: Some(until) });
+        self.entries.push(HotplugDevice { device, state: Presence::Opening, asker: Some(until) });
         let mut steps = Vec::new();
         self.tell_node(node, Given::Open(name), order, &mut steps);
         Ok(steps)
@@ -297,7 +298,7 @@ impl Hotplug {
             ));
         }
         // Who asks for one that is leaving asks the guest again.
-        entry.state = Phase::Leaving;
+        entry.state = Presence::Leaving;
         entry.asker = Some(until);
         let mut steps = Vec::new();
         self.announce(slot, Change::Leave, &mut steps);
@@ -311,7 +312,7 @@ impl Hotplug {
         until: (AskerId, Instant),
     ) -> Result<Vec<Step>, ConfigError> {
         let entry = self.free(name)?;
-        if entry.state != Phase::Present {
+        if entry.state != Presence::Present {
             return refuse(format!("{name} is leaving"));
         }
         let device = entry.device.clone();
@@ -327,7 +328,7 @@ impl Hotplug {
     /// A list of all devices, once the node of the balloon has said what the guest has given up.
     fn measure(&mut self, until: (AskerId, Instant), running: bool) -> Vec<Step> {
         let balloon = |entry: &&HotplugDevice| matches!(entry.device.kind, PlacedKind::Balloon { .. });
-        let balloon = self.entries.iter().filter(|entry| entry.state == Phase::Present).find(balloon);
+        let balloon = self.entries.iter().filter(|entry| entry.state == Presence::Present).find(balloon);
         let Some(slot) = balloon.map(HotplugDevice::slot).filter(|_| running) else {
             return vec![Step::Answer(until.0, Answer::Devices(self.list(None)))];
         };
@@ -348,7 +349,7 @@ impl Hotplug {
             };
             return Err(ConfigError(format!("there is no device {name:?}: {known}")));
         };
-        if entry.asker.is_some() || !matches!(entry.state, Phase::Present | Phase::Leaving) {
+        if entry.asker.is_some() || !matches!(entry.state, Presence::Present | Presence::Leaving) {
             return Err(ConfigError(format!("{name} is being changed by another command: wait for that")));
         }
         Ok(entry)
@@ -379,9 +380,9 @@ impl Hotplug {
             _ => Default::default(),
         };
         let state = match entry.state {
-            Phase::Opening => "coming",
-            Phase::Present => "present",
-            Phase::Leaving | Phase::Closing => "leaving",
+            Presence::Opening => "coming",
+            Presence::Present => "present",
+            Presence::Leaving | Presence::Closing => "leaving",
         };
         DeviceState {
             name: device.name.clone(),

@@ -386,7 +386,7 @@ proptest! {
             }
             for entry in &hotplug.entries {
                 let here = there.contains(&(entry.device.node, entry.device.slot));
-                prop_assert!(here || matches!(entry.state, Phase::Opening | Phase::Closing), "{entry:?}");
+                prop_assert!(here || matches!(entry.state, Presence::Opening | Presence::Closing), "{entry:?}");
             }
         }
         let last = hotplug.tick(now + PATIENCE);
